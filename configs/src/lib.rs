@@ -1,0 +1,9 @@
+//! Every schema that crosses a process border of Baton: YAML documents and the wire between engine and proxy.
+//!
+//! Each document goes from a raw form, in which every field may be missing, to a resolved type whose
+//! fields all have a value. This crate reads text and returns values; it opens no socket and starts nothing.
+
+pub mod disagg;
+pub mod llm;
+pub mod transceiver;
+pub mod wire;

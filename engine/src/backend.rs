@@ -1,0 +1,266 @@
+//! The dozen operations a device must offer, with named shapes. `backend/cpu` is their specification.
+//!
+//! Dimension letters, used everywhere, in kernels too: `T` tokens in the batch, `S` sequences, `H` query
+//! heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `N` blocks,
+//! `P` tokens per block, `L` layers. All activations are row-major, one row a token.
+//!
+//! Invariant: every output row depends only on its own input row (and its own sequence's KV), computed in an
+//! order that the number of rows, their order and the chunking of the prompt do not change. So greedy output is
+//! bit-equal alone, batched, chunked, and from run to run.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::page::{Page, PageShape};
+
+/// A token of the vocabulary.
+pub type TokenId = u32;
+
+/// Index of a block in the pool, `0..N`.
+pub type BlockId = u32;
+
+/// One sequence's part of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceSpan {
+    /// Rows of the batch that belong to this sequence, consecutive positions.
+    pub rows: Range<usize>,
+    /// Tokens whose KV is already in the pool: the position of the first row.
+    pub past_len: usize,
+    /// The sequence's blocks in order; enough for `past_len + rows.len()` tokens.
+    pub blocks: Vec<BlockId>,
+}
+
+/// Everything one forward pass needs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepBatch {
+    /// Token ids `[T]`.
+    pub tokens: Vec<TokenId>,
+    /// Positions `[T]`, 0-based within each sequence.
+    pub positions: Vec<u32>,
+    /// The sequences; their `rows` partition `0..T` in order.
+    pub sequences: Vec<SequenceSpan>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<usize>,
+}
+
+/// Element type of a stored weight: plain floats, or one of GGML's block formats as the GGUF file holds them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the names are GGML's own")]
+#[expect(non_camel_case_types, reason = "the names are GGML's own")]
+pub enum WeightDtype {
+    F32,
+    F16,
+    Bf16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+}
+
+/// Bytes that stay where they are (a memory-mapped file) or are owned.
+#[derive(Clone)]
+pub enum WeightBytes {
+    /// A range of a shared buffer, usually a memory-mapped file.
+    Shared {
+        /// The buffer.
+        buffer: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// The weight's bytes within it.
+        range: Range<usize>,
+    },
+    /// Bytes made in memory.
+    Owned(Arc<[u8]>),
+}
+
+impl Debug for WeightBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "WeightBytes({} bytes)", self.as_slice().len())
+    }
+}
+
+impl WeightBytes {
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Shared { buffer, range } => &(**buffer).as_ref()[range.clone()],
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+/// A weight as a model file gives it. Row-major `[rows, cols]`; a vector has one row. `cols` is the input side.
+#[derive(Debug, Clone)]
+pub struct WeightSource {
+    /// Name in the file, for messages.
+    pub name: String,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// How the bytes are to be read.
+    pub dtype: WeightDtype,
+    /// `rows × cols` elements.
+    pub bytes: WeightBytes,
+}
+
+/// Rotary embedding tables, computed once a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    /// Inverse frequencies `[D / 2]`, scaling already applied.
+    pub inverse_frequencies: Vec<f32>,
+    /// Which elements form a pair.
+    pub pairing: RopePairing,
+    /// Multiplies sine and cosine (YaRN); 1 otherwise.
+    pub magnitude: f32,
+}
+
+/// Which elements of a head rotate together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairing {
+    /// `(i, i + D/2)`: Hugging Face's layout; GGUF's qwen family.
+    Halves,
+    /// `(2i, 2i + 1)`: GGUF's llama family, whose q and k rows are permuted in the file.
+    Adjacent,
+}
+
+/// What attention needs besides the batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionSpec {
+    /// Layer index within this rank's pages.
+    pub layer: usize,
+    /// Query heads (`H`); a multiple of the page's KV heads.
+    pub heads: usize,
+    /// Multiplies the scores; usually `1/sqrt(D)`.
+    pub scale: f32,
+    /// Sliding window in tokens: position `i` sees `(i - window, i]`.
+    pub window: Option<usize>,
+}
+
+/// What a backend can do; callers select on it, never on a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendCapability {
+    /// For people: `cpu (avx512, 2 threads)`.
+    pub description: String,
+    /// Whether pages live in host memory, so that any host transport can move them.
+    pub host_pages: bool,
+}
+
+/// Why a backend refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// A weight's bytes do not fit its shape.
+    #[error("weight `{name}`: {reason}")]
+    Weight {
+        /// Name in the file.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Memory for the KV pool or for activations is not there.
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What was to be allocated.
+        what: String,
+        /// Its size.
+        bytes: usize,
+    },
+}
+
+/// A device's operations. `out` always comes last and has its final shape when the call is made.
+pub trait Backend: Debug + Send + 'static {
+    /// A weight in the form the backend keeps it.
+    type Weight: Debug + Send + Sync;
+    /// Activations `[rows, cols]`, row-major.
+    type Tensor: Debug + Send;
+
+    /// What this backend can do.
+    fn capability(&self) -> BackendCapability;
+
+    /// Takes a weight over.
+    ///
+    /// # Errors
+    /// When the bytes do not fit the shape, or memory is short.
+    fn load_weight(&mut self, source: WeightSource) -> Result<Self::Weight, BackendError>;
+
+    /// Activations of the given shape; their content is unspecified until written.
+    fn tensor(&self, rows: usize, cols: usize) -> Self::Tensor;
+
+    /// `out[t] = table[tokens[t]]`; table `[V, E]`, out `[T, E]`. Panics on a token outside the table.
+    fn embed(&self, table: &Self::Weight, tokens: &[TokenId], out: &mut Self::Tensor);
+
+    /// `out = x / rms(x) * weight` per row; x and out `[T, E]`, weight `[E]`.
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        epsilon: f32,
+        out: &mut Self::Tensor,
+    );
+
+    /// RMS norm of each head in place; x `[T, heads * D]`, weight `[D]`.
+    fn head_norm(&self, x: &mut Self::Tensor, weight: &Self::Weight, epsilon: f32);
+
+    /// `out = x · weightᵀ + bias`; x `[T, in]`, weight `[out, in]`, bias `[out]`, out `[T, out]`.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        out: &mut Self::Tensor,
+    );
+
+    /// `x += y`; both `[T, E]`.
+    fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
+
+    /// `gate = silu(gate) * up`; both `[T, F]`.
+    fn silu_mul(&self, gate: &mut Self::Tensor, up: &Self::Tensor);
+
+    /// Rotates each head in place; x `[T, heads * D]` with `D = 2 * inverse_frequencies.len()`, positions `[T]`.
+    fn rope(&self, x: &mut Self::Tensor, positions: &[u32], table: &RopeTable);
+
+    /// Writes k and v `[T, K * D]` of one layer into the pages of the batch's sequences.
+    ///
+    /// Panics when a page it must write is shared: the scheduler never schedules that.
+    fn write_kv(&mut self, layer: usize, batch: &StepBatch, k: &Self::Tensor, v: &Self::Tensor);
+
+    /// Causal attention over the pages; q and out `[T, H * D]`.
+    fn attention(
+        &self,
+        spec: &AttentionSpec,
+        batch: &StepBatch,
+        q: &Self::Tensor,
+        out: &mut Self::Tensor,
+    );
+
+    /// `out[i] = x[rows[i]]`; out `[rows.len(), E]`.
+    fn select_rows(&self, x: &Self::Tensor, rows: &[usize], out: &mut Self::Tensor);
+
+    /// Copies activations to the host, row-major.
+    fn to_host(&self, x: &Self::Tensor) -> Vec<f32>;
+
+    /// Makes the pool of `block_count` zeroed pages; called once, before the first step.
+    ///
+    /// # Errors
+    /// When memory is short.
+    fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError>;
+
+    /// Another reader of a block's page, for a hand-off. The page must not be written while readers exist.
+    fn share_page(&self, block: BlockId) -> Arc<Page>;
+
+    /// Whether a block's page has no reader but the pool, so that it may be written.
+    fn page_is_unshared(&self, block: BlockId) -> bool;
+
+    /// Takes a block's page out of the pool, to be written by a transport. Panics when it is shared or lent.
+    fn lend_page(&mut self, block: BlockId) -> Page;
+
+    /// Puts a lent page back. Panics when the block has one.
+    fn return_page(&mut self, block: BlockId, page: Page);
+}

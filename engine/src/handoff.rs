@@ -1,0 +1,168 @@
+//! The border between the engine thread and the KV transceiver (DESIGN.md §7): plain values and one small set of calls.
+//!
+//! Context side: `offer` pins pages under a lease and gives a ticket; the lease ends with exactly one
+//! [`HandoffEvent::LeaseEnded`], and only once no transport can read the pages any more. Generation side: `fetch` hands
+//! pages over to be written; each page comes back exactly once in [`HandoffEvent::PagesReturned`], however
+//! the fetch ends, and only once no transport can write it any more. Who holds a page is the whole protocol.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backend::{BlockId, TokenId};
+use crate::page::{Page, PageShape};
+use crate::request::{Logprob, RequestId};
+
+/// What a generation server needs to take over a request; crosses the wire inside `disaggregated_params`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HandoffTicket {
+    /// Id of the lease on the context server.
+    pub ctx_request_id: u64,
+    /// The proxy's id, where there is one.
+    pub disagg_request_id: Option<u64>,
+    /// The context instance's state: versioned, with instance id, epoch, KV layout, endpoints and nonce.
+    /// Opaque to everything but the transceiver; base64 on the wire. Empty when the answer needs no KV.
+    pub opaque_state: Vec<u8>,
+    /// Tokens sampled by the context server, at least one.
+    pub first_tokens: Vec<TokenId>,
+    /// Their log-probabilities, chosen first, when asked for; one list a token.
+    pub first_logprobs: Vec<Vec<Logprob>>,
+}
+
+/// What an instance's KV looks like; both sides of a hand-off compare it before anything is allocated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KvLayout {
+    /// See [`crate::model::ModelShape::fingerprint`].
+    pub model_fingerprint: u64,
+    /// A rank's page.
+    pub page: PageShape,
+    /// Tensor-parallel ranks.
+    pub tensor_parallel: u32,
+    /// Pipeline-parallel ranks.
+    pub pipeline_parallel: u32,
+}
+
+/// What a finished hand-off moved.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct HandoffStats {
+    /// Name of the transport.
+    pub transport: String,
+    /// Payload bytes.
+    pub bytes: u64,
+    /// From asking for the KV to the last verified byte.
+    pub elapsed: Duration,
+}
+
+/// Why a lease ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseEnd {
+    /// The generation side acknowledged verified KV.
+    Delivered,
+    /// Nobody asked, or did not finish, within `kv_transfer_timeout_ms`.
+    Expired,
+    /// The generation side or the engine gave it up.
+    Cancelled,
+}
+
+/// What the transceiver tells the engine thread.
+#[derive(Debug)]
+pub enum HandoffEvent {
+    /// A lease is over and its pages have no reader left.
+    LeaseEnded {
+        /// The lease.
+        ctx_request_id: u64,
+        /// Why.
+        end: LeaseEnd,
+    },
+    /// A fetch is decided. On success its pages have been returned before this event.
+    FetchEnded {
+        /// The request it was for.
+        request: RequestId,
+        /// Stats, or what failed.
+        outcome: Result<HandoffStats, HandoffError>,
+    },
+    /// Pages that may be used again. After a failed fetch they may come late, when the transport is sure.
+    PagesReturned {
+        /// The pages with the blocks they belong to.
+        pages: Vec<(BlockId, Page)>,
+    },
+}
+
+/// Why a hand-off failed or was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandoffError {
+    /// The two layouts cannot be converted; the text names the field and both values.
+    #[error("kv layouts differ: {0}")]
+    Layout(String),
+    /// The opaque state is not one of ours, or of another version.
+    #[error("hand-off state not understood: {0}")]
+    State(String),
+    /// The context server no longer has it: lease over, other epoch, wrong nonce.
+    #[error("context server refused: {0}")]
+    Refused(String),
+    /// Bytes arrived that do not match their checksum.
+    #[error("kv checksum mismatch: {0}")]
+    Checksum(String),
+    /// The peer went away or could not be reached.
+    #[error("{0}")]
+    Transport(String),
+    /// It took longer than allowed; the text says what was waited for, on whom, how long.
+    #[error("timed out: {0}")]
+    TimedOut(String),
+    /// Given up by this side.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Pages to keep for a generation server.
+#[derive(Debug)]
+pub struct Offer {
+    /// Lease id, unique within this engine process's life.
+    pub ctx_request_id: u64,
+    /// Tokens whose KV the pages hold.
+    pub token_count: usize,
+    /// The sequence's pages in order.
+    pub pages: Vec<Arc<Page>>,
+}
+
+/// Pages to fill from a context server.
+#[derive(Debug)]
+pub struct Fetch {
+    /// The request they are for.
+    pub request: RequestId,
+    /// Where to get it.
+    pub ticket: HandoffTicket,
+    /// Tokens whose KV is expected.
+    pub token_count: usize,
+    /// Pages to write, in order, with the blocks they belong to.
+    pub pages: Vec<(BlockId, Page)>,
+}
+
+/// The engine thread's view of the transceiver. No call waits on the network; results come as [`HandoffEvent`]s
+/// through the callback that the transceiver was made with.
+pub trait Handoff: Debug + Send {
+    /// Starts a lease and returns the opaque state for the ticket.
+    ///
+    /// # Errors
+    /// When too many leases are held.
+    fn offer(&mut self, offer: Offer) -> Result<Vec<u8>, HandoffError>;
+
+    /// Ends a lease early. `LeaseEnded` still comes.
+    fn withdraw(&mut self, ctx_request_id: u64);
+
+    /// Checks a ticket against this side's layout, before anything is allocated. Returns the tokens it holds.
+    ///
+    /// # Errors
+    /// [`HandoffError::Layout`] or [`HandoffError::State`].
+    fn check(&self, ticket: &HandoffTicket) -> Result<usize, HandoffError>;
+
+    /// Starts fetching. The outcome comes as `FetchEnded`, the pages as `PagesReturned`.
+    fn fetch(&mut self, fetch: Fetch);
+
+    /// Gives a fetch up. `FetchEnded` with [`HandoffError::Cancelled`] still comes, unless it was decided already.
+    fn cancel_fetch(&mut self, request: RequestId);
+}
+
+/// Where the transceiver reports; made by the engine thread's inbox, called from any thread, never waits long.
+pub type HandoffSink = Arc<dyn Fn(HandoffEvent) + Send + Sync>;

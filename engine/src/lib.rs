@@ -1,0 +1,10 @@
+//! The work of a rank: models, paged KV, continuous batching, the KV hand-off and the worker's HTTP server.
+//!
+//! One OS thread owns the backend and the scheduler and runs schedule → run → sample → publish; the HTTP
+//! side and the transceiver talk to it over bounded channels. This crate knows nothing of the proxy.
+
+pub mod backend;
+pub mod handoff;
+pub mod model;
+pub mod page;
+pub mod request;
