@@ -1,0 +1,287 @@
+//! The supervisor: one closed set of events, one loop. It starts, watches, restarts and ends processes and
+//! knows nothing of what they do.
+//!
+//! Each process has a group of its own, so Ctrl-C reaches only the supervisor, which then decides. A process that
+//! dies is started again with growing pauses; one that keeps dying ends the deployment, with the first cause.
+
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::child::{self, Child, ChildSpec};
+use crate::output::LineSink;
+
+/// First pause before a restart; doubles up to [`RESTART_PAUSE_MAX`].
+const RESTART_PAUSE_MIN: Duration = Duration::from_millis(250);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(8);
+/// A process that lived this long starts over with the shortest pause.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// Restarts without a stable life in between, after which the supervisor gives up.
+const RESTARTS_MAX: u32 = 6;
+/// Between TERM's deadline and KILL's effect.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// All that can happen to a supervised deployment.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A process ended.
+    Exited {
+        /// Its slot.
+        index: usize,
+        /// How, when it could be read.
+        status: Option<ExitStatus>,
+    },
+    /// A pause before a restart is over.
+    RestartDue {
+        /// Its slot.
+        index: usize,
+    },
+    /// This process was asked to end.
+    Asked(Signal),
+    /// The time the caller waits for is over.
+    Deadline,
+}
+
+#[derive(Debug)]
+struct Slot {
+    spec: ChildSpec,
+    sink: LineSink,
+    child: Option<Child>,
+    started: Instant,
+    restarts: u32,
+}
+
+/// Why a deployment cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FirstCause {
+    /// Which process.
+    pub(crate) label: String,
+    /// How it ended.
+    pub(crate) ending: String,
+    /// Its last lines.
+    pub(crate) tail: Vec<String>,
+}
+
+impl std::fmt::Display for FirstCause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.label, self.ending)?;
+        for line in &self.tail {
+            write!(f, "\n    {line}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for FirstCause {}
+
+/// The processes of one deployment on this machine.
+#[derive(Debug)]
+pub(crate) struct Supervisor {
+    slots: Vec<Slot>,
+    sender: mpsc::Sender<Event>,
+    events: mpsc::Receiver<Event>,
+    interrupt: SignalStream,
+    terminate: SignalStream,
+    hangup: SignalStream,
+}
+
+impl Supervisor {
+    /// A supervisor of nothing yet; it receives this process's INT, TERM and HUP from now on.
+    pub(crate) fn new() -> std::io::Result<Self> {
+        let (sender, events) = mpsc::channel(64);
+        Ok(Self {
+            slots: Vec::new(),
+            sender,
+            events,
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// Starts a process and keeps watch over it. Returns its slot.
+    pub(crate) fn start(&mut self, spec: ChildSpec, sink: LineSink) -> std::io::Result<usize> {
+        let index = self.slots.len();
+        let child = Child::start(&spec, index, sink.clone(), self.sender.clone())?;
+        self.slots.push(Slot { spec, sink, child: Some(child), started: Instant::now(), restarts: 0 });
+        Ok(index)
+    }
+
+    /// Replaces what a later restart of the slot runs: a port that the kernel chose stays the same.
+    pub(crate) fn set_restart_spec(&mut self, index: usize, spec: ChildSpec) {
+        self.slots[index].spec = spec;
+    }
+
+    /// The next thing that happens, at the latest at `deadline`.
+    pub(crate) async fn next(&mut self, deadline: Option<Instant>) -> Event {
+        let expiry = async {
+            match deadline {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = self.interrupt.recv() => Event::Asked(Signal::SIGINT),
+            _ = self.terminate.recv() => Event::Asked(Signal::SIGTERM),
+            _ = self.hangup.recv() => Event::Asked(Signal::SIGHUP),
+            Some(event) = self.events.recv() => {
+                if let Event::Exited { index, .. } = event
+                    && let Some(child) = self.slots[index].child.as_mut()
+                {
+                    child.mark_ended();
+                }
+                event
+            }
+            () = expiry => Event::Deadline,
+        }
+    }
+
+    /// What to tell about a process that ended.
+    pub(crate) fn cause(&self, index: usize, status: Option<ExitStatus>) -> FirstCause {
+        let slot = &self.slots[index];
+        FirstCause { label: slot.spec.label.clone(), ending: child::describe(status), tail: slot.sink.tail() }
+    }
+
+    /// Plans the restart of a process that ended while serving.
+    ///
+    /// # Errors
+    /// When it ended too often without living long in between.
+    pub(crate) fn plan_restart(&mut self, index: usize, status: Option<ExitStatus>) -> Result<(), FirstCause> {
+        let cause = self.cause(index, status);
+        let slot = &mut self.slots[index];
+        slot.child = None;
+        slot.restarts = if slot.started.elapsed() >= STABLE_AFTER { 1 } else { slot.restarts + 1 };
+        if slot.restarts > RESTARTS_MAX {
+            return Err(cause);
+        }
+        let pause = restart_pause(slot.restarts);
+        tracing::warn!(
+            process = slot.spec.label, ending = cause.ending, attempt = slot.restarts,
+            pause_ms = pause.as_millis(), "process ended, will be started again"
+        );
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            // Without a receiver the deployment is over and so is the restart.
+            let _ = sender.send(Event::RestartDue { index }).await;
+        });
+        Ok(())
+    }
+
+    /// Starts a process again.
+    pub(crate) fn restart(&mut self, index: usize) -> std::io::Result<()> {
+        let slot = &mut self.slots[index];
+        slot.child = Some(Child::start(&slot.spec, index, slot.sink.clone(), self.sender.clone())?);
+        slot.started = Instant::now();
+        Ok(())
+    }
+
+    fn running(&self) -> Vec<usize> {
+        let alive = |slot: &Slot| slot.child.as_ref().is_some_and(Child::is_running);
+        (0..self.slots.len()).filter(|index| alive(&self.slots[*index])).collect()
+    }
+
+    fn signal_all(&self, signal: Signal) {
+        for slot in &self.slots {
+            if let Some(child) = &slot.child {
+                child.signal(signal);
+            }
+        }
+    }
+
+    /// Ends everything: TERM to all, then KILL at the deadline or at once when asked a second time. Returns whether
+    /// all ended by themselves.
+    pub(crate) async fn drain(&mut self, timeout: Duration) -> bool {
+        let mut deadline = Instant::now() + timeout;
+        let mut gentle = true;
+        self.signal_all(Signal::SIGTERM);
+        while !self.running().is_empty() {
+            match self.next(Some(deadline)).await {
+                Event::Exited { .. } | Event::RestartDue { .. } => {}
+                Event::Asked(_) | Event::Deadline if gentle => {
+                    let left: Vec<&str> = self.running().iter().map(|index| self.slots[*index].spec.label.as_str()).collect();
+                    tracing::warn!(processes = left.join(", "), "killing what has not ended yet");
+                    gentle = false;
+                    deadline = Instant::now() + KILL_GRACE;
+                    self.signal_all(Signal::SIGKILL);
+                }
+                Event::Asked(_) => {}
+                Event::Deadline => {
+                    tracing::error!("processes survive SIGKILL; leaving them to the kernel");
+                    break;
+                }
+            }
+        }
+        gentle
+    }
+}
+
+fn restart_pause(attempt: u32) -> Duration {
+    RESTART_PAUSE_MIN.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(RESTART_PAUSE_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsString;
+
+    fn shell(label: &str, folder: &std::path::Path, script: &str) -> (ChildSpec, LineSink) {
+        let log_file = folder.join(format!("{label}.log"));
+        let sink = LineSink::open(label, 0, 8, &log_file).unwrap();
+        let argv = ["sh", "-c", script].map(OsString::from).to_vec();
+        (ChildSpec { label: label.to_owned(), argv, environment: Vec::new(), log_file }, sink)
+    }
+
+    fn soon() -> Option<Instant> {
+        Some(Instant::now() + Duration::from_secs(20))
+    }
+
+    #[tokio::test]
+    async fn an_end_is_reported_with_its_cause_and_last_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut supervisor = Supervisor::new().unwrap();
+        let (spec, sink) = shell("ctx0", folder.path(), "echo out; echo 'error: no model' >&2; exit 69");
+        supervisor.start(spec, sink).unwrap();
+        let Event::Exited { index: 0, status } = supervisor.next(soon()).await else { panic!("no exit") };
+        let cause = supervisor.cause(0, status);
+        assert_eq!(cause.ending, "exit code 69");
+        assert!(cause.tail.contains(&"error: no model".to_owned()), "{cause}");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_keeps_dying_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut supervisor = Supervisor::new().unwrap();
+        let (spec, sink) = shell("gen0", folder.path(), "true");
+        supervisor.start(spec, sink).unwrap();
+        supervisor.slots[0].restarts = RESTARTS_MAX - 1;
+        let Event::Exited { status, .. } = supervisor.next(soon()).await else { panic!("no exit") };
+        assert!(supervisor.plan_restart(0, status).is_ok());
+        assert!(supervisor.plan_restart(0, status).is_err());
+    }
+
+    #[tokio::test]
+    async fn drain_kills_what_ignores_term() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut supervisor = Supervisor::new().unwrap();
+        let (spec, sink) = shell("ctx0", folder.path(), "trap '' TERM; echo up; while true; do sleep 0.1; done");
+        supervisor.start(spec, sink.clone()).unwrap();
+        while sink.tail().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(!supervisor.drain(Duration::from_millis(100)).await);
+        assert!(supervisor.running().is_empty());
+    }
+
+    #[test]
+    fn pauses_grow_and_are_bounded() {
+        assert_eq!(restart_pause(1), RESTART_PAUSE_MIN);
+        assert_eq!(restart_pause(2), RESTART_PAUSE_MIN * 2);
+        assert_eq!(restart_pause(60), RESTART_PAUSE_MAX);
+    }
+}
