@@ -4,6 +4,9 @@
 //! fields all have a value. This crate reads text and returns values; it opens no socket and starts nothing.
 
 pub mod disagg;
+pub mod error;
 pub mod llm;
+mod section;
 pub mod transceiver;
 pub mod wire;
+pub mod yaml;
