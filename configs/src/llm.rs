@@ -11,8 +11,8 @@ use crate::error::{ConfigErrorKind, ConfigErrors, Warning};
 use crate::section::kind::{
     Anything, Choice, Choices, Count, Flag, OneOf, Share, Size, Sub, Text, Whole,
 };
-use crate::section::read::{Findings, read_section};
-use crate::section::{Located, section};
+use crate::section::read::{Findings, read_open_section, report_unknown};
+use crate::section::{Located, Section, section};
 use crate::transceiver::{RawTransceiver, TransceiverConfig};
 use crate::yaml::{Document, Node};
 
@@ -327,7 +327,22 @@ pub fn resolve(
 
 /// Reads a mapping of engine options; `None` only if it is no mapping.
 pub(crate) fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<LlmOptions> {
-    let raw = read_section::<RawLlm>(node, path, findings)?;
+    read_beside(node, path, &[], findings)
+}
+
+/// Reads engine options that stand beside other keys, which are known but not in `node`.
+pub(crate) fn read_beside(
+    node: &Node,
+    path: &str,
+    beside: &[&'static str],
+    findings: &mut Findings,
+) -> Option<LlmOptions> {
+    let (raw, unknown) = read_open_section::<RawLlm>(node, path, findings)?;
+    let known: Vec<&str> = RawLlm::TABLE
+        .names()
+        .chain(beside.iter().copied())
+        .collect();
+    report_unknown(&unknown, path, &known, findings);
     Some(resolve_raw(raw, findings))
 }
 

@@ -8,7 +8,8 @@ pub(crate) mod kind;
 pub(crate) mod read;
 
 use crate::error::Place;
-use crate::section::read::MapReader;
+use crate::section::read::{Findings, MapReader};
+use crate::yaml::Node;
 
 /// What a value may be, as data: for checks, schemas and "expected …" texts.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +27,8 @@ pub(crate) enum Shape {
     Share,
     /// A number of seconds above 0.
     Seconds,
+    /// `host:port`.
+    Endpoint,
     OneOf(fn() -> Vec<&'static str>),
     List(&'static Self),
     Section(&'static SectionTable),
@@ -54,6 +57,8 @@ pub(crate) struct FieldRow {
     /// Other spellings that are accepted.
     pub(crate) also: &'static [&'static str],
     pub(crate) shape: Shape,
+    /// Checks a value that nobody acts on; records what is wrong.
+    pub(crate) check: fn(&Node, &str, &mut Findings) -> bool,
     /// The default, as YAML.
     pub(crate) default: &'static str,
     /// Raw text of the `///` lines.
@@ -183,6 +188,7 @@ macro_rules! section {
                         name: $crate::section::key_of!($field $(, $key)?),
                         also: &[$($($also),+)?],
                         shape: <$kind as $crate::section::kind::Kind>::SHAPE,
+                        check: $crate::section::kind::is_good::<$kind>,
                         default: $default,
                         doc: concat!($($doc, "\n"),+),
                         treatment: $crate::section::Treatment::Served,
@@ -193,6 +199,7 @@ macro_rules! section {
                         name: stringify!($ufield),
                         also: &[$($($ualso),+)?],
                         shape: <$ukind as $crate::section::kind::Kind>::SHAPE,
+                        check: $crate::section::kind::is_good::<$ukind>,
                         default: $udefault,
                         doc: concat!($($udoc, "\n"),+),
                         treatment: $crate::section::Treatment::$treatment($why),

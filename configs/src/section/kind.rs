@@ -11,6 +11,8 @@ use crate::yaml::{Node, Value, join};
 
 /// Longest duration that a key may state, in seconds: 30 days. Longer ones are a wrong unit.
 const SECONDS_MAX: f64 = 30.0 * 24.0 * 3600.0;
+/// The same in milliseconds.
+const MILLIS_MAX: u64 = 30 * 24 * 3600 * 1000;
 
 /// A type of values, known by a marker.
 pub(crate) trait Kind {
@@ -57,6 +59,9 @@ pub(crate) struct List<K>(PhantomData<K>);
 /// A nested section.
 #[derive(Debug)]
 pub(crate) struct Sub<S>(PhantomData<S>);
+/// A nested section that is read later, when what it inherits is known.
+#[derive(Debug)]
+pub(crate) struct Later<S>(PhantomData<S>);
 /// A mapping from names to scalars, all taken as text.
 #[derive(Debug)]
 pub(crate) struct TextMap;
@@ -119,6 +124,7 @@ impl Shape {
             Self::Whole { min, max } => format!("a whole number from {min} to {max}"),
             Self::Share => "a number above 0 and at most 1".to_owned(),
             Self::Seconds => "a number of seconds above 0 and at most 30 days".to_owned(),
+            Self::Endpoint => "`host:port`".to_owned(),
             Self::OneOf(names) => format!("one of {}", listed(names())),
             Self::List(item) => format!("a list, each item {}", item.expected()),
             Self::Section(table) => format!("a mapping, `{}`", table.name),
@@ -126,34 +132,11 @@ impl Shape {
             Self::Anything => "any value".to_owned(),
         }
     }
+}
 
-    /// Whether a value that nobody acts on has the right type.
-    pub(crate) fn admits(&self, node: &Node) -> bool {
-        match (self, &node.value) {
-            (Self::Anything, _)
-            | (Self::Flag, Value::Bool(_))
-            | (Self::FreeText, Value::Text(_))
-            | (Self::Section(_), Value::Map(_)) => true,
-            (Self::Text, Value::Text(text)) => !text.is_empty(),
-            (Self::Whole { min, max }, Value::Whole(number)) => {
-                (i128::from(*min)..=i128::from(*max)).contains(number)
-            }
-            (Self::Share, _) => node
-                .as_number()
-                .is_some_and(|share| share > 0.0 && share <= 1.0),
-            (Self::Seconds, _) => node
-                .as_number()
-                .is_some_and(|seconds| seconds > 0.0 && seconds <= SECONDS_MAX),
-            (Self::OneOf(names), Value::Text(text)) => {
-                names().iter().any(|name| name.eq_ignore_ascii_case(text))
-            }
-            (Self::List(item), Value::List(nodes)) => nodes.iter().all(|node| item.admits(node)),
-            (Self::TextMap, Value::Map(entries)) => entries
-                .iter()
-                .all(|entry| scalar_text(&entry.node).is_some()),
-            _ => false,
-        }
-    }
+/// Whether a value is good; what is wrong with it is recorded.
+pub(crate) fn is_good<K: Kind>(node: &Node, path: &str, findings: &mut Findings) -> bool {
+    K::read(node, path, findings).is_some()
 }
 
 /// Names as `a`, `b`, `c`.
@@ -180,13 +163,39 @@ fn wrong<K: Kind>(node: &Node, path: &str, findings: &mut Findings) {
     findings.wrong(node, path, &K::SHAPE.expected(), hint);
 }
 
-/// Records `node` as wrong unless the shape of `K` admits it.
-fn admitted<K: Kind>(node: &Node, path: &str, findings: &mut Findings) -> bool {
-    let good = K::SHAPE.admits(node);
-    if !good {
+/// `value`, after recording `node` as wrong if there is none.
+fn or_wrong<K: Kind>(
+    value: Option<K::Value>,
+    node: &Node,
+    path: &str,
+    findings: &mut Findings,
+) -> Option<K::Value> {
+    if value.is_none() {
         wrong::<K>(node, path, findings);
     }
-    good
+    value
+}
+
+/// The whole number, if it is one and within the limits.
+fn whole(node: &Node, min: u64, max: u64) -> Option<u64> {
+    match node.value {
+        Value::Whole(number) => u64::try_from(number)
+            .ok()
+            .filter(|number| (min..=max).contains(number)),
+        _ => None,
+    }
+}
+
+fn number(node: &Node, max: f64) -> Option<f64> {
+    node.as_number()
+        .filter(|number| *number > 0.0 && *number <= max)
+}
+
+fn text(node: &Node) -> Option<&str> {
+    match &node.value {
+        Value::Text(text) => Some(text),
+        _ => None,
+    }
 }
 
 impl Kind for Flag {
@@ -194,13 +203,11 @@ impl Kind for Flag {
     const SHAPE: Shape = Shape::Flag;
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<bool> {
-        match node.value {
+        let flag = match node.value {
             Value::Bool(flag) => Some(flag),
-            _ => {
-                wrong::<Self>(node, path, findings);
-                None
-            }
-        }
+            _ => None,
+        };
+        or_wrong::<Self>(flag, node, path, findings)
     }
 }
 
@@ -219,9 +226,10 @@ impl Kind for Text {
     const SHAPE: Shape = Shape::Text;
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<String> {
-        admitted::<Self>(node, path, findings)
-            .then(|| scalar_text(node))
-            .flatten()
+        let value = text(node)
+            .filter(|text| !text.is_empty())
+            .map(str::to_owned);
+        or_wrong::<Self>(value, node, path, findings)
     }
 }
 
@@ -230,9 +238,7 @@ impl Kind for FreeText {
     const SHAPE: Shape = Shape::FreeText;
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<String> {
-        admitted::<Self>(node, path, findings)
-            .then(|| scalar_text(node))
-            .flatten()
+        or_wrong::<Self>(text(node).map(str::to_owned), node, path, findings)
     }
 }
 
@@ -241,13 +247,8 @@ impl<T: TryFrom<u64>, const MIN: u64, const MAX: u64> Kind for Whole<T, MIN, MAX
     const SHAPE: Shape = Shape::Whole { min: MIN, max: MAX };
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<T> {
-        if !admitted::<Self>(node, path, findings) {
-            return None;
-        }
-        match node.value {
-            Value::Whole(number) => u64::try_from(number).ok().and_then(|n| T::try_from(n).ok()),
-            _ => None,
-        }
+        let value = whole(node, MIN, MAX).and_then(|number| T::try_from(number).ok());
+        or_wrong::<Self>(value, node, path, findings)
     }
 }
 
@@ -256,9 +257,7 @@ impl Kind for Share {
     const SHAPE: Shape = Shape::Share;
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<f64> {
-        admitted::<Self>(node, path, findings)
-            .then(|| node.as_number())
-            .flatten()
+        or_wrong::<Self>(number(node, 1.0), node, path, findings)
     }
 }
 
@@ -267,10 +266,9 @@ impl Kind for Seconds {
     const SHAPE: Shape = Shape::Seconds;
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<Duration> {
-        let seconds = admitted::<Self>(node, path, findings)
-            .then(|| node.as_number())
-            .flatten()?;
-        Duration::try_from_secs_f64(seconds).ok()
+        let duration =
+            number(node, SECONDS_MAX).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        or_wrong::<Self>(duration, node, path, findings)
     }
 }
 
@@ -278,15 +276,12 @@ impl Kind for Millis {
     type Value = Duration;
     const SHAPE: Shape = Shape::Whole {
         min: 1,
-        max: 30 * 24 * 3600 * 1000,
+        max: MILLIS_MAX,
     };
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<Duration> {
-        let limits = admitted::<Self>(node, path, findings);
-        match node.value {
-            Value::Whole(number) if limits => u64::try_from(number).ok().map(Duration::from_millis),
-            _ => None,
-        }
+        let duration = whole(node, 1, MILLIS_MAX).map(Duration::from_millis);
+        or_wrong::<Self>(duration, node, path, findings)
     }
 }
 
@@ -348,6 +343,16 @@ impl<S: Section + 'static> Kind for Sub<S> {
 
     fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<S> {
         read_section(node, path, findings)
+    }
+}
+
+impl<S: Section + 'static> Kind for Later<S> {
+    type Value = Node;
+    const SHAPE: Shape = Shape::Section(S::TABLE);
+
+    fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<Node> {
+        let mapping = matches!(node.value, Value::Map(_)).then(|| node.clone());
+        or_wrong::<Self>(mapping, node, path, findings)
     }
 }
 

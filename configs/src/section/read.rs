@@ -271,10 +271,9 @@ impl<'a> MapReader<'a> {
 
     fn judge(&mut self, entry: &Entry, row: &FieldRow) {
         let path = entry_path(entry, self.path);
-        if !row.shape.admits(&entry.node) {
-            self.findings
-                .wrong(&entry.node, &path, &row.shape.expected(), None);
-        } else if !entry.node.same_value(&default_node(row)) {
+        if (row.check)(&entry.node, &path, self.findings)
+            && !entry.node.same_value(&default_node(row))
+        {
             treat(entry, &path, row.treatment, self.findings);
         }
     }
