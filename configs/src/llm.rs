@@ -1,6 +1,23 @@
 //! The LLM options file (`--config`): what one instance is told about its engine (COMPAT.md §3.1, §12).
+//!
+//! Defaults give way to the command line, and the command line to the file: the file wins, as scripts expect.
+//! Engine options of existing TensorRT-LLM files are known by name; `known.rs` says what becomes of each.
 
-use crate::transceiver::TransceiverConfig;
+mod known;
+pub(crate) mod overrides;
+mod render;
+
+use crate::error::{ConfigErrorKind, ConfigErrors, Warning};
+use crate::section::kind::{
+    Anything, Choice, Choices, Count, Flag, OneOf, Share, Size, Sub, Text, Whole,
+};
+use crate::section::read::{Findings, read_open_section, report_unknown};
+use crate::section::{Located, Section, section};
+use crate::transceiver::{RawTransceiver, TransceiverConfig};
+use crate::yaml::{Document, Node};
+
+pub use overrides::LlmOverrides;
+pub use render::to_yaml;
 
 /// How weights and KV are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -16,6 +33,19 @@ pub enum ComputeDtype {
     Bfloat16,
 }
 
+impl Choices for ComputeDtype {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("auto", Choice::Is(Self::Auto)),
+        ("float32", Choice::Is(Self::Float32)),
+        ("float16", Choice::Is(Self::Float16)),
+        ("bfloat16", Choice::Is(Self::Bfloat16)),
+        ("half", Choice::Is(Self::Float16)),
+        ("fp8", Choice::NotServed("arithmetic or KV in 8 bits")),
+        ("nvfp4", Choice::NotServed("arithmetic or KV in 4 bits")),
+        ("int8", Choice::NotServed("arithmetic or KV in 8 bits")),
+    ];
+}
+
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoadFormat {
@@ -24,6 +54,167 @@ pub enum LoadFormat {
     Auto,
     /// Random weights of the configured shape, for benchmarks.
     Dummy,
+}
+
+impl Choices for LoadFormat {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("auto", Choice::Is(Self::Auto)),
+        ("dummy", Choice::Is(Self::Dummy)),
+        ("vision_only", Choice::NotServed("inputs other than text")),
+    ];
+}
+
+/// The original's engines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EngineBackend {
+    Pytorch,
+}
+
+impl Choices for EngineBackend {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("pytorch", Choice::Is(Self::Pytorch)),
+        (
+            "tensorrt",
+            Choice::NotServed("built TensorRT engine directories"),
+        ),
+        (
+            "trt",
+            Choice::NotServed("built TensorRT engine directories"),
+        ),
+        ("_autodeploy", Choice::NotServed("the auto-deploy engine")),
+    ];
+}
+
+/// How event hashes are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EventHash {
+    V1,
+}
+
+impl Choices for EventHash {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("auto", Choice::Is(Self::V1)),
+        ("v1_block_key", Choice::Is(Self::V1)),
+        (
+            "v2_sha256",
+            Choice::NotServed("SHA-256 hashes in KV cache events"),
+        ),
+        (
+            "v2_sha256_64",
+            Choice::NotServed("SHA-256 hashes in KV cache events"),
+        ),
+    ];
+}
+
+section! {
+    /// The pool of KV blocks and what may be reused from it.
+    RawKvCache "kv_cache_config" {
+        /// Reuse the KV of prompts that begin alike.
+        enable_block_reuse: Flag = "true";
+        /// Size of the pool in tokens. `null` sizes it by `free_gpu_memory_fraction`.
+        max_tokens: Whole<u64, 1, { u64::MAX }> = "null";
+        /// Share of free memory that the pool may take when `max_tokens` is not given: of the GPU, or of
+        /// the machine where there is none.
+        free_gpu_memory_fraction: Share = "0.9";
+        /// Type of the cached values: `auto`, `float32`, `float16` or `bfloat16`. `auto` follows the
+        /// engine's `dtype`. Context and generation instances must agree.
+        dtype: OneOf<ComputeDtype> = "auto";
+        /// Tokens per block, a power of two.
+        tokens_per_block: Whole<u32, 1, 1024> = "32";
+        /// How many KV cache events are kept for `/kv_cache_events`; 0 keeps none.
+        event_buffer_max_size: Size = "0";
+    }
+    unserved {
+        /// Attention window per layer, in tokens.
+        max_attention_window: Anything = "null", Refused "attention windows other than the model's own";
+        /// Tokens at the start that a window always keeps.
+        sink_token_length: Anything = "null", Refused "attention windows other than the model's own";
+        /// Bytes of host memory for blocks that leave the GPU.
+        host_cache_size: Anything = "null", Ignored "blocks are not moved to host memory";
+        /// Bring blocks back from host memory before use.
+        onboard_blocks: Flag = "true", Ignored "blocks are not moved to host memory";
+        /// Share of the pool for cross attention.
+        cross_kv_cache_fraction: Anything = "null", Ignored "there are no encoder-decoder models";
+        /// Least priority of blocks that move to host memory.
+        secondary_offload_min_priority: Anything = "null", Ignored "blocks are not moved to host memory";
+        /// Period at which events of data-parallel ranks are gathered, in milliseconds.
+        attention_dp_events_gather_period_ms: Count = "5", Ignored "there are no data-parallel ranks";
+        /// Reuse blocks of which only the first tokens match.
+        enable_partial_reuse: Flag = "true", Ignored "whole blocks are reused";
+        /// Copy such blocks before use.
+        copy_on_partial_reuse: Flag = "true", Ignored "whole blocks are reused";
+        /// Use unified memory for the pool.
+        use_uvm: Flag = "false", Ignored "the pool is in one memory";
+        /// Most bytes that the pool may take; 0 sets no limit.
+        max_gpu_total_bytes: Whole<u64, 0, { u64::MAX }> = "0",
+            Refused "a limit in bytes; give `max_tokens`";
+        /// Type of state-space model caches.
+        mamba_ssm_cache_dtype: Anything = "auto", Ignored "there are no state-space models";
+        /// Use the original's second cache manager.
+        use_kv_cache_manager_v2: Flag = "false", Ignored "there is one cache manager";
+        /// How full the pool may be when a paused request goes on.
+        max_util_for_resume: Share = "0.95", Ignored "paused requests go on when their blocks fit";
+        /// Hash of the blocks in events.
+        kv_cache_event_hash_algo: OneOf<EventHash> = "auto", Quiet "events carry v1 hashes";
+    }
+    groups &[];
+}
+
+section! {
+    /// What one instance is told about its engine. The file wins over the command line.
+    RawLlm "llm options" {
+        /// Model: a GGUF file, a Hugging Face directory, or a model id that is in the local cache.
+        model: Text = "null";
+        /// Arithmetic: `auto` keeps weights as stored and KV in 16 bits; `float32` reproduces a float32
+        /// implementation; `float16` and `bfloat16` set the type of the KV.
+        dtype: OneOf<ComputeDtype> = "auto";
+        /// Where weights come from: `auto` reads them; `dummy` makes random ones, for benchmarks.
+        load_format: OneOf<LoadFormat> = "auto";
+        /// Most sequences in one step.
+        max_batch_size: Count = "2048";
+        /// Most tokens in one step.
+        max_num_tokens: Count = "8192";
+        /// Longest sequence in tokens, prompt and answer together. `null` takes the model's.
+        max_seq_len: Count = "null";
+        /// Spread prompts that are longer than `max_num_tokens` over several steps.
+        enable_chunked_prefill: Flag = "false";
+        /// Ranks among which each layer is split.
+        tensor_parallel_size: Whole<u32, 1, 4096> = "1";
+        /// Ranks among which the layers are dealt.
+        pipeline_parallel_size: Whole<u32, 1, 4096> = "1";
+        /// The pool of KV blocks.
+        kv_cache_config: Sub<RawKvCache> = "{}";
+        /// Short form of `kv_cache_config.free_gpu_memory_fraction`, as the command line has it.
+        free_gpu_memory_fraction["kv_cache_free_gpu_memory_fraction"]: Share = "null";
+        /// The hand-off of KV. `null` hands nothing off.
+        cache_transceiver_config: Sub<RawTransceiver> = "null";
+        /// Older spelling of a `cache_transceiver_config` with `backend: DEFAULT`.
+        enable_cache_transceiver: Flag = "null";
+        /// Keep timings of each request for `/perf_metrics`.
+        return_perf_metrics: Flag = "false";
+        /// For how many requests those timings are kept; 0 keeps none.
+        perf_metrics_max_requests: Size = "0";
+        /// Compute threads of the CPU backend. `null` takes every core the process may use.
+        num_threads: Whole<u32, 1, 4096> = "null";
+        /// Name that `/v1/models` reports. `null` takes the model's directory or file name.
+        served_model_name: Text = "null";
+        /// Chat template that replaces the model's own: a file, or the template itself.
+        chat_template: Text = "null";
+        /// Tokenizer directory or file that replaces the model's own.
+        tokenizer: Text = "null";
+    }
+    unserved {
+        /// Which of the original's engines runs: only `pytorch` is known here, and means this engine.
+        backend: OneOf<EngineBackend> = "pytorch", Quiet "there is one engine";
+        /// Run scheduling and computation one after the other.
+        disable_overlap_scheduler: Flag = "false",
+            Quiet "the CPU engine never overlaps them; context servers need no setting";
+        /// Ranks among which one sequence is split.
+        context_parallel_size: Count = "1", Refused "splitting one sequence over ranks";
+        /// Beams of a search.
+        max_beam_width: Count = "1", Refused "beam search";
+    }
+    groups known::TENSORRT_LLM_OPTIONS;
 }
 
 /// `kv_cache_config` (COMPAT.md §12.2), resolved.
@@ -59,6 +250,8 @@ impl Default for KvCacheConfig {
 /// One instance's engine options after defaults, command line and file are merged.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlmOptions {
+    /// The model that the file names; `None` where only the command line does.
+    pub model: Option<String>,
     /// Weight and KV arithmetic.
     pub dtype: ComputeDtype,
     /// Where weights come from.
@@ -96,6 +289,7 @@ pub struct LlmOptions {
 impl Default for LlmOptions {
     fn default() -> Self {
         Self {
+            model: None,
             dtype: ComputeDtype::Auto,
             load_format: LoadFormat::Auto,
             max_batch_size: 2048,
@@ -115,3 +309,140 @@ impl Default for LlmOptions {
         }
     }
 }
+
+/// Options from defaults, then the command line, then the file, which wins.
+///
+/// # Errors
+/// Everything that is wrong with the file and with the command line's values.
+pub fn resolve(
+    file: Option<&Document>,
+    cli: &LlmOverrides,
+) -> Result<(LlmOptions, Vec<Warning>), ConfigErrors> {
+    let merged = overrides::merge(file, cli);
+    let mut findings = Findings::new(&merged);
+    let options = read(merged.root(), "", &mut findings);
+    let warnings = findings.finish()?;
+    Ok((options.unwrap_or_default(), warnings))
+}
+
+/// Reads a mapping of engine options; `None` only if it is no mapping.
+pub(crate) fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<LlmOptions> {
+    read_beside(node, path, &[], findings)
+}
+
+/// Reads engine options that stand beside other keys, which are known but not in `node`.
+pub(crate) fn read_beside(
+    node: &Node,
+    path: &str,
+    beside: &[&'static str],
+    findings: &mut Findings,
+) -> Option<LlmOptions> {
+    let (raw, unknown) = read_open_section::<RawLlm>(node, path, findings)?;
+    let known: Vec<&str> = RawLlm::TABLE
+        .names()
+        .chain(beside.iter().copied())
+        .collect();
+    report_unknown(&unknown, path, &known, findings);
+    Some(resolve_raw(raw, findings))
+}
+
+fn resolve_raw(raw: RawLlm, findings: &mut Findings) -> LlmOptions {
+    let defaults = LlmOptions::default();
+    let kv_cache = resolve_kv_cache(raw.kv_cache_config, raw.free_gpu_memory_fraction, findings);
+    let transceiver = crate::transceiver::resolve(
+        raw.cache_transceiver_config.map(|given| given.value),
+        raw.enable_cache_transceiver,
+        findings,
+    );
+    LlmOptions {
+        model: given(raw.model),
+        dtype: given(raw.dtype).unwrap_or(defaults.dtype),
+        load_format: given(raw.load_format).unwrap_or(defaults.load_format),
+        max_batch_size: given(raw.max_batch_size).unwrap_or(defaults.max_batch_size),
+        max_num_tokens: given(raw.max_num_tokens).unwrap_or(defaults.max_num_tokens),
+        max_seq_len: given(raw.max_seq_len),
+        enable_chunked_prefill: given(raw.enable_chunked_prefill)
+            .unwrap_or(defaults.enable_chunked_prefill),
+        tensor_parallel_size: given(raw.tensor_parallel_size)
+            .unwrap_or(defaults.tensor_parallel_size),
+        pipeline_parallel_size: given(raw.pipeline_parallel_size)
+            .unwrap_or(defaults.pipeline_parallel_size),
+        kv_cache,
+        transceiver,
+        return_perf_metrics: given(raw.return_perf_metrics).unwrap_or(defaults.return_perf_metrics),
+        perf_metrics_max_requests: given(raw.perf_metrics_max_requests)
+            .unwrap_or(defaults.perf_metrics_max_requests),
+        num_threads: given(raw.num_threads),
+        served_model_name: given(raw.served_model_name),
+        chat_template: raw
+            .chat_template
+            .and_then(|value| template_text(value, findings)),
+        tokenizer: given(raw.tokenizer),
+    }
+}
+
+fn given<T>(field: Option<Located<T>>) -> Option<T> {
+    field.map(|located| located.value)
+}
+
+fn resolve_kv_cache(
+    section: Option<Located<RawKvCache>>,
+    short_form: Option<Located<f64>>,
+    findings: &mut Findings,
+) -> KvCacheConfig {
+    let raw = given(section).unwrap_or_default();
+    let defaults = KvCacheConfig::default();
+    if let Some(size) = &raw.tokens_per_block
+        && !size.value.is_power_of_two()
+    {
+        let kind = ConfigErrorKind::WrongValue {
+            found: size.value.to_string(),
+            expected: "a power of two".to_owned(),
+        };
+        let hint = format!("{} is the next one", size.value.next_power_of_two());
+        findings.error(size.place, &size.path, kind, Some(hint));
+    }
+    if let (Some(section), Some(short)) = (&raw.free_gpu_memory_fraction, &short_form)
+        && short.place.is_some()
+        && short.value.to_bits() != section.value.to_bits()
+    {
+        let what = format!(
+            "is {}, but `{}` is {}",
+            short.value, section.path, section.value
+        );
+        findings.conflict(short.place, &short.path, what);
+    }
+    KvCacheConfig {
+        enable_block_reuse: given(raw.enable_block_reuse).unwrap_or(defaults.enable_block_reuse),
+        max_tokens: given(raw.max_tokens),
+        free_memory_fraction: given(raw.free_gpu_memory_fraction)
+            .or(given(short_form))
+            .unwrap_or(defaults.free_memory_fraction),
+        dtype: given(raw.dtype).unwrap_or(defaults.dtype),
+        tokens_per_block: given(raw.tokens_per_block).unwrap_or(defaults.tokens_per_block),
+        event_buffer_max_size: given(raw.event_buffer_max_size)
+            .unwrap_or(defaults.event_buffer_max_size),
+    }
+}
+
+/// A template written inline, or the text of the file that is named.
+fn template_text(template: Located<String>, findings: &mut Findings) -> Option<String> {
+    if template.value.contains("{{") || template.value.contains("{%") {
+        return Some(template.value);
+    }
+    match std::fs::read_to_string(&template.value) {
+        Ok(text) => Some(text),
+        Err(error) => {
+            let kind = ConfigErrorKind::WrongValue {
+                found: crate::yaml::quoted(&template.value),
+                expected: format!("a template or a file that can be read ({error})"),
+            };
+            let hint = "a template has `{{` or `{%` in it".to_owned();
+            findings.error(template.place, &template.path, kind, Some(hint));
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
