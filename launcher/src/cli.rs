@@ -225,6 +225,9 @@ pub(crate) struct ConfigCheckArgs {
     /// Kind of document [default: guessed from its keys].
     #[arg(long)]
     pub(crate) kind: Option<String>,
+    /// Print the reports as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -238,6 +241,9 @@ pub(crate) struct ConfigExplainArgs {
     /// Describe one key, such as kv_cache_config.tokens_per_block.
     #[arg(long)]
     pub(crate) key: Option<String>,
+    /// Print the values as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `--endpoint` of the client.

@@ -1,1 +1,76 @@
-fn main() {}
+//! `baton`: one binary, every role. This file is the table of contents; each command has its module.
+//!
+//! stdout is data, stderr is talk. Errors travel up to here, are printed once, and become an exit code.
+
+mod child;
+mod cli;
+mod client;
+mod config;
+mod exit;
+mod files;
+mod http;
+mod logging;
+mod os;
+mod output;
+mod servers;
+mod supervisor;
+mod timeline;
+mod up;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command, LogLevel};
+use crate::exit::{Outcome, WithOutcome};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse_from(cli::normalise(std::env::args_os())) {
+        Ok(cli) => cli,
+        Err(answer) => return usage(&answer),
+    };
+    logging::start(log_level(&cli.command));
+    match run(cli.command) {
+        Ok(outcome) => outcome.into(),
+        Err(error) => {
+            // When stderr is gone there is nobody to tell.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            exit::of(&error).into()
+        }
+    }
+}
+
+/// Help and version are answers; everything else clap has to say is a wrong command line.
+fn usage(answer: &clap::Error) -> ExitCode {
+    let _ = answer.print();
+    if answer.use_stderr() { Outcome::Usage.into() } else { Outcome::Success.into() }
+}
+
+fn log_level(command: &Command) -> LogLevel {
+    match command {
+        Command::Up(args) => args.log_level,
+        Command::Serve(args) => args.log_level,
+        Command::Disaggregated(args) => args.log_level,
+        Command::Client(_) | Command::Config(_) => LogLevel::Warning,
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<Outcome> {
+    match command {
+        // Children are tied to the life of the thread that forks them, so the supervisor has just this one.
+        Command::Up(args) => on_this_thread()?.block_on(up::run(args)),
+        Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
+        Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
+        Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
+        Command::Config(command) => config::run(&command),
+    }
+}
+
+fn on_this_thread() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().outcome(Outcome::Unavailable)
+}
+
+fn on_all_cores() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().outcome(Outcome::Unavailable)
+}
