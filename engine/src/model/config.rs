@@ -16,8 +16,10 @@ use crate::backend::RopeTable;
 use crate::model::ModelShape;
 use crate::model::error::ModelErrorKind;
 
-/// Far above any real model; keeps hostile headers from asking for absurd tables.
-const DIMENSION_MAX: usize = 1 << 24;
+// Far above any real model: they keep hostile headers from asking for absurd tables, and sizes from overflowing.
+const VOCAB_MAX: usize = 1 << 24;
+const WIDTH_MAX: usize = 1 << 20;
+const HEAD_COUNT_MAX: usize = 1 << 16;
 const LAYER_COUNT_MAX: usize = 4096;
 const HEAD_DIM_MAX: usize = 4096;
 const CONTEXT_LEN_MAX: usize = 1 << 31;
@@ -112,7 +114,7 @@ impl DecoderConfig {
             .collect();
         format!(
             "architecture={} layers={} heads={} kv_heads={} head_dim={} width={} ffn_width={} vocab={} \
-             rms_epsilon={:e} qkv_bias={} head_norms={} windows={:?} pairing={:?} magnitude={:.4e} frequencies={}",
+             rms_epsilon={:e} qkv_bias={} output_bias={} ffn_bias={} head_norms={} windows={:?} pairing={:?} magnitude={:.4e} frequencies={}",
             self.architecture.name(),
             self.layers(),
             self.heads,
@@ -123,6 +125,8 @@ impl DecoderConfig {
             self.vocab,
             self.rms_epsilon,
             self.qkv_bias,
+            self.output_bias,
+            self.ffn_bias,
             self.head_norms,
             self.windows,
             self.rope.pairing,
@@ -149,12 +153,12 @@ impl Dimensions {
     /// Holds them against each other and against the bounds.
     fn check(&self) -> Result<(), ModelErrorKind> {
         in_range("number of layers", self.layers, LAYER_COUNT_MAX)?;
-        in_range("number of attention heads", self.heads, DIMENSION_MAX)?;
-        in_range("number of key/value heads", self.kv_heads, DIMENSION_MAX)?;
+        in_range("number of attention heads", self.heads, HEAD_COUNT_MAX)?;
+        in_range("number of key/value heads", self.kv_heads, HEAD_COUNT_MAX)?;
         in_range("head size", self.head_dim, HEAD_DIM_MAX)?;
-        in_range("hidden size", self.width, DIMENSION_MAX)?;
-        in_range("feed-forward size", self.ffn_width, DIMENSION_MAX)?;
-        in_range("vocabulary size", self.vocab, DIMENSION_MAX)?;
+        in_range("hidden size", self.width, WIDTH_MAX)?;
+        in_range("feed-forward size", self.ffn_width, WIDTH_MAX)?;
+        in_range("vocabulary size", self.vocab, VOCAB_MAX)?;
         in_range("context length", self.max_seq_len, CONTEXT_LEN_MAX)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(ModelErrorKind::config(

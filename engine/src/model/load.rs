@@ -79,14 +79,13 @@ pub fn load<B: Backend>(
     refuse_parallelism(options).map_err(|kind| kind.of(spec))?;
     let cache = HubCache::from_environment();
     let source = source::find(spec, revision, options.load_format, &cache)?;
-    let mut loaded = match &source.files {
-        ModelFiles::Gguf(path) => load_gguf(path, options.load_format, backend, progress)?,
+    let name = options.served_model_name.clone().unwrap_or(source.name);
+    match source.files {
+        ModelFiles::Gguf(path) => load_gguf(&path, name, options.load_format, backend, progress),
         ModelFiles::HuggingFace(directory) => {
-            load_hugging_face(directory, options.load_format, backend, progress)?
+            load_hugging_face(directory, name, options.load_format, backend, progress)
         }
-    };
-    loaded.name = options.served_model_name.clone().unwrap_or(source.name);
-    Ok(loaded)
+    }
 }
 
 /// The element type of the KV cache: what the options say, else 16 bits.
@@ -133,6 +132,7 @@ fn refuse_parallelism(options: &LlmOptions) -> Result<(), ModelErrorKind> {
 
 fn load_gguf<B: Backend>(
     path: &Path,
+    name: String,
     load_format: LoadFormat,
     backend: B,
     progress: &dyn Fn(LoadProgress<'_>),
@@ -150,12 +150,13 @@ fn load_gguf<B: Backend>(
         tokens: special_tokens::from_gguf(file.metadata()),
         generation: GenerationDefaults::default(),
         files: TokenizerFiles::Gguf(file.into_metadata()),
-        name: String::new(),
+        name,
     })
 }
 
 fn load_hugging_face<B: Backend>(
-    directory: &Path,
+    directory: PathBuf,
+    name: String,
     load_format: LoadFormat,
     backend: B,
     progress: &dyn Fn(LoadProgress<'_>),
@@ -165,9 +166,9 @@ fn load_hugging_face<B: Backend>(
         std::fs::read_to_string(&path).map_err(|error| ModelErrorKind::Io(error).at(&path))?;
     let raw = HuggingFaceConfig::parse(&text).map_err(|kind| kind.at(&path))?;
     let config = raw.decoder().map_err(|kind| kind.at(&path))?;
-    let (tokens, generation) = special_tokens::from_directory(directory)?;
+    let (tokens, generation) = special_tokens::from_directory(&directory)?;
     let checkpoint = match load_format {
-        LoadFormat::Auto => Checkpoint::Safetensors(Shards::open(directory)?),
+        LoadFormat::Auto => Checkpoint::Safetensors(Shards::open(&directory)?),
         LoadFormat::Dummy => Checkpoint::Dummy(raw.weight_dtype()),
     };
     let model = Decoder::load(config, &checkpoint, backend, progress)?;
@@ -175,7 +176,7 @@ fn load_hugging_face<B: Backend>(
         model: Box::new(model),
         tokens,
         generation,
-        files: TokenizerFiles::HuggingFace(directory.to_owned()),
-        name: String::new(),
+        files: TokenizerFiles::HuggingFace(directory),
+        name,
     })
 }

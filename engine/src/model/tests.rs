@@ -1,7 +1,8 @@
 //! The model half against independent implementations: golden log-probabilities, both file formats, hostile files.
 
 mod golden;
-mod hostile;
+mod hostile_gguf;
+mod hostile_safetensors;
 mod loading;
 pub(crate) mod reference_backend;
 mod tiny_gguf;

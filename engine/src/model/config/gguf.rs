@@ -49,7 +49,7 @@ pub(crate) fn from_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelErrorKind
         ffn_width: dimensions.ffn_width,
         vocab: dimensions.vocab,
         max_seq_len: rope.reach(dimensions.max_seq_len),
-        rms_epsilon: epsilon(&keys.name(norm_key), keys.float(norm_key)?.unwrap_or(-1.0))?,
+        rms_epsilon: epsilon(&keys.name(norm_key), keys.required_float(norm_key)?)?,
         rope: rope.table()?,
         windows: vec![window; dimensions.layers],
         qkv_bias: file.dims("blk.0.attn_q.bias").is_some(),
@@ -99,6 +99,11 @@ impl Keys<'_> {
             Some(value) => Ok(Some(value)),
             None => Err(ModelErrorKind::config(name, "is not a number")),
         }
+    }
+
+    fn required_float(&self, key: &str) -> Result<f64, ModelErrorKind> {
+        self.float(key)?
+            .ok_or_else(|| ModelErrorKind::config(self.name(key), "is missing"))
     }
 
     /// Refuses what llama.cpp's keys can say and this decoder does not do.
