@@ -81,7 +81,7 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// The pass through one layer, with the activations that it reuses from layer to layer.
+/// The activations of a layer's first half, reused from layer to layer.
 #[derive(Debug)]
 struct Pass<B: Backend> {
     /// `[T, E]`.
