@@ -9,6 +9,7 @@ use crate::disagg::{self, RawGroup};
 use crate::error::{ConfigErrors, Place, Warning, nearest};
 use crate::layout;
 use crate::llm::RawLlm;
+use crate::section::read::default_node;
 use crate::section::{FieldRow, Section, SectionTable, Shape, Treatment, paragraph};
 use crate::yaml::{Document, Entry, Node, Origin, Value, join};
 
@@ -135,7 +136,12 @@ pub fn explain_document(
     match kind {
         Kind::Disagg => explain_disagg(document.root(), &mut values),
         Kind::Layout => explain_layout(document.root(), &mut values),
-        Kind::Metadata | Kind::Llm => walk(kind.table(), document.root(), "", &mut values),
+        Kind::Metadata | Kind::Llm => {
+            let mut walk = Walk {
+                values: &mut values,
+            };
+            walk.table(kind.table(), document.root(), "", &Origin::Written);
+        }
     }
     Ok(Explanation {
         file: document.file().to_owned(),
@@ -148,88 +154,124 @@ pub fn explain_document(
 /// The engine options of both roles are shown where they work, in each role.
 fn explain_layout(root: &Node, values: &mut Vec<ExplainedValue>) {
     let effective = layout::effective_root(root);
+    let mut walk = Walk { values };
     for row in Kind::Layout
         .table()
         .rows()
         .filter(|row| row.name != "engine")
     {
-        walk_row(row, &effective, "", values);
+        walk.row(row, &effective, "", &Origin::Written);
     }
 }
 
 /// The proxy uses no engine options, so only those that are given are listed.
 fn explain_disagg(root: &Node, values: &mut Vec<ExplainedValue>) {
+    let mut walk = Walk { values };
     for row in Kind::Disagg.table().rows() {
         match row.name {
             "context_servers" | "generation_servers" => {
                 let (section, engine) = disagg::effective_section(root, row.name);
-                walk(RawGroup::TABLE, &section, row.name, values);
-                walk_given(RawLlm::TABLE, &engine, row.name, values);
+                walk.table(RawGroup::TABLE, &section, row.name, &Origin::Written);
+                walk.given(RawLlm::TABLE, &engine, row.name, &Origin::Written);
             }
-            _ => walk_row(row, root, "", values),
+            _ => walk.row(row, root, "", &Origin::Written),
         }
     }
 }
 
-fn walk(table: &'static SectionTable, node: &Node, path: &str, values: &mut Vec<ExplainedValue>) {
-    for row in table.rows() {
-        walk_row(row, node, path, values);
-    }
-    for entry in node.entries() {
-        if let Some(group) = table.group(&entry.key) {
-            push_given(entry, path, group.treatment, values);
-        }
-    }
+/// Goes through tables and mappings together; `within` is how the mapping came to be where it is.
+struct Walk<'a> {
+    values: &'a mut Vec<ExplainedValue>,
 }
 
-fn walk_given(
-    table: &'static SectionTable,
-    node: &Node,
-    path: &str,
-    values: &mut Vec<ExplainedValue>,
-) {
-    for entry in node.entries().iter().filter(|entry| !entry.node.is_null()) {
-        match table.row(&entry.key) {
-            Some(row) => match row.shape {
-                Shape::Section(inner) => {
-                    walk_given(inner, &entry.node, &join(path, row.name), values);
-                }
-                _ => push_given(entry, path, row.treatment, values),
-            },
-            None => {
+impl Walk<'_> {
+    /// Every key of a table, given or not.
+    fn table(&mut self, table: &'static SectionTable, node: &Node, path: &str, within: &Origin) {
+        for row in table.rows() {
+            self.row(row, node, path, within);
+        }
+        for entry in node.entries() {
+            if let Some(group) = table.group(&entry.key) {
+                self.push(entry, &join(path, &entry.key), group.treatment, within);
+            }
+        }
+    }
+
+    /// Only the keys that are given.
+    fn given(&mut self, table: &'static SectionTable, node: &Node, path: &str, within: &Origin) {
+        for entry in node.entries().iter().filter(|entry| !entry.node.is_null()) {
+            let Some(row) = table.row(&entry.key) else {
                 let treatment = table
                     .group(&entry.key)
                     .map_or(Treatment::Served, |g| g.treatment);
-                push_given(entry, path, treatment, values);
+                self.push(entry, &join(path, &entry.key), treatment, within);
+                continue;
+            };
+            let row_path = join(path, row.name);
+            match row.shape {
+                Shape::Section(inner) => {
+                    self.given(inner, &entry.node, &row_path, &origin(entry, within));
+                }
+                _ => self.push(entry, &row_path, row.treatment, within),
             }
         }
     }
+
+    fn row(&mut self, row: &'static FieldRow, node: &Node, path: &str, within: &Origin) {
+        let entry = given_entry(row, node);
+        let row_path = join(path, row.name);
+        if let Shape::Section(table) = row.shape
+            && (entry.is_some() || row.default == "{}")
+        {
+            let empty = Node::new(Value::Map(Vec::new()));
+            let inner = entry.map_or(&empty, |entry| &entry.node);
+            let inside = entry.map_or(Origin::Written, |entry| origin(entry, within));
+            self.table(table, inner, &row_path, &inside);
+            return;
+        }
+        match entry {
+            Some(entry) => self.push(entry, &row_path, row.treatment, within),
+            // What has no effect is shown only where someone wrote it.
+            None if matches!(row.treatment, Treatment::Served) => {
+                let (value, source) = derived(row, node, path)
+                    .unwrap_or_else(|| (default_node(row).flow(), Source::Default));
+                self.values.push(ExplainedValue {
+                    path: row_path,
+                    value,
+                    source,
+                    note: None,
+                });
+            }
+            None => {}
+        }
+    }
+
+    fn push(&mut self, entry: &Entry, path: &str, treatment: Treatment, within: &Origin) {
+        let place = entry.node.place.or(entry.place);
+        let source = match origin(entry, within) {
+            Origin::Written => Source::Written(place),
+            Origin::Inherited(path) => Source::Inherited { path, place },
+            Origin::CommandLine => Source::CommandLine,
+        };
+        let note = match treatment {
+            Treatment::Served | Treatment::Refused(_) => None,
+            Treatment::Quiet(why) | Treatment::Ignored(why) => Some(format!("no effect: {why}")),
+        };
+        let value = entry.node.flow();
+        self.values.push(ExplainedValue {
+            path: path.to_owned(),
+            value,
+            source,
+            note,
+        });
+    }
 }
 
-fn walk_row(row: &'static FieldRow, node: &Node, path: &str, values: &mut Vec<ExplainedValue>) {
-    let entry = given_entry(row, node);
-    if let Shape::Section(table) = row.shape
-        && (entry.is_some() || row.default == "{}")
-    {
-        let empty = Node::new(Value::Map(Vec::new()));
-        let inner = entry.map_or(&empty, |entry| &entry.node);
-        walk(table, inner, &join(path, row.name), values);
-        return;
-    }
-    match entry {
-        Some(entry) => push_given(entry, path, row.treatment, values),
-        // What has no effect is shown only where someone wrote it.
-        None if matches!(row.treatment, Treatment::Served) => {
-            let (value, source) = derived(row, node, path)
-                .unwrap_or_else(|| (row.default.to_owned(), Source::Default));
-            values.push(ExplainedValue {
-                path: join(path, row.name),
-                value,
-                source,
-                note: None,
-            });
-        }
-        None => {}
+/// How an entry came to be where it is, inside a mapping that itself may be inherited.
+fn origin(entry: &Entry, within: &Origin) -> Origin {
+    match (&entry.origin, within) {
+        (Origin::Written, Origin::Inherited(path)) => Origin::Inherited(join(path, &entry.key)),
+        (own, _) => own.clone(),
     }
 }
 
@@ -243,15 +285,14 @@ fn given_entry<'a>(row: &FieldRow, node: &'a Node) -> Option<&'a Entry> {
 
 /// Values that are not given and yet are no fixed default.
 fn derived(row: &FieldRow, node: &Node, path: &str) -> Option<(String, Source)> {
-    let list_length = |node: &Node| match &node.value {
-        Value::List(items) => items.len(),
-        _ => 0,
-    };
     match (row.name, path) {
         ("num_instances", _) => {
             let urls = node.entry("urls").filter(|entry| !entry.node.is_null())?;
+            let Value::List(items) = &urls.node.value else {
+                return None;
+            };
             Some((
-                list_length(&urls.node).to_string(),
+                items.len().to_string(),
                 Source::Derived("the number of `urls`"),
             ))
         }
@@ -265,28 +306,6 @@ fn derived(row: &FieldRow, node: &Node, path: &str) -> Option<(String, Source)> 
         }
         _ => None,
     }
-}
-
-fn push_given(entry: &Entry, path: &str, treatment: Treatment, values: &mut Vec<ExplainedValue>) {
-    let place = entry.node.place.or(entry.place);
-    let source = match &entry.origin {
-        Origin::Written => Source::Written(place),
-        Origin::Inherited(path) => Source::Inherited {
-            path: path.clone(),
-            place,
-        },
-        Origin::CommandLine => Source::CommandLine,
-    };
-    let note = match treatment {
-        Treatment::Served | Treatment::Refused(_) => None,
-        Treatment::Quiet(why) | Treatment::Ignored(why) => Some(format!("no effect: {why}")),
-    };
-    values.push(ExplainedValue {
-        path: join(path, &entry.key),
-        value: entry.node.flow(),
-        source,
-        note,
-    });
 }
 
 // === One key ===
