@@ -155,3 +155,6 @@ fn parse_store(uri: &str) -> Option<ClusterStore> {
     let endpoint = address.trim_end_matches('/').parse().ok()?;
     Some(ClusterStore::Proxy { tls, endpoint })
 }
+
+#[cfg(test)]
+mod tests;

@@ -298,6 +298,31 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
     })
 }
 
+/// A section's own keys, and its engine options with the inherited ones.
+pub(crate) fn effective_section(root: &Node, name: &str) -> (Node, Node) {
+    let inherited = root
+        .entries()
+        .iter()
+        .filter(|entry| RawLlm::TABLE.knows(&entry.key))
+        .cloned()
+        .collect();
+    let forced = root
+        .entry("return_perf_metrics")
+        .filter(|e| e.node.value == Value::Bool(true));
+    let inherited = mark_inherited(inherited, forced.map(|_| root));
+    let section = root
+        .entry(name)
+        .map(|entry| entry.node.entries().to_vec())
+        .unwrap_or_default();
+    let (own, engine): (Vec<Entry>, Vec<Entry>) = section
+        .into_iter()
+        .partition(|entry| RawGroup::TABLE.knows(&entry.key));
+    // The document has been checked, so what would be found here is known not to be there.
+    let mut scratch = Findings::new(&Document::from_root("", root.clone()));
+    let engine = group::inherit(engine, name, &inherited, &mut scratch);
+    (Node::new(Value::Map(own)), Node::new(Value::Map(engine)))
+}
+
 /// The top level's engine options as both sections get them; `forced` adds `return_perf_metrics`.
 fn mark_inherited(mut entries: Vec<Entry>, forced: Option<&Node>) -> Vec<Entry> {
     entries.extend(

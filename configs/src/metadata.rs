@@ -97,3 +97,6 @@ pub fn resolve(document: &Document) -> Result<(MetadataConfig, Vec<Warning>), Co
     };
     Ok((config, findings.finish()?))
 }
+
+#[cfg(test)]
+mod tests;

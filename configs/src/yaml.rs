@@ -383,10 +383,17 @@ impl Node {
         }
     }
 
+    /// The value on one line, as YAML.
+    pub(crate) fn flow(&self) -> String {
+        let mut text = String::new();
+        write_flow(&mut text, self, usize::MAX);
+        text
+    }
+
     /// The value on one line, as YAML, cut where it is long.
     pub(crate) fn shown(&self) -> String {
         let mut text = String::new();
-        write_flow(&mut text, self);
+        write_flow(&mut text, self, 8 * SHOWN_CHARS_MAX);
         shorten(&text, SHOWN_CHARS_MAX)
     }
 
@@ -402,8 +409,9 @@ impl Node {
     }
 }
 
-fn write_flow(out: &mut String, node: &Node) {
-    if out.len() > 8 * SHOWN_CHARS_MAX {
+/// Writes until there is enough for the reader.
+fn write_flow(out: &mut String, node: &Node, enough_bytes: usize) {
+    if out.len() > enough_bytes {
         return;
     }
     match &node.value {
@@ -418,7 +426,7 @@ fn write_flow(out: &mut String, node: &Node) {
                 if index > 0 {
                     out.push_str(", ");
                 }
-                write_flow(out, item);
+                write_flow(out, item, enough_bytes);
             }
             out.push(']');
         }
@@ -430,7 +438,7 @@ fn write_flow(out: &mut String, node: &Node) {
                 }
                 out.push_str(&entry.key.escape_debug().to_string());
                 out.push_str(": ");
-                write_flow(out, &entry.node);
+                write_flow(out, &entry.node, enough_bytes);
             }
             out.push('}');
         }

@@ -136,7 +136,7 @@ fn check_distinct(urls: &[(Endpoint, Node)], path: &str, findings: &mut Findings
 }
 
 /// The section's own options and the inherited ones; a key that stands in both must say the same.
-fn inherit(
+pub(super) fn inherit(
     mut own: Vec<Entry>,
     path: &str,
     inherited: &[Entry],

@@ -165,14 +165,6 @@ pub(crate) fn read(
 
 /// Reads the type before anything else, because it decides which arguments there are.
 fn read_type(node: &Node, path: &str, findings: &mut Findings) -> Option<RouterType> {
-    let Value::Map(_) = node.value else {
-        let hint = match &node.value {
-            Value::Text(name) => Some(format!("write `router: {{type: {name}}}`")),
-            _ => None,
-        };
-        findings.wrong(node, path, "a mapping, `router`", hint);
-        return None;
-    };
     let Some(entry) = node.entry("type") else {
         return Some(RouterType::RoundRobin);
     };

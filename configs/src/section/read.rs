@@ -69,11 +69,20 @@ impl Findings {
     }
 
     pub(crate) fn not_served(&mut self, node: &Node, path: &str, what: &str) {
-        let kind = ConfigErrorKind::NotServed {
-            found: node.shown(),
-            what: what.to_owned(),
+        let found = match node.value {
+            // A section is named, because its content says nothing about why.
+            Value::Map(_) | Value::List(_) => {
+                format!("`{}`", path.rsplit('.').next().unwrap_or(path))
+            }
+            _ => node.shown(),
         };
-        self.error(node.place, path, kind, None);
+        let what = what.to_owned();
+        self.error(
+            node.place,
+            path,
+            ConfigErrorKind::NotServed { found, what },
+            None,
+        );
     }
 
     pub(crate) fn warn(&mut self, place: Option<Place>, path: &str, text: String) {
