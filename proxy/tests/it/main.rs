@@ -1,0 +1,22 @@
+//! The whole proxy over real sockets, between a client and scripted workers.
+
+#[cfg(test)]
+mod client;
+#[cfg(test)]
+mod disconnects;
+#[cfg(test)]
+mod endpoints;
+#[cfg(test)]
+mod flow;
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod limits;
+#[cfg(test)]
+mod mock;
+#[cfg(test)]
+mod retries;
+#[cfg(test)]
+mod startup;
+#[cfg(test)]
+mod streams;
