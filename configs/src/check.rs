@@ -29,8 +29,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Every kind, the one that is tried first in front.
-    pub const ALL: [Self; 4] = [Self::Disagg, Self::Layout, Self::Metadata, Self::Llm];
+    /// Every kind; of two that fit a document alike, the one in front is guessed.
+    pub const ALL: [Self; 4] = [Self::Layout, Self::Llm, Self::Disagg, Self::Metadata];
 
     /// The name on the command line.
     #[must_use]
@@ -89,13 +89,14 @@ impl Kind {
         {
             return Self::Disagg;
         }
-        let mut best = Self::Disagg;
+        let mut best = (0, Self::Llm);
         for kind in Self::ALL {
-            if score(kind) > score(best) {
-                best = kind;
+            let score = score(kind);
+            if score > best.0 {
+                best = (score, kind);
             }
         }
-        if score(best) == 0 { Self::Llm } else { best }
+        best.1
     }
 }
 

@@ -135,10 +135,6 @@ section! {
         hostname: Text = "localhost";
         /// Port that the proxy binds; 0 lets the kernel choose.
         port: Port = "8000";
-        /// The servers that read prompts.
-        context_servers: Later<RawGroup> = "{}";
-        /// The servers that write answers.
-        generation_servers: Later<RawGroup> = "{}";
         /// How often a failed call to a server is tried again, each time on another server.
         max_retries: Whole<u32, 0, 100> = "1";
         /// For how many requests timings are kept for `/perf_metrics`; 0 keeps none.
@@ -154,6 +150,12 @@ section! {
         num_workers: Whole<u32, 1, 1024> = "1";
         /// How long an idle client connection is kept, in seconds.
         server_keep_alive_timeout: Seconds = "10";
+    }
+    checked {
+        /// The servers that read prompts.
+        context_servers: Later<RawGroup> = "{}";
+        /// The servers that write answers.
+        generation_servers: Later<RawGroup> = "{}";
         /// Service discovery; known and checked, not yet served.
         disagg_cluster: Later<RawCluster> = "null";
     }
@@ -223,60 +225,57 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
         .chain(RawLlm::TABLE.names())
         .collect();
     report_unknown(&unknown, "", &known, findings);
-    if let Some(workers) = raw.num_workers.filter(|workers| workers.value > 1) {
+    if let Some(workers) = raw.num_workers.as_ref().filter(|workers| workers.value > 1) {
         let text = format!(
             "{} changes nothing: one process serves on every core",
             workers.value
         );
         findings.warn(workers.place, &workers.path, text);
     }
-    if let Some(entry) = raw
-        .disagg_cluster
-        .as_ref()
-        .and_then(|_| root.entry("disagg_cluster"))
-    {
-        cluster::read(&entry.node, "disagg_cluster", findings);
-        findings.not_served(
-            &entry.node,
-            "disagg_cluster",
-            "service discovery; give `urls`",
-        );
-    }
-    let model = inherited
-        .iter()
-        .find(|entry| entry.key == "model")
-        .and_then(|entry| match &entry.node.value {
-            Value::Text(model) => Some(model.clone()),
-            _ => None,
-        });
-    let force_metrics = raw.return_perf_metrics.is_some_and(|flag| flag.value);
-    let inherited = mark_inherited(inherited, force_metrics.then_some(root));
-    let section = |name: &str| {
+    let given = |name: &str| {
         root.entry(name)
             .map(|entry| &entry.node)
             .filter(|n| !n.is_null())
     };
-    let context = group::read(
-        section("context_servers"),
-        "context_servers",
-        &inherited,
-        findings,
-    );
-    let generation = group::read(
-        section("generation_servers"),
-        "generation_servers",
-        &inherited,
-        findings,
-    );
+    if let Some(
+        node @ Node {
+            value: Value::Map(_),
+            ..
+        },
+    ) = given("disagg_cluster")
+    {
+        cluster::read(node, "disagg_cluster", findings);
+        findings.not_served(node, "disagg_cluster", "service discovery; give `urls`");
+    }
+    let model = given_text(&inherited, "model");
+    let force_metrics = raw
+        .return_perf_metrics
+        .as_ref()
+        .is_some_and(|flag| flag.value);
+    let inherited = mark_inherited(inherited, force_metrics.then_some(root));
+    let mut section = |name: &str| group::read(given(name), name, &inherited, findings);
+    let (context, generation) = (section("context_servers"), section("generation_servers"));
     let (context, generation) = (context?, generation?);
     group::check_shared(&context, &generation, findings);
-    let defaults = DisaggConfig::default();
     let proxy = DisaggConfig {
-        hostname: raw.hostname.map_or(defaults.hostname, |given| given.value),
-        port: raw.port.map_or(defaults.port, |given| given.value),
         model,
         context_servers: context.server_group(),
         generation_servers: generation.server_group(),
+        ..resolve_proxy(raw, default_node_id)
+    };
+    Some(DisaggDocument {
+        proxy,
+        context: context.instances,
+        generation: generation.instances,
+    })
+}
+
+/// The proxy's own keys; the servers are added by the caller.
+fn resolve_proxy(raw: RawDisagg, default_node_id: u8) -> DisaggConfig {
+    let defaults = DisaggConfig::default();
+    DisaggConfig {
+        hostname: raw.hostname.map_or(defaults.hostname, |given| given.value),
+        port: raw.port.map_or(defaults.port, |given| given.value),
         max_retries: raw
             .max_retries
             .map_or(defaults.max_retries, |given| given.value),
@@ -290,12 +289,16 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
         keep_alive: raw
             .server_keep_alive_timeout
             .map_or(defaults.keep_alive, |given| given.value),
-    };
-    Some(DisaggDocument {
-        proxy,
-        context: context.instances,
-        generation: generation.instances,
-    })
+        ..defaults
+    }
+}
+
+/// The text of a key, if it is one.
+fn given_text(entries: &[Entry], key: &str) -> Option<String> {
+    match &entries.iter().find(|entry| entry.key == key)?.node.value {
+        Value::Text(text) => Some(text.clone()),
+        _ => None,
+    }
 }
 
 /// A section's own keys, and its engine options with the inherited ones.

@@ -86,7 +86,7 @@ impl fmt::Display for ConfigErrorKind {
             Self::DuplicateKey { first } => {
                 write!(f, "key stands twice, first on line {}", first.line)
             }
-            Self::UnknownKey { key, .. } => write!(f, "unknown key `{key}`"),
+            Self::UnknownKey { key, .. } => write!(f, "unknown key `{}`", shown_key(key)),
             Self::Missing { expected } => write!(f, "missing, expected {expected}"),
             Self::WrongValue { found, expected } => write!(f, "found {found}, expected {expected}"),
             Self::Conflict { what } => f.write_str(what),
@@ -203,6 +203,16 @@ fn write_origin(
         write!(f, "{path}: ")?;
     }
     Ok(())
+}
+
+/// A key as it can stand in a line.
+pub(crate) fn shown_key(key: &str) -> String {
+    const KEY_CHARS_MAX: usize = 60;
+    let escaped = key.escape_debug();
+    if escaped.clone().count() <= KEY_CHARS_MAX {
+        return escaped.to_string();
+    }
+    escaped.take(KEY_CHARS_MAX).chain(['…']).collect()
 }
 
 /// The known name that is written most like `name`, if any is near enough to be meant.

@@ -1,17 +1,23 @@
 //! The core of `baton config explain`: every value of a document with its source, and what one key means.
 
+mod key;
+
 use std::fmt;
 
 use serde_json::{Value as Json, json};
 
 use crate::check::{Kind, check_document};
 use crate::disagg::{self, RawGroup};
-use crate::error::{ConfigErrors, Place, Warning, nearest};
+use crate::error::{ConfigErrors, Place, Warning};
 use crate::layout;
 use crate::llm::RawLlm;
 use crate::section::read::default_node;
-use crate::section::{FieldRow, Section, SectionTable, Shape, Treatment, paragraph};
-use crate::yaml::{Document, Entry, Node, Origin, Value, join};
+use crate::section::{FieldRow, Section, SectionTable, Shape, Treatment};
+use crate::transceiver::TransportChoice;
+use crate::yaml::{Document, Entry, Node, Origin, Value, join, quoted};
+
+pub(crate) use key::treatment_text;
+pub use key::{UnknownKey, explain_key};
 
 /// Where a value comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,6 +145,7 @@ pub fn explain_document(
         Kind::Metadata | Kind::Llm => {
             let mut walk = Walk {
                 values: &mut values,
+                role: None,
             };
             walk.table(kind.table(), document.root(), "", &Origin::Written);
         }
@@ -154,7 +161,14 @@ pub fn explain_document(
 /// The engine options of both roles are shown where they work, in each role.
 fn explain_layout(root: &Node, values: &mut Vec<ExplainedValue>) {
     let effective = layout::effective_root(root);
-    let mut walk = Walk { values };
+    let named = |key: &str| root.entry(key).filter(|entry| !entry.node.is_null());
+    let mut walk = Walk {
+        values,
+        role: Some(RoleImplies {
+            model: named("model").map(|entry| entry.node.flow()),
+            served_model_name: named("served_model_name").map(|entry| entry.node.flow()),
+        }),
+    };
     for row in Kind::Layout
         .table()
         .rows()
@@ -166,7 +180,7 @@ fn explain_layout(root: &Node, values: &mut Vec<ExplainedValue>) {
 
 /// The proxy uses no engine options, so only those that are given are listed.
 fn explain_disagg(root: &Node, values: &mut Vec<ExplainedValue>) {
-    let mut walk = Walk { values };
+    let mut walk = Walk { values, role: None };
     for row in Kind::Disagg.table().rows() {
         match row.name {
             "context_servers" | "generation_servers" => {
@@ -182,17 +196,92 @@ fn explain_disagg(root: &Node, values: &mut Vec<ExplainedValue>) {
 /// Goes through tables and mappings together; `within` is how the mapping came to be where it is.
 struct Walk<'a> {
     values: &'a mut Vec<ExplainedValue>,
+    /// What a layout says to the engines of its roles besides their own options.
+    role: Option<RoleImplies>,
+}
+
+/// Top-level values of a layout, as YAML, that its roles' engines take.
+struct RoleImplies {
+    model: Option<String>,
+    served_model_name: Option<String>,
 }
 
 impl Walk<'_> {
     /// Every key of a table, given or not.
     fn table(&mut self, table: &'static SectionTable, node: &Node, path: &str, within: &Origin) {
+        let start = self.values.len();
         for row in table.rows() {
             self.row(row, node, path, within);
+        }
+        if table.name == RawLlm::TABLE.name {
+            self.settle_engine(start, path);
         }
         for entry in node.entries() {
             if let Some(group) = table.group(&entry.key) {
                 self.push(entry, &join(path, &entry.key), group.treatment, within);
+            }
+        }
+    }
+
+    /// Engine options that follow from others: short and older forms give way to what they mean.
+    fn settle_engine(&mut self, start: usize, path: &str) {
+        let at = |values: &[ExplainedValue], key: &str| {
+            let wanted = join(path, key);
+            values
+                .iter()
+                .skip(start)
+                .position(|value| value.path == wanted)
+                .map(|i| start + i)
+        };
+        let is_default = |value: &ExplainedValue| value.source == Source::Default;
+        let short = at(self.values, "free_gpu_memory_fraction");
+        if let (Some(short), Some(long)) = (
+            short,
+            at(self.values, "kv_cache_config.free_gpu_memory_fraction"),
+        ) && is_default(&self.values[long])
+            && !is_default(&self.values[short])
+        {
+            self.values[long].value = self.values[short].value.clone();
+            self.values[long].source = Source::Derived("`free_gpu_memory_fraction`");
+        }
+        let enabled = [
+            "enable_cache_transceiver",
+            "cache_transceiver_config.enable_cache_transceiver",
+        ]
+        .into_iter()
+        .filter_map(|key| at(self.values, key))
+        .any(|index| self.values[index].value == "true");
+        let transceiver = [
+            "cache_transceiver_config",
+            "cache_transceiver_config.backend",
+        ]
+        .into_iter()
+        .find_map(|key| at(self.values, key));
+        if let Some(index) = transceiver.filter(|_| enabled || self.role.is_some())
+            && is_default(&self.values[index])
+        {
+            let why = if enabled {
+                "`enable_cache_transceiver`"
+            } else {
+                "the layout's hand-off"
+            };
+            self.values[index].path = join(path, "cache_transceiver_config.backend");
+            self.values[index].value = quoted(TransportChoice::Default.name());
+            self.values[index].source = Source::Derived(why);
+        }
+        let Some(role) = &self.role else {
+            return;
+        };
+        let implied = [
+            ("model", &role.model),
+            ("served_model_name", &role.served_model_name),
+        ];
+        for (key, value) in implied {
+            if let (Some(index), Some(value)) = (at(self.values, key), value)
+                && is_default(&self.values[index])
+            {
+                self.values[index].value.clone_from(value);
+                self.values[index].source = Source::Derived("the layout's own key of that name");
             }
         }
     }
@@ -305,167 +394,6 @@ fn derived(row: &FieldRow, node: &Node, path: &str) -> Option<(String, Source)> 
             Some((layout::GENERATION_INSTANCES.to_string(), Source::Default))
         }
         _ => None,
-    }
-}
-
-// === One key ===
-
-/// A key that no document has.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnknownKey {
-    /// The key as asked for.
-    pub key: String,
-    /// The known path that is written most like it.
-    pub nearest: Option<String>,
-}
-
-impl fmt::Display for UnknownKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no document has a key \"{}\"", self.key)?;
-        match &self.nearest {
-            Some(nearest) => write!(f, "\n  hint: did you mean `{nearest}`?"),
-            None => Ok(()),
-        }
-    }
-}
-
-impl std::error::Error for UnknownKey {}
-
-/// One documented key.
-struct Documented {
-    kind: Kind,
-    path: String,
-    text: String,
-}
-
-/// What a key means, in every document that has it; a path may start at any level.
-///
-/// # Errors
-/// If no document has it; the error names the nearest path.
-pub fn explain_key(key: &str, kind: Option<Kind>) -> Result<String, UnknownKey> {
-    let kinds = Kind::ALL
-        .into_iter()
-        .filter(|candidate| kind.is_none_or(|kind| kind == *candidate));
-    let documented: Vec<Documented> = kinds.flat_map(documented_keys).collect();
-    let ends_with_key = |path: &str| {
-        path.strip_suffix(key)
-            .is_some_and(|before| before.is_empty() || before.ends_with('.'))
-    };
-    let exact = documented
-        .iter()
-        .filter(|row| row.path == key)
-        .collect::<Vec<_>>();
-    let matches = if exact.is_empty() {
-        documented
-            .iter()
-            .filter(|row| ends_with_key(&row.path))
-            .collect::<Vec<_>>()
-    } else {
-        exact
-    };
-    if matches.is_empty() {
-        let last = |path: &'_ str| path.rsplit('.').next().unwrap_or_default().to_owned();
-        let paths = documented.iter().map(|row| row.path.as_str());
-        let by_path = nearest(key, paths).map(str::to_owned);
-        let names: Vec<String> = documented.iter().map(|row| last(&row.path)).collect();
-        let by_name = || nearest(&last(key), names.iter().map(String::as_str)).map(str::to_owned);
-        return Err(UnknownKey {
-            key: key.to_owned(),
-            nearest: by_path.or_else(by_name),
-        });
-    }
-    let text = |row: &&Documented| format!("{} ({})\n{}", row.path, row.kind, row.text);
-    Ok(matches.iter().map(text).collect::<Vec<_>>().join("\n\n"))
-}
-
-fn documented_keys(kind: Kind) -> Vec<Documented> {
-    let mut found = Vec::new();
-    collect(kind, kind.table(), "", &mut found);
-    if kind == Kind::Disagg {
-        // Routers have arguments by type; the section's table knows only the type.
-        for table in disagg::router::TABLES.iter().skip(1) {
-            for row in table.rows().filter(|row| row.name != "type") {
-                let path = format!(
-                    "router({}).{}",
-                    table.name.replace("router, ", ""),
-                    row.name
-                );
-                found.push(Documented {
-                    kind,
-                    path,
-                    text: row_text(row),
-                });
-            }
-        }
-    }
-    found
-}
-
-fn collect(kind: Kind, table: &'static SectionTable, path: &str, found: &mut Vec<Documented>) {
-    for row in table.rows() {
-        let row_path = join(path, row.name);
-        found.push(Documented {
-            kind,
-            path: row_path.clone(),
-            text: row_text(row),
-        });
-        for also in row.also {
-            let text = row_text(row);
-            found.push(Documented {
-                kind,
-                path: join(path, also),
-                text,
-            });
-        }
-        if let Shape::Section(inner) = row.shape {
-            collect(kind, inner, &row_path, found);
-        }
-    }
-    for group in table.groups {
-        for name in group.names {
-            let text = format!(
-                "  An option of TensorRT-LLM.\n{}",
-                treatment_text(group.treatment)
-            );
-            found.push(Documented {
-                kind,
-                path: join(path, name),
-                text,
-            });
-        }
-    }
-    if table.name == RawGroup::TABLE.name {
-        collect(kind, RawLlm::TABLE, path, found);
-    }
-}
-
-fn row_text(row: &FieldRow) -> String {
-    let mut lines = vec![format!("  {}", row.doc_text())];
-    if let Shape::Section(table) = row.shape {
-        lines.push(format!("  {}", paragraph(table.about)));
-        let keys: Vec<&str> = table.rows().map(|row| row.name).collect();
-        lines.push(format!("  keys: {}", keys.join(", ")));
-    } else {
-        lines.push(format!("  value: {}", row.shape.expected()));
-    }
-    lines.push(format!("  default: {}", row.default));
-    if !row.also.is_empty() {
-        lines.push(format!("  also written: {}", row.also.join(", ")));
-    }
-    if !matches!(row.treatment, Treatment::Served) {
-        lines.push(treatment_text(row.treatment));
-    }
-    lines.join("\n")
-}
-
-pub(crate) fn treatment_text(treatment: Treatment) -> String {
-    match treatment {
-        Treatment::Served => "  served".to_owned(),
-        Treatment::Quiet(why) => format!("  accepted without effect: {why}"),
-        Treatment::Ignored(why) => {
-            format!("  accepted without effect, listed in a warning: {why}")
-        }
-        Treatment::Refused(what) => format!("  not served by this version: {what}"),
     }
 }
 

@@ -22,19 +22,27 @@ pub fn schema_text(kind: Kind) -> String {
         json!("https://json-schema.org/draft/2020-12/schema"),
     );
     schema.insert("title".to_owned(), json!(format!("baton {kind}")));
-    schema.append(&mut section_schema(kind.table()));
+    let mut definitions = Map::new();
+    schema.append(&mut section_schema(kind.table(), &mut definitions));
+    if !definitions.is_empty() {
+        schema.insert("$defs".to_owned(), Json::Object(definitions));
+    }
     let text = serde_json::to_string_pretty(&Json::Object(schema));
     text.expect("a tree of strings and numbers can be written") + "\n"
 }
 
-fn section_schema(table: &'static SectionTable) -> Map<String, Json> {
+/// A section's schema; those of the sections in it go into `definitions`, each once.
+fn section_schema(
+    table: &'static SectionTable,
+    definitions: &mut Map<String, Json>,
+) -> Map<String, Json> {
     let mut properties = Map::new();
-    add_properties(table, &mut properties);
+    add_properties(table, &mut properties, definitions);
     // Server sections hold engine options, and the top level hands its own down to them.
     let holds_engine_options =
         table.name == RawGroup::TABLE.name || table.name == Kind::Disagg.table().name;
     if holds_engine_options {
-        add_properties(RawLlm::TABLE, &mut properties);
+        add_properties(RawLlm::TABLE, &mut properties, definitions);
     }
     let mut schema = Map::new();
     schema.insert("description".to_owned(), json!(paragraph(table.about)));
@@ -48,12 +56,18 @@ fn section_schema(table: &'static SectionTable) -> Map<String, Json> {
     schema
 }
 
-fn add_properties(table: &'static SectionTable, properties: &mut Map<String, Json>) {
+fn add_properties(
+    table: &'static SectionTable,
+    properties: &mut Map<String, Json>,
+    definitions: &mut Map<String, Json>,
+) {
     for row in table.rows() {
-        properties.entry(row.name).or_insert_with(|| property(row));
+        properties
+            .entry(row.name)
+            .or_insert_with(|| property(row, definitions));
         for also in row.also {
             let description = format!("Another spelling of `{}`.", row.name);
-            let mut alias = value_schema(&row.shape);
+            let mut alias = value_schema(&row.shape, definitions);
             alias.insert("description".to_owned(), json!(description));
             properties.entry(*also).or_insert(Json::Object(alias));
         }
@@ -67,12 +81,14 @@ fn add_properties(table: &'static SectionTable, properties: &mut Map<String, Jso
     }
 }
 
-fn property(row: &FieldRow) -> Json {
+fn property(row: &FieldRow, definitions: &mut Map<String, Json>) -> Json {
     let default = json_of(&default_node(row));
     let mut schema = match row.treatment {
         Treatment::Refused(_) if default.is_null() => object([("type", json!("null"))]),
         Treatment::Refused(_) => object([("enum", json!([default, null]))]),
-        Treatment::Served | Treatment::Quiet(_) | Treatment::Ignored(_) => value_schema(&row.shape),
+        Treatment::Served | Treatment::Quiet(_) | Treatment::Ignored(_) => {
+            value_schema(&row.shape, definitions)
+        }
     };
     let mut description = row.doc_text();
     if !matches!(row.treatment, Treatment::Served) {
@@ -106,7 +122,7 @@ fn object<const N: usize>(entries: [(&str, Json); N]) -> Map<String, Json> {
         .collect()
 }
 
-fn value_schema(shape: &Shape) -> Map<String, Json> {
+fn value_schema(shape: &Shape, definitions: &mut Map<String, Json>) -> Map<String, Json> {
     match shape {
         Shape::Flag => object([("type", json!(["boolean", "null"]))]),
         Shape::Text => object([("type", json!(["string", "null"])), ("minLength", json!(1))]),
@@ -135,9 +151,16 @@ fn value_schema(shape: &Shape) -> Map<String, Json> {
         Shape::OneOf(names) => object([("enum", spellings(&names()))]),
         Shape::List(item) => object([
             ("type", json!(["array", "null"])),
-            ("items", Json::Object(value_schema(item))),
+            ("items", Json::Object(value_schema(item, definitions))),
         ]),
-        Shape::Section(table) => section_schema(table),
+        Shape::Section(table) => {
+            let name = table.name.replace(' ', "_");
+            if !definitions.contains_key(&name) {
+                let section = section_schema(table, definitions);
+                definitions.insert(name.clone(), Json::Object(section));
+            }
+            object([("$ref", json!(format!("#/$defs/{name}")))])
+        }
         Shape::TextMap => object([
             ("type", json!(["object", "null"])),
             (

@@ -80,7 +80,9 @@ pub(crate) struct SectionTable {
     pub(crate) name: &'static str,
     /// Raw text of the `///` lines.
     pub(crate) about: &'static str,
+    /// Keys with a field in the raw struct.
     pub(crate) served: &'static [FieldRow],
+    /// Keys that are read elsewhere, and keys that nobody acts on.
     pub(crate) unserved: &'static [FieldRow],
     pub(crate) groups: &'static [OptionGroup],
 }
@@ -152,7 +154,8 @@ macro_rules! key_of {
     };
 }
 
-/// Defines a section: `field [“other spelling”] as “key”: Kind = “default”;`.
+/// Defines a section: `field ["other spelling"] as "key": Kind = "default";`. Values under `checked` are
+/// checked like the others, but are read elsewhere and have no field in the raw struct.
 macro_rules! section {
     (
         $(#[doc = $about:literal])+
@@ -162,6 +165,12 @@ macro_rules! section {
                 $field:ident $([$($also:literal),+])? $(as $key:literal)? : $kind:ty = $default:literal;
             )*
         }
+        $(checked {
+            $(
+                $(#[doc = $cdoc:literal])+
+                $cfield:ident $(as $ckey:literal)? : $ckind:ty = $cdefault:literal;
+            )*
+        })?
         unserved {
             $(
                 $(#[doc = $udoc:literal])+
@@ -194,7 +203,18 @@ macro_rules! section {
                         treatment: $crate::section::Treatment::Served,
                     },
                 )*],
-                unserved: &[$(
+                unserved: &[$($(
+                    $crate::section::FieldRow {
+                        name: $crate::section::key_of!($cfield $(, $ckey)?),
+                        also: &[],
+                        shape: <$ckind as $crate::section::kind::Kind>::SHAPE,
+                        check: $crate::section::kind::is_good::<$ckind>,
+                        default: $cdefault,
+                        doc: concat!($($cdoc, "\n"),+),
+                        treatment: $crate::section::Treatment::Served,
+                    },
+                )*)?
+                $(
                     $crate::section::FieldRow {
                         name: stringify!($ufield),
                         also: &[$($($ualso),+)?],

@@ -35,7 +35,11 @@ pub(crate) struct ChildSpec {
 impl ChildSpec {
     /// The command as a person would type it.
     pub(crate) fn command_line(&self) -> String {
-        let mut words: Vec<String> = self.environment.iter().map(|(name, value)| format!("{name}={}", quoted(value))).collect();
+        let mut words: Vec<String> = self
+            .environment
+            .iter()
+            .map(|(name, value)| format!("{name}={}", quoted(value)))
+            .collect();
         words.extend(self.argv.iter().map(|word| quoted(&word.to_string_lossy())));
         words.join(" ")
     }
@@ -43,7 +47,11 @@ impl ChildSpec {
 
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
-    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 /// A running child. Dropping it kills its process group.
@@ -56,17 +64,36 @@ pub(crate) struct Child {
 
 impl Child {
     /// Starts the process. Its end is reported as [`Event::Exited`] once its streams are read to the end.
-    pub(crate) fn start(spec: &ChildSpec, index: usize, sink: LineSink, events: mpsc::Sender<Event>) -> io::Result<Self> {
+    pub(crate) fn start(
+        spec: &ChildSpec,
+        index: usize,
+        sink: LineSink,
+        events: mpsc::Sender<Event>,
+    ) -> io::Result<Self> {
         let mut command = Command::new(&spec.argv[0]);
-        command.args(&spec.argv[1..]).envs(spec.environment.iter().map(|(name, value)| (name, value)));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+            .args(&spec.argv[1..])
+            .envs(spec.environment.iter().map(|(name, value)| (name, value)));
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         os::bind_to_parent(&mut command);
         let mut process = command.spawn()?;
-        let id = process.id().ok_or_else(|| io::Error::other("the process ended before it had an id"))?;
+        let id = process
+            .id()
+            .ok_or_else(|| io::Error::other("the process ended before it had an id"))?;
         let group = Pid::from_raw(i32::try_from(id).map_err(io::Error::other)?);
         let readers = [
-            process.stdout.take().map(|stream| tokio::spawn(sink.clone().drain(stream))),
-            process.stderr.take().map(|stream| tokio::spawn(sink.drain(stream))),
+            process
+                .stdout
+                .take()
+                .map(|stream| tokio::spawn(sink.clone().drain(stream))),
+            process
+                .stderr
+                .take()
+                .map(|stream| tokio::spawn(sink.drain(stream))),
         ];
         let waiter = tokio::spawn(async move {
             let status = process.wait().await.ok();
@@ -77,7 +104,11 @@ impl Child {
             // The receiver lives as long as the supervisor; without it nobody needs the news.
             let _ = events.send(Event::Exited { index, status }).await;
         });
-        Ok(Self { group, waiter, ended: false })
+        Ok(Self {
+            group,
+            waiter,
+            ended: false,
+        })
     }
 
     /// Sends a signal to the whole process group.
@@ -109,11 +140,14 @@ impl Drop for Child {
 /// How a process ended, for people.
 pub(crate) fn describe(status: Option<ExitStatus>) -> String {
     use std::os::unix::process::ExitStatusExt;
-    let Some(status) = status else { return "its end could not be read".to_owned() };
+    let Some(status) = status else {
+        return "its end could not be read".to_owned();
+    };
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(number)) => {
-            let name = Signal::try_from(number).map_or_else(|_| number.to_string(), |signal| signal.to_string());
+            let name = Signal::try_from(number)
+                .map_or_else(|_| number.to_string(), |signal| signal.to_string());
             format!("killed by {name}")
         }
         (None, None) => status.to_string(),
@@ -128,10 +162,15 @@ mod tests {
     fn a_command_line_can_be_pasted() {
         let spec = ChildSpec {
             label: "ctx0".to_owned(),
-            argv: ["baton", "serve", "a model", "--x=1"].map(OsString::from).to_vec(),
+            argv: ["baton", "serve", "a model", "--x=1"]
+                .map(OsString::from)
+                .to_vec(),
             environment: vec![("A".to_owned(), "it's".to_owned())],
             log_file: PathBuf::new(),
         };
-        assert_eq!(spec.command_line(), r"A='it'\''s' baton serve 'a model' --x=1");
+        assert_eq!(
+            spec.command_line(),
+            r"A='it'\''s' baton serve 'a model' --x=1"
+        );
     }
 }

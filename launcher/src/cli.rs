@@ -130,7 +130,11 @@ pub(crate) struct EngineArgs {
     #[arg(long, visible_alias = "pp-size")]
     pub(crate) pipeline_parallel_size: Option<u32>,
     /// Share of free memory that the KV pool may take.
-    #[arg(long, visible_alias = "kv-cache-free-gpu-memory-fraction", value_name = "0..1")]
+    #[arg(
+        long,
+        visible_alias = "kv-cache-free-gpu-memory-fraction",
+        value_name = "0..1"
+    )]
     pub(crate) free_gpu_memory_fraction: Option<f64>,
     /// Split long prompts over steps.
     #[arg(long)]
@@ -164,7 +168,13 @@ pub(crate) struct DisaggregatedArgs {
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
     /// disagg_config.yaml: hostname, port and model of the deployment.
-    #[arg(short = 'c', long, visible_alias = "config", value_name = "FILE", required_unless_present = "url")]
+    #[arg(
+        short = 'c',
+        long,
+        visible_alias = "config",
+        value_name = "FILE",
+        required_unless_present = "url"
+    )]
     pub(crate) disagg_config_file: Option<PathBuf>,
     /// Address of the deployment, in place of the file.
     #[arg(long, conflicts_with = "disagg_config_file")]
@@ -323,8 +333,12 @@ fn looks_like_a_model(word: &str) -> bool {
 }
 
 fn dashed(argument: &OsStr) -> OsString {
-    let Some(text) = argument.to_str() else { return argument.to_owned() };
-    let Some(body) = text.strip_prefix("--") else { return argument.to_owned() };
+    let Some(text) = argument.to_str() else {
+        return argument.to_owned();
+    };
+    let Some(body) = text.strip_prefix("--") else {
+        return argument.to_owned();
+    };
     let (name, value) = body.split_at(body.find('=').unwrap_or(body.len()));
     OsString::from(format!("--{}{value}", name.replace('_', "-")))
 }
@@ -357,7 +371,9 @@ mod tests {
             "baton serve m --tp_size 2 --server_role CONTEXT --kv_cache_free_gpu_memory_fraction=0.5",
             "baton serve m --tp-size 2 --server-role=context --free_gpu_memory_fraction 0.5",
         ] {
-            let Command::Serve(args) = parse(line).unwrap().command else { panic!("{line}") };
+            let Command::Serve(args) = parse(line).unwrap().command else {
+                panic!("{line}")
+            };
             assert_eq!(args.engine.tensor_parallel_size, Some(2));
             assert_eq!(args.server_role, Some(ServerRole::Context));
             assert_eq!(args.engine.free_gpu_memory_fraction, Some(0.5));
@@ -366,7 +382,10 @@ mod tests {
 
     #[test]
     fn a_model_as_first_word_means_serve() {
-        let Command::Serve(args) = parse("baton TinyLlama/TinyLlama-1.1B --host h_x --extra_llm_api_options a_b.yaml").unwrap().command
+        let Command::Serve(args) =
+            parse("baton TinyLlama/TinyLlama-1.1B --host h_x --extra_llm_api_options a_b.yaml")
+                .unwrap()
+                .command
         else {
             panic!("not serve")
         };
@@ -382,7 +401,9 @@ mod tests {
 
     #[test]
     fn beams_are_refused_by_name() {
-        let error = parse("baton serve m --max_beam_width 4").unwrap_err().to_string();
+        let error = parse("baton serve m --max_beam_width 4")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--max-beam-width"), "{error}");
     }
 
@@ -390,8 +411,16 @@ mod tests {
     fn short_help_fits_a_screen() {
         for name in COMMANDS.iter().filter(|name| **name != "help") {
             let mut command = Cli::command();
-            let help = command.find_subcommand_mut(name).unwrap().render_help().to_string();
-            assert!(help.lines().count() <= 60, "{name}: {} lines", help.lines().count());
+            let help = command
+                .find_subcommand_mut(name)
+                .unwrap()
+                .render_help()
+                .to_string();
+            assert!(
+                help.lines().count() <= 60,
+                "{name}: {} lines",
+                help.lines().count()
+            );
         }
     }
 }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use baton_configs::wire::{RequestTimeline, TIMELINE_COMMENT, TIMELINE_HEADER, TIMELINE_REQUEST_HEADER};
+use baton_configs::wire::{
+    RequestTimeline, TIMELINE_COMMENT, TIMELINE_HEADER, TIMELINE_REQUEST_HEADER,
+};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
@@ -55,7 +57,10 @@ pub(crate) async fn run(args: ClientArgs) -> anyhow::Result<Outcome> {
             let limit = Duration::from_secs(target.args.request_timeout);
             let answer = tokio::time::timeout(limit, target.ask(&prompt, live)).await;
             let answer = answer.unwrap_or_else(|_| bail!("no complete answer within {limit:?}"));
-            (index, answer.with_context(|| format!("prompt {}", index + 1)))
+            (
+                index,
+                answer.with_context(|| format!("prompt {}", index + 1)),
+            )
         });
     }
     let mut answers = Vec::new();
@@ -63,18 +68,33 @@ pub(crate) async fn run(args: ClientArgs) -> anyhow::Result<Outcome> {
         answers.push(done.context("a client task ended early")?);
     }
     answers.sort_by_key(|(index, _)| *index);
-    finish(&target.args, answers.into_iter().map(|(_, answer)| answer).collect(), live)
+    finish(
+        &target.args,
+        answers.into_iter().map(|(_, answer)| answer).collect(),
+        live,
+    )
 }
 
-fn finish(args: &ClientArgs, answers: Vec<anyhow::Result<Answer>>, live: bool) -> anyhow::Result<Outcome> {
+fn finish(
+    args: &ClientArgs,
+    answers: Vec<anyhow::Result<Answer>>,
+    live: bool,
+) -> anyhow::Result<Outcome> {
     let mut texts = Vec::new();
     let mut failed = None;
     for answer in answers {
         match answer {
             Ok(answer) => {
                 if args.timeline {
-                    let client = timeline::ClientView { first_token: answer.first_token, total: answer.total };
-                    print(&timeline::render(answer.context.as_ref(), answer.generation.as_ref(), &client))?;
+                    let client = timeline::ClientView {
+                        first_token: answer.first_token,
+                        total: answer.total,
+                    };
+                    print(&timeline::render(
+                        answer.context.as_ref(),
+                        answer.generation.as_ref(),
+                        &client,
+                    ))?;
                 }
                 texts.push(answer.text);
             }
@@ -87,7 +107,8 @@ fn finish(args: &ClientArgs, answers: Vec<anyhow::Result<Answer>>, live: bool) -
     }
     if !live {
         let text = serde_json::to_string_pretty(&texts)?;
-        std::fs::write(&args.output_file, text).with_context(|| format!("cannot write {}", args.output_file.display()))?;
+        std::fs::write(&args.output_file, text)
+            .with_context(|| format!("cannot write {}", args.output_file.display()))?;
     }
     failed.map_or(Ok(Outcome::Success), Err)
 }
@@ -97,13 +118,17 @@ fn prompts(args: &ClientArgs) -> anyhow::Result<Vec<String>> {
         return Ok(vec![prompt.clone()]);
     }
     let path = args.prompts_file.as_deref().unwrap_or(Path::new(""));
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{}: expected a JSON array of strings", path.display()))
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("{}: expected a JSON array of strings", path.display()))
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to stdout")
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .context("cannot write to stdout")
 }
 
 impl Target {
@@ -115,13 +140,20 @@ impl Target {
             (None, None) => bail!("neither --url nor -c was given"),
         };
         if let Some(seconds) = args.server_start_timeout {
-            wait_for_health(&http, &base, Duration::from_secs(seconds)).await.outcome(Outcome::TimedOut)?;
+            wait_for_health(&http, &base, Duration::from_secs(seconds))
+                .await
+                .outcome(Outcome::TimedOut)?;
         }
         let model = match model {
             Some(model) => model,
             None => first_model(&http, &base).await?,
         };
-        Ok(Self { base, model, args, http })
+        Ok(Self {
+            base,
+            model,
+            args,
+            http,
+        })
     }
 
     fn request(&self, prompt: &str) -> (&'static str, Value) {
@@ -150,14 +182,27 @@ impl Target {
         let (path, body) = self.request(prompt);
         let wanted = [(TIMELINE_REQUEST_HEADER, "1")];
         let headers = if self.args.timeline { &wanted[..] } else { &[] };
-        let response = self.http.post_json(&format!("{}{path}", self.base), headers, body.to_string()).await?;
+        let response = self
+            .http
+            .post_json(&format!("{}{path}", self.base), headers, body.to_string())
+            .await?;
         let status = response.status();
-        let context = response.headers().get(TIMELINE_HEADER).and_then(|value| serde_json::from_slice(value.as_bytes()).ok());
+        let context = response
+            .headers()
+            .get(TIMELINE_HEADER)
+            .and_then(|value| serde_json::from_slice(value.as_bytes()).ok());
         if !status.is_success() {
             let body = response.into_body().collect().await?.to_bytes();
-            bail!("status {}: {}", status.as_u16(), String::from_utf8_lossy(&body));
+            bail!(
+                "status {}: {}",
+                status.as_u16(),
+                String::from_utf8_lossy(&body)
+            );
         }
-        let mut answer = Answer { context, ..Answer::default() };
+        let mut answer = Answer {
+            context,
+            ..Answer::default()
+        };
         if self.args.streaming {
             read_stream(response.into_body(), &mut answer, started, live).await?;
         } else {
@@ -177,11 +222,18 @@ impl Target {
 }
 
 /// Reads server-sent events until `[DONE]`; a stream that ends without it is an error.
-async fn read_stream(mut body: Incoming, answer: &mut Answer, started: Instant, live: bool) -> anyhow::Result<()> {
+async fn read_stream(
+    mut body: Incoming,
+    answer: &mut Answer,
+    started: Instant,
+    live: bool,
+) -> anyhow::Result<()> {
     let mut pending: Vec<u8> = Vec::new();
     let mut done = false;
     while let Some(frame) = body.frame().await {
-        let Ok(bytes) = frame.context("the stream broke off")?.into_data() else { continue };
+        let Ok(bytes) = frame.context("the stream broke off")?.into_data() else {
+            continue;
+        };
         pending.extend_from_slice(&bytes);
         while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
@@ -189,19 +241,34 @@ async fn read_stream(mut body: Incoming, answer: &mut Answer, started: Instant, 
             done |= stream_line(line.trim_end(), answer, started, live)?;
         }
     }
-    if done { Ok(()) } else { bail!("the stream ended before [DONE]") }
+    if done {
+        Ok(())
+    } else {
+        bail!("the stream ended before [DONE]")
+    }
 }
 
-fn stream_line(line: &str, answer: &mut Answer, started: Instant, live: bool) -> anyhow::Result<bool> {
-    if let Some(comment) = line.strip_prefix(": ").and_then(|rest| rest.strip_prefix(TIMELINE_COMMENT)) {
+fn stream_line(
+    line: &str,
+    answer: &mut Answer,
+    started: Instant,
+    live: bool,
+) -> anyhow::Result<bool> {
+    if let Some(comment) = line
+        .strip_prefix(": ")
+        .and_then(|rest| rest.strip_prefix(TIMELINE_COMMENT))
+    {
         answer.generation = serde_json::from_str(comment.trim()).ok();
         return Ok(false);
     }
-    let Some(data) = line.strip_prefix("data: ") else { return Ok(false) };
+    let Some(data) = line.strip_prefix("data: ") else {
+        return Ok(false);
+    };
     if data == "[DONE]" {
         return Ok(true);
     }
-    let object: Value = serde_json::from_str(data).with_context(|| format!("`{data}` is not JSON"))?;
+    let object: Value =
+        serde_json::from_str(data).with_context(|| format!("`{data}` is not JSON"))?;
     if let Some(error) = object.get("error") {
         bail!("the server ended the stream: {error}");
     }
@@ -219,14 +286,20 @@ fn stream_line(line: &str, answer: &mut Answer, started: Instant, live: bool) ->
 /// The first choice's text in any of the four shapes of an answer; empty when there is none.
 fn choice_text(object: &Value) -> &str {
     let choice = &object["choices"][0];
-    [&choice["text"], &choice["message"]["content"], &choice["delta"]["content"]]
-        .into_iter()
-        .find_map(Value::as_str)
-        .unwrap_or_default()
+    [
+        &choice["text"],
+        &choice["message"]["content"],
+        &choice["delta"]["content"],
+    ]
+    .into_iter()
+    .find_map(Value::as_str)
+    .unwrap_or_default()
 }
 
 async fn first_model(http: &HttpClient, base: &str) -> anyhow::Result<String> {
-    let (status, body) = http.get(&format!("{base}/v1/models"), CONNECT_TIMEOUT).await?;
+    let (status, body) = http
+        .get(&format!("{base}/v1/models"), CONNECT_TIMEOUT)
+        .await?;
     let object: Value = serde_json::from_str(&body).unwrap_or_default();
     match object["data"][0]["id"].as_str() {
         Some(id) => Ok(id.to_owned()),

@@ -31,12 +31,17 @@ fn kind(name: Option<&str>) -> anyhow::Result<Option<Kind>> {
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{}", text.trim_end()).map_err(|error| anyhow!("cannot write to stdout: {error}"))
+    writeln!(std::io::stdout(), "{}", text.trim_end())
+        .map_err(|error| anyhow!("cannot write to stdout: {error}"))
 }
 
 fn check_files(args: &ConfigCheckArgs) -> anyhow::Result<Outcome> {
     let kind = kind(args.kind.as_deref())?;
-    let reports: Vec<_> = args.files.iter().map(|path| check::check_file(path, kind)).collect();
+    let reports: Vec<_> = args
+        .files
+        .iter()
+        .map(|path| check::check_file(path, kind))
+        .collect();
     let good = reports.iter().all(check::CheckReport::is_good);
     if args.json {
         let list: Vec<_> = reports.iter().map(check::CheckReport::to_json).collect();
@@ -46,7 +51,11 @@ fn check_files(args: &ConfigCheckArgs) -> anyhow::Result<Outcome> {
             print(&report.to_string())?;
         }
     }
-    Ok(if good { Outcome::Success } else { Outcome::Config })
+    Ok(if good {
+        Outcome::Success
+    } else {
+        Outcome::Config
+    })
 }
 
 fn explain_file(args: &ConfigExplainArgs) -> anyhow::Result<Outcome> {

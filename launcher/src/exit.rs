@@ -89,13 +89,24 @@ pub(crate) trait WithOutcome<T> {
 
 impl<T, E: Into<anyhow::Error>> WithOutcome<T> for Result<T, E> {
     fn outcome(self, outcome: Outcome) -> anyhow::Result<T> {
-        self.map_err(|error| Coded { outcome, source: error.into() }.into())
+        self.map_err(|error| coded(outcome, error))
     }
+}
+
+/// An error that ends the program with this outcome.
+pub(crate) fn coded(outcome: Outcome, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    Coded {
+        outcome,
+        source: error.into(),
+    }
+    .into()
 }
 
 /// The outcome that an error asks for.
 pub(crate) fn of(error: &anyhow::Error) -> Outcome {
-    error.downcast_ref::<Coded>().map_or(Outcome::Failure, |coded| coded.outcome)
+    error
+        .downcast_ref::<Coded>()
+        .map_or(Outcome::Failure, |coded| coded.outcome)
 }
 
 #[cfg(test)]
@@ -114,7 +125,10 @@ mod tests {
             Outcome::TimedOut,
             Outcome::Signal(2),
         ] {
-            assert!(TABLE.iter().any(|(code, _)| *code == outcome.code()), "{outcome:?}");
+            assert!(
+                TABLE.iter().any(|(code, _)| *code == outcome.code()),
+                "{outcome:?}"
+            );
         }
     }
 

@@ -34,7 +34,11 @@ pub(crate) struct InstancePlan {
 impl InstancePlan {
     /// Where its options file goes; instances of a role share it.
     pub(crate) fn config_path(&self, folder: &Path) -> PathBuf {
-        folder.join(if self.role == "CONTEXT" { "ctx_config.yaml" } else { "gen_config.yaml" })
+        folder.join(if self.role == "CONTEXT" {
+            "ctx_config.yaml"
+        } else {
+            "gen_config.yaml"
+        })
     }
 }
 
@@ -48,7 +52,12 @@ pub(crate) struct Deployment {
 impl Deployment {
     fn new(layout: Layout) -> Self {
         let mut instances = role_plans(&layout.model, &layout.context, "ctx", "CONTEXT");
-        instances.extend(role_plans(&layout.model, &layout.generation, "gen", "GENERATION"));
+        instances.extend(role_plans(
+            &layout.model,
+            &layout.generation,
+            "gen",
+            "GENERATION",
+        ));
         Self { layout, instances }
     }
 
@@ -64,12 +73,18 @@ impl Deployment {
 
     /// How long the proxy may wait for the servers and for one call.
     pub(crate) fn proxy_timeouts_s(&self) -> (u64, u64) {
-        (self.layout.proxy.server_start_timeout.as_secs(), self.layout.proxy.request_timeout.as_secs())
+        (
+            self.layout.proxy.server_start_timeout.as_secs(),
+            self.layout.proxy.request_timeout.as_secs(),
+        )
     }
 
     /// A process's place among all, for its colour.
     pub(crate) fn index_of(&self, label: &str) -> usize {
-        self.instances.iter().position(|instance| instance.label == label).unwrap_or(self.instances.len())
+        self.instances
+            .iter()
+            .position(|instance| instance.label == label)
+            .unwrap_or(self.instances.len())
     }
 
     /// Text of the proxy's file for instances at these addresses, in the order of [`Deployment::instances`].
@@ -78,24 +93,48 @@ impl Deployment {
     }
 
     /// The same with the address that the proxy is bound to, so that the file serves clients and restarts too.
-    pub(crate) fn proxy_config_at(&self, addresses: &[String], proxy: &str) -> anyhow::Result<String> {
+    pub(crate) fn proxy_config_at(
+        &self,
+        addresses: &[String],
+        proxy: &str,
+    ) -> anyhow::Result<String> {
         self.proxy_text(addresses, Some(endpoint(proxy)?))
     }
 
     fn proxy_text(&self, addresses: &[String], proxy: Option<Endpoint>) -> anyhow::Result<String> {
-        let mut endpoints = addresses.iter().map(|address| endpoint(address)).collect::<anyhow::Result<Vec<_>>>()?;
-        let generation = endpoints.split_off(self.instances.iter().filter(|instance| instance.role == "CONTEXT").count());
+        let mut endpoints = addresses
+            .iter()
+            .map(|address| endpoint(address))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let generation = endpoints.split_off(
+            self.instances
+                .iter()
+                .filter(|instance| instance.role == "CONTEXT")
+                .count(),
+        );
         let mut config = self.layout.disagg_config(endpoints, generation);
         if let Some(bound) = proxy {
             config.port = bound.port;
         }
-        config.model.get_or_insert_with(|| self.layout.model.clone());
+        config
+            .model
+            .get_or_insert_with(|| self.layout.model.clone());
         Ok(disagg::to_yaml(&config))
     }
 }
 
-fn role_plans(model: &str, role: &RoleLayout, short: &str, name: &'static str) -> Vec<InstancePlan> {
-    let environment = |role: &RoleLayout| role.environment.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+fn role_plans(
+    model: &str,
+    role: &RoleLayout,
+    short: &str,
+    name: &'static str,
+) -> Vec<InstancePlan> {
+    let environment = |role: &RoleLayout| {
+        role.environment
+            .iter()
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    };
     (0..role.instances as usize)
         .map(|index| {
             let fixed = role.endpoints.get(index);
@@ -103,7 +142,8 @@ fn role_plans(model: &str, role: &RoleLayout, short: &str, name: &'static str) -
                 label: format!("{short}{index}"),
                 role: name,
                 model: model.to_owned(),
-                host: fixed.map_or_else(|| "127.0.0.1".to_owned(), |endpoint| endpoint.host.clone()),
+                host: fixed
+                    .map_or_else(|| "127.0.0.1".to_owned(), |endpoint| endpoint.host.clone()),
                 port: fixed.map_or(0, |endpoint| endpoint.port),
                 environment: environment(role),
                 config_text: llm::to_yaml(&role.options),
@@ -113,9 +153,16 @@ fn role_plans(model: &str, role: &RoleLayout, short: &str, name: &'static str) -
 }
 
 fn endpoint(address: &str) -> anyhow::Result<Endpoint> {
-    let (host, port) = address.rsplit_once(':').ok_or_else(|| anyhow!("`{address}` is not host:port"))?;
-    let port = port.parse().map_err(|_| anyhow!("`{address}` has no port"))?;
-    Ok(Endpoint { host: host.trim_matches(['[', ']']).to_owned(), port })
+    let (host, port) = address
+        .rsplit_once(':')
+        .ok_or_else(|| anyhow!("`{address}` is not host:port"))?;
+    let port = port
+        .parse()
+        .map_err(|_| anyhow!("`{address}` has no port"))?;
+    Ok(Endpoint {
+        host: host.trim_matches(['[', ']']).to_owned(),
+        port,
+    })
 }
 
 /// What `baton up` shall run.
@@ -127,7 +174,10 @@ pub(crate) fn deployment(args: &UpArgs) -> anyhow::Result<Deployment> {
         }
         (None, Some(model)) => layout::quickstart(model).outcome(Outcome::Config)?,
         (None, None) => {
-            return Err(anyhow!("no model was given\nhint: baton up --model MODEL, or baton up -c FILE")).outcome(Outcome::Usage);
+            return Err(anyhow!(
+                "no model was given\nhint: baton up --model MODEL, or baton up -c FILE"
+            ))
+            .outcome(Outcome::Usage);
         }
     };
     warn(&warnings);
@@ -147,8 +197,21 @@ pub(crate) fn warn(warnings: &[Warning]) {
 /// Where the sample client finds a deployment, and the model that its file names.
 pub(crate) fn client_target(path: &Path) -> anyhow::Result<(String, Option<String>)> {
     let (config, _) = disagg::load(path).outcome(Outcome::Config)?;
-    let host = if config.hostname == "0.0.0.0" { "127.0.0.1".to_owned() } else { config.hostname };
-    Ok((format!("http://{}", Endpoint { host, port: config.port }), config.model))
+    let host = if config.hostname == "0.0.0.0" {
+        "127.0.0.1".to_owned()
+    } else {
+        config.hostname
+    };
+    Ok((
+        format!(
+            "http://{}",
+            Endpoint {
+                host,
+                port: config.port
+            }
+        ),
+        config.model,
+    ))
 }
 
 /// Writes a file that another process reads: whole or not at all.
@@ -163,8 +226,17 @@ pub(crate) fn write(path: &Path, text: &str) -> anyhow::Result<()> {
 
 /// What a child's exit code means for the supervisor's own.
 pub(crate) fn outcome_of_code(code: i32) -> Outcome {
-    let known = [Outcome::Usage, Outcome::Config, Outcome::Unavailable, Outcome::Address, Outcome::TimedOut];
-    let known: BTreeMap<i32, Outcome> = known.into_iter().map(|outcome| (i32::from(outcome.code()), outcome)).collect();
+    let known = [
+        Outcome::Usage,
+        Outcome::Config,
+        Outcome::Unavailable,
+        Outcome::Address,
+        Outcome::TimedOut,
+    ];
+    let known: BTreeMap<i32, Outcome> = known
+        .into_iter()
+        .map(|outcome| (i32::from(outcome.code()), outcome))
+        .collect();
     known.get(&code).copied().unwrap_or(Outcome::Failure)
 }
 
@@ -176,15 +248,24 @@ mod tests {
     fn the_quickstart_layout_becomes_three_instances_and_a_proxy() {
         let (layout, _) = layout::quickstart("m.gguf").unwrap();
         let plan = Deployment::new(layout);
-        let labels: Vec<&str> = plan.instances().iter().map(|instance| instance.label.as_str()).collect();
+        let labels: Vec<&str> = plan
+            .instances()
+            .iter()
+            .map(|instance| instance.label.as_str())
+            .collect();
         assert_eq!(labels, ["ctx0", "ctx1", "gen0"]);
         let addresses = ["127.0.0.1:5001", "127.0.0.1:5002", "[::1]:5003"].map(str::to_owned);
         let text = plan.proxy_config_at(&addresses, "127.0.0.1:7000").unwrap();
-        let document = baton_configs::yaml::Document::parse("disagg_config.yaml", &text).unwrap();
-        let (config, _) = disagg::resolve(&document).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disagg_config.yaml");
+        write(&path, &text).unwrap();
+        let (config, _) = disagg::load(&path).unwrap();
         assert_eq!(config.port, 7000);
         assert_eq!(config.context_servers.servers.len(), 2);
-        assert_eq!(config.generation_servers.servers[0].to_string(), "[::1]:5003");
+        assert_eq!(
+            config.generation_servers.servers[0].to_string(),
+            "[::1]:5003"
+        );
         assert_eq!(config.model.as_deref(), Some("m.gguf"));
     }
 

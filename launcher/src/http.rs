@@ -23,19 +23,26 @@ impl HttpClient {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(connect_timeout));
         connector.set_nodelay(true);
-        Self { inner: Client::builder(TokioExecutor::new()).build(connector) }
+        Self {
+            inner: Client::builder(TokioExecutor::new()).build(connector),
+        }
     }
 
     /// GET; the body is read whole.
     pub(crate) async fn get(&self, url: &str, timeout: Duration) -> anyhow::Result<(u16, String)> {
-        let request = Request::builder().method(Method::GET).uri(parse(url)?).body(Full::default())?;
+        let request = Request::builder()
+            .method(Method::GET)
+            .uri(parse(url)?)
+            .body(Full::default())?;
         let answer = async {
             let response = self.inner.request(request).await?;
             let status = response.status().as_u16();
             let body = response.into_body().collect().await?.to_bytes();
             anyhow::Ok((status, String::from_utf8_lossy(&body).into_owned()))
         };
-        tokio::time::timeout(timeout, answer).await.map_err(|_| anyhow!("GET {url}: no answer within {timeout:?}"))?
+        tokio::time::timeout(timeout, answer)
+            .await
+            .map_err(|_| anyhow!("GET {url}: no answer within {timeout:?}"))?
     }
 
     /// POST of a JSON body; returns when the headers are there.
@@ -45,17 +52,25 @@ impl HttpClient {
         headers: &[(&str, &str)],
         body: String,
     ) -> anyhow::Result<Response<Incoming>> {
-        let mut request = Request::builder().method(Method::POST).uri(parse(url)?).header("content-type", "application/json");
+        let mut request = Request::builder()
+            .method(Method::POST)
+            .uri(parse(url)?)
+            .header("content-type", "application/json");
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         let request = request.body(Full::new(Bytes::from(body)))?;
-        self.inner.request(request).await.with_context(|| format!("POST {url}"))
+        self.inner
+            .request(request)
+            .await
+            .with_context(|| format!("POST {url}"))
     }
 }
 
 fn parse(url: &str) -> anyhow::Result<Uri> {
-    let uri: Uri = url.parse().with_context(|| format!("`{url}` is not a URL"))?;
+    let uri: Uri = url
+        .parse()
+        .with_context(|| format!("`{url}` is not a URL"))?;
     if uri.scheme_str() != Some("http") {
         bail!("`{url}` is not an http:// URL");
     }

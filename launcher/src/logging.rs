@@ -15,10 +15,17 @@ struct Clock;
 
 impl FormatTime for Clock {
     fn format_time(&self, writer: &mut Writer<'_>) -> fmt::Result {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let seconds = now.as_secs() % 86_400;
         let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
-        write!(writer, "{hours:02}:{minutes:02}:{:02}.{:03}", seconds % 60, now.subsec_millis())
+        write!(
+            writer,
+            "{hours:02}:{minutes:02}:{:02}.{:03}",
+            seconds % 60,
+            now.subsec_millis()
+        )
     }
 }
 

@@ -12,7 +12,7 @@ mod http;
 mod logging;
 mod os;
 mod output;
-mod servers;
+//mod servers;
 mod supervisor;
 mod timeline;
 mod up;
@@ -44,7 +44,11 @@ fn main() -> ExitCode {
 /// Help and version are answers; everything else clap has to say is a wrong command line.
 fn usage(answer: &clap::Error) -> ExitCode {
     let _ = answer.print();
-    if answer.use_stderr() { Outcome::Usage.into() } else { Outcome::Success.into() }
+    if answer.use_stderr() {
+        Outcome::Usage.into()
+    } else {
+        Outcome::Success.into()
+    }
 }
 
 fn log_level(command: &Command) -> LogLevel {
@@ -61,16 +65,23 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         // Children are tied to the life of the thread that forks them, so the supervisor has just this one.
         Command::Up(args) => on_this_thread()?.block_on(up::run(args)),
         Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
-        Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
-        Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
+        //Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
+        //Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
+        _ => Ok(Outcome::Success),
     }
 }
 
 fn on_this_thread() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().outcome(Outcome::Unavailable)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .outcome(Outcome::Unavailable)
 }
 
 fn on_all_cores() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().outcome(Outcome::Unavailable)
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .outcome(Outcome::Unavailable)
 }

@@ -1,5 +1,8 @@
 //! The launcher's only unsafe code: what happens in a child between fork and exec.
-#![expect(unsafe_code, reason = "pre_exec is the only way to tie a child's life to its parent's")]
+#![expect(
+    unsafe_code,
+    reason = "pre_exec is the only way to tie a child's life to its parent's"
+)]
 
 use std::io;
 

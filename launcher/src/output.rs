@@ -14,8 +14,14 @@ const TAIL_LINES: usize = 12;
 /// Longer lines are cut: a process that never ends its line must not fill the memory of the supervisor.
 const LINE_BYTES_MAX: usize = 16 * 1024;
 
-const COLOURS: &[AnsiColor] =
-    &[AnsiColor::Cyan, AnsiColor::Blue, AnsiColor::Green, AnsiColor::Magenta, AnsiColor::Yellow, AnsiColor::BrightCyan];
+const COLOURS: &[AnsiColor] = &[
+    AnsiColor::Cyan,
+    AnsiColor::Blue,
+    AnsiColor::Green,
+    AnsiColor::Magenta,
+    AnsiColor::Yellow,
+    AnsiColor::BrightCyan,
+];
 
 /// Where one process's lines go.
 #[derive(Debug, Clone)]
@@ -41,7 +47,13 @@ impl LineSink {
         } else {
             format!("{padded} ")
         };
-        Ok(Self { inner: Arc::new(Mutex::new(SinkState { prefix, file, tail: VecDeque::new() })) })
+        Ok(Self {
+            inner: Arc::new(Mutex::new(SinkState {
+                prefix,
+                file,
+                tail: VecDeque::new(),
+            })),
+        })
     }
 
     /// Shows and keeps one line. A full disk or a closed terminal must not end the deployment, so failures
@@ -58,7 +70,13 @@ impl LineSink {
 
     /// The last lines.
     pub(crate) fn tail(&self) -> Vec<String> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).tail.iter().cloned().collect()
+        self.inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .tail
+            .iter()
+            .cloned()
+            .collect()
     }
 
     /// Reads a stream to its end, line by line; bytes that are not UTF-8 are shown as U+FFFD.
@@ -102,7 +120,10 @@ mod tests {
         let sink = LineSink::open("ctx0", 0, 6, &path).unwrap();
         let bytes: &[u8] = b"one\r\ntwo\n\xff\nlast without end";
         sink.clone().drain(bytes).await;
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\n\u{fffd}\nlast without end\n");
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "one\ntwo\n\u{fffd}\nlast without end\n"
+        );
         assert_eq!(sink.tail().last().unwrap(), "last without end");
     }
 
@@ -114,6 +135,10 @@ mod tests {
         let bytes = vec![b'x'; LINE_BYTES_MAX * 40];
         sink.clone().drain(bytes.as_slice()).await;
         assert_eq!(sink.tail().len(), TAIL_LINES);
-        assert!(sink.tail().iter().all(|line| line.len() <= 2 * LINE_BYTES_MAX));
+        assert!(
+            sink.tail()
+                .iter()
+                .all(|line| line.len() <= 2 * LINE_BYTES_MAX)
+        );
     }
 }

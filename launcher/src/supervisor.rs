@@ -107,7 +107,13 @@ impl Supervisor {
     pub(crate) fn start(&mut self, spec: ChildSpec, sink: LineSink) -> std::io::Result<usize> {
         let index = self.slots.len();
         let child = Child::start(&spec, index, sink.clone(), self.sender.clone())?;
-        self.slots.push(Slot { spec, sink, child: Some(child), started: Instant::now(), restarts: 0 });
+        self.slots.push(Slot {
+            spec,
+            sink,
+            child: Some(child),
+            started: Instant::now(),
+            restarts: 0,
+        });
         Ok(index)
     }
 
@@ -144,25 +150,40 @@ impl Supervisor {
     /// What to tell about a process that ended.
     pub(crate) fn cause(&self, index: usize, status: Option<ExitStatus>) -> FirstCause {
         let slot = &self.slots[index];
-        FirstCause { label: slot.spec.label.clone(), ending: child::describe(status), tail: slot.sink.tail() }
+        FirstCause {
+            label: slot.spec.label.clone(),
+            ending: child::describe(status),
+            tail: slot.sink.tail(),
+        }
     }
 
     /// Plans the restart of a process that ended while serving.
     ///
     /// # Errors
     /// When it ended too often without living long in between.
-    pub(crate) fn plan_restart(&mut self, index: usize, status: Option<ExitStatus>) -> Result<(), FirstCause> {
+    pub(crate) fn plan_restart(
+        &mut self,
+        index: usize,
+        status: Option<ExitStatus>,
+    ) -> Result<(), FirstCause> {
         let cause = self.cause(index, status);
         let slot = &mut self.slots[index];
         slot.child = None;
-        slot.restarts = if slot.started.elapsed() >= STABLE_AFTER { 1 } else { slot.restarts + 1 };
+        slot.restarts = if slot.started.elapsed() >= STABLE_AFTER {
+            1
+        } else {
+            slot.restarts + 1
+        };
         if slot.restarts > RESTARTS_MAX {
             return Err(cause);
         }
         let pause = restart_pause(slot.restarts);
         tracing::warn!(
-            process = slot.spec.label, ending = cause.ending, attempt = slot.restarts,
-            pause_ms = pause.as_millis(), "process ended, will be started again"
+            process = slot.spec.label,
+            ending = cause.ending,
+            attempt = slot.restarts,
+            pause_ms = pause.as_millis(),
+            "process ended, will be started again"
         );
         let sender = self.sender.clone();
         tokio::spawn(async move {
@@ -176,14 +197,21 @@ impl Supervisor {
     /// Starts a process again.
     pub(crate) fn restart(&mut self, index: usize) -> std::io::Result<()> {
         let slot = &mut self.slots[index];
-        slot.child = Some(Child::start(&slot.spec, index, slot.sink.clone(), self.sender.clone())?);
+        slot.child = Some(Child::start(
+            &slot.spec,
+            index,
+            slot.sink.clone(),
+            self.sender.clone(),
+        )?);
         slot.started = Instant::now();
         Ok(())
     }
 
     fn running(&self) -> Vec<usize> {
         let alive = |slot: &Slot| slot.child.as_ref().is_some_and(Child::is_running);
-        (0..self.slots.len()).filter(|index| alive(&self.slots[*index])).collect()
+        (0..self.slots.len())
+            .filter(|index| alive(&self.slots[*index]))
+            .collect()
     }
 
     fn signal_all(&self, signal: Signal) {
@@ -204,8 +232,15 @@ impl Supervisor {
             match self.next(Some(deadline)).await {
                 Event::Exited { .. } | Event::RestartDue { .. } => {}
                 Event::Asked(_) | Event::Deadline if gentle => {
-                    let left: Vec<&str> = self.running().iter().map(|index| self.slots[*index].spec.label.as_str()).collect();
-                    tracing::warn!(processes = left.join(", "), "killing what has not ended yet");
+                    let left: Vec<&str> = self
+                        .running()
+                        .iter()
+                        .map(|index| self.slots[*index].spec.label.as_str())
+                        .collect();
+                    tracing::warn!(
+                        processes = left.join(", "),
+                        "killing what has not ended yet"
+                    );
                     gentle = false;
                     deadline = Instant::now() + KILL_GRACE;
                     self.signal_all(Signal::SIGKILL);
@@ -222,7 +257,9 @@ impl Supervisor {
 }
 
 fn restart_pause(attempt: u32) -> Duration {
-    RESTART_PAUSE_MIN.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(RESTART_PAUSE_MAX)
+    RESTART_PAUSE_MIN
+        .saturating_mul(1 << attempt.saturating_sub(1).min(16))
+        .min(RESTART_PAUSE_MAX)
 }
 
 #[cfg(test)]
@@ -234,7 +271,15 @@ mod tests {
         let log_file = folder.join(format!("{label}.log"));
         let sink = LineSink::open(label, 0, 8, &log_file).unwrap();
         let argv = ["sh", "-c", script].map(OsString::from).to_vec();
-        (ChildSpec { label: label.to_owned(), argv, environment: Vec::new(), log_file }, sink)
+        (
+            ChildSpec {
+                label: label.to_owned(),
+                argv,
+                environment: Vec::new(),
+                log_file,
+            },
+            sink,
+        )
     }
 
     fn soon() -> Option<Instant> {
@@ -245,12 +290,21 @@ mod tests {
     async fn an_end_is_reported_with_its_cause_and_last_lines() {
         let folder = tempfile::tempdir().unwrap();
         let mut supervisor = Supervisor::new().unwrap();
-        let (spec, sink) = shell("ctx0", folder.path(), "echo out; echo 'error: no model' >&2; exit 69");
+        let (spec, sink) = shell(
+            "ctx0",
+            folder.path(),
+            "echo out; echo 'error: no model' >&2; exit 69",
+        );
         supervisor.start(spec, sink).unwrap();
-        let Event::Exited { index: 0, status } = supervisor.next(soon()).await else { panic!("no exit") };
+        let Event::Exited { index: 0, status } = supervisor.next(soon()).await else {
+            panic!("no exit")
+        };
         let cause = supervisor.cause(0, status);
         assert_eq!(cause.ending, "exit code 69");
-        assert!(cause.tail.contains(&"error: no model".to_owned()), "{cause}");
+        assert!(
+            cause.tail.contains(&"error: no model".to_owned()),
+            "{cause}"
+        );
     }
 
     #[tokio::test]
@@ -260,7 +314,9 @@ mod tests {
         let (spec, sink) = shell("gen0", folder.path(), "true");
         supervisor.start(spec, sink).unwrap();
         supervisor.slots[0].restarts = RESTARTS_MAX - 1;
-        let Event::Exited { status, .. } = supervisor.next(soon()).await else { panic!("no exit") };
+        let Event::Exited { status, .. } = supervisor.next(soon()).await else {
+            panic!("no exit")
+        };
         assert!(supervisor.plan_restart(0, status).is_ok());
         assert!(supervisor.plan_restart(0, status).is_err());
     }
@@ -269,7 +325,11 @@ mod tests {
     async fn drain_kills_what_ignores_term() {
         let folder = tempfile::tempdir().unwrap();
         let mut supervisor = Supervisor::new().unwrap();
-        let (spec, sink) = shell("ctx0", folder.path(), "trap '' TERM; echo up; while true; do sleep 0.1; done");
+        let (spec, sink) = shell(
+            "ctx0",
+            folder.path(),
+            "trap '' TERM; echo up; while true; do sleep 0.1; done",
+        );
         supervisor.start(spec, sink.clone()).unwrap();
         while sink.tail().is_empty() {
             tokio::task::yield_now().await;

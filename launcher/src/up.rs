@@ -43,9 +43,16 @@ enum End {
 
 /// Runs `baton up`.
 pub(crate) async fn run(args: UpArgs) -> anyhow::Result<Outcome> {
-    let folder = args.log_dir.clone().unwrap_or_else(|| PathBuf::from("baton-logs"));
     let plan = files::deployment(&args)?;
-    let binary = std::env::current_exe().context("cannot find this program's own file")?.into_os_string();
+    let folder = args
+        .log_dir
+        .as_deref()
+        .or(plan.log_dir())
+        .unwrap_or(Path::new("baton-logs"))
+        .to_path_buf();
+    let binary = std::env::current_exe()
+        .context("cannot find this program's own file")?
+        .into_os_string();
     if args.dry_run {
         return dry_run(&plan, &folder, &binary, args.log_level);
     }
@@ -54,7 +61,13 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<Outcome> {
         .outcome(Outcome::Unavailable)?;
     let mut up = Up {
         supervisor: Supervisor::new().context("cannot watch for signals")?,
-        label_width: plan.instances().map(|instance| instance.label.len()).max().unwrap_or(0).max("proxy".len()),
+        label_width: plan
+            .instances()
+            .iter()
+            .map(|instance| instance.label.len())
+            .max()
+            .unwrap_or(0)
+            .max("proxy".len()),
         plan,
         folder,
         binary,
@@ -62,25 +75,37 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<Outcome> {
         deadline: Instant::now() + Duration::from_secs(args.server_start_timeout),
     };
     let result = up.bring_up_and_serve(&args).await;
-    let drained = up.supervisor.drain(Duration::from_secs(args.drain_timeout)).await;
+    let drained = up
+        .supervisor
+        .drain(Duration::from_secs(args.drain_timeout))
+        .await;
     match result {
         Ok(End::Asked(signal)) if drained => {
             tracing::info!("all processes ended");
             Ok(Outcome::Signal(signal as i32))
         }
-        Ok(End::Asked(signal)) => Err(anyhow!("some processes had to be killed")).outcome(Outcome::Signal(signal as i32)),
+        Ok(End::Asked(signal)) => {
+            Err(anyhow!("some processes had to be killed")).outcome(Outcome::Signal(signal as i32))
+        }
         Ok(End::Broken(cause)) => Err(cause.into()),
         Err(error) => Err(error),
     }
 }
 
-fn dry_run(plan: &Deployment, folder: &Path, binary: &OsString, level: LogLevel) -> anyhow::Result<Outcome> {
+fn dry_run(
+    plan: &Deployment,
+    folder: &Path,
+    binary: &OsString,
+    level: LogLevel,
+) -> anyhow::Result<Outcome> {
     let mut text = String::new();
     for instance in plan.instances() {
-        text.push_str(&instance_spec(instance, instance.port, folder, binary, level).command_line());
+        text.push_str(
+            &instance_spec(instance, instance.port, folder, binary, level).command_line(),
+        );
         text.push('\n');
     }
-    text.push_str(&proxy_spec(folder, binary, level).command_line());
+    text.push_str(&proxy_spec(plan, folder, binary, level).command_line());
     text.push('\n');
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Outcome::Success)
@@ -89,22 +114,46 @@ fn dry_run(plan: &Deployment, folder: &Path, binary: &OsString, level: LogLevel)
 impl Up {
     async fn bring_up_and_serve(&mut self, args: &UpArgs) -> anyhow::Result<End> {
         let mut addresses = Vec::new();
-        let instances: Vec<InstancePlan> = self.plan.instances().cloned().collect();
+        let instances: Vec<InstancePlan> = self.plan.instances().to_vec();
         for instance in &instances {
             files::write(&instance.config_path(&self.folder), &instance.config_text)?;
-            let spec = instance_spec(instance, instance.port, &self.folder, &self.binary, self.log_level);
+            let spec = instance_spec(
+                instance,
+                instance.port,
+                &self.folder,
+                &self.binary,
+                self.log_level,
+            );
             self.start(spec)?;
         }
         for (index, instance) in instances.iter().enumerate() {
             let file = address_file(&self.folder, &instance.label);
-            let Some(address) = self.address(&instance.label, &file).await? else { return self.asked() };
+            let Some(address) = self.address(&instance.label, &file).await? else {
+                return self.asked();
+            };
             self.keep_port(index, instance, &address)?;
             addresses.push(address);
         }
-        files::write(&self.folder.join("disagg_config.yaml"), &self.plan.proxy_config(&addresses)?)?;
-        self.start(proxy_spec(&self.folder, &self.binary, self.log_level))?;
-        let Some(proxy) = self.address("proxy", &address_file(&self.folder, "proxy")).await? else { return self.asked() };
-        files::write(&self.folder.join("disagg_config.yaml"), &self.plan.proxy_config_at(&addresses, &proxy)?)?;
+        files::write(
+            &self.folder.join("disagg_config.yaml"),
+            &self.plan.proxy_config(&addresses)?,
+        )?;
+        self.start(proxy_spec(
+            &self.plan,
+            &self.folder,
+            &self.binary,
+            self.log_level,
+        ))?;
+        let Some(proxy) = self
+            .address("proxy", &address_file(&self.folder, "proxy"))
+            .await?
+        else {
+            return self.asked();
+        };
+        files::write(
+            &self.folder.join("disagg_config.yaml"),
+            &self.plan.proxy_config_at(&addresses, &proxy)?,
+        )?;
         if let Some(path) = &args.report_addr {
             files::write(path, &proxy)?;
         }
@@ -118,7 +167,11 @@ impl Up {
         self.serve().await
     }
 
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "reads as a phase's result at its callers")]
+    #[expect(
+        clippy::unused_self,
+        clippy::unnecessary_wraps,
+        reason = "reads as a phase's result at its callers"
+    )]
     fn asked(&self) -> anyhow::Result<End> {
         Ok(End::Asked(nix::sys::signal::Signal::SIGINT))
     }
@@ -136,7 +189,9 @@ impl Up {
             .with_context(|| format!("cannot write {}", spec.log_file.display()))
             .outcome(Outcome::Unavailable)?;
         let label = spec.label.clone();
-        self.supervisor.start(spec, sink).with_context(|| format!("cannot start {label}"))?;
+        self.supervisor
+            .start(spec, sink)
+            .with_context(|| format!("cannot start {label}"))?;
         Ok(())
     }
 
@@ -153,9 +208,10 @@ impl Up {
             }
             Event::Asked(_) => Ok(true),
             Event::RestartDue { .. } => Ok(false),
-            Event::Deadline if Instant::now() >= self.deadline => {
-                Err(anyhow!("not ready in time: still waiting for {waiting_for}")).outcome(Outcome::TimedOut)
-            }
+            Event::Deadline if Instant::now() >= self.deadline => Err(anyhow!(
+                "not ready in time: still waiting for {waiting_for}"
+            ))
+            .outcome(Outcome::TimedOut),
             Event::Deadline => Ok(false),
         }
     }
@@ -166,7 +222,9 @@ impl Up {
                 Ok(text) if !text.trim().is_empty() => return Ok(Some(text.trim().to_owned())),
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("cannot read {}", file.display()));
+                }
             }
             if self.step(&format!("{label} to bind its socket")).await? {
                 return Ok(None);
@@ -174,9 +232,22 @@ impl Up {
         }
     }
 
-    fn keep_port(&mut self, index: usize, instance: &InstancePlan, address: &str) -> anyhow::Result<()> {
-        let port = address.rsplit(':').next().and_then(|port| port.parse().ok());
-        let port = port.ok_or_else(|| anyhow!("{} reported `{address}`, which is not host:port", instance.label))?;
+    fn keep_port(
+        &mut self,
+        index: usize,
+        instance: &InstancePlan,
+        address: &str,
+    ) -> anyhow::Result<()> {
+        let port = address
+            .rsplit(':')
+            .next()
+            .and_then(|port| port.parse().ok());
+        let port = port.ok_or_else(|| {
+            anyhow!(
+                "{} reported `{address}`, which is not host:port",
+                instance.label
+            )
+        })?;
         let spec = instance_spec(instance, port, &self.folder, &self.binary, self.log_level);
         self.supervisor.set_restart_spec(index, spec);
         Ok(())
@@ -189,24 +260,38 @@ impl Up {
             if let Ok((200, _)) = http.get(&url, HEALTH_TIMEOUT).await {
                 return Ok(true);
             }
-            if self.step("the proxy's /health; its log says on whom it waits").await? {
+            if self
+                .step("the proxy's /health; its log says on whom it waits")
+                .await?
+            {
                 return Ok(false);
             }
         }
     }
 
-    fn announce(&self, instances: &[InstancePlan], addresses: &[String], proxy: &str) -> anyhow::Result<()> {
+    fn announce(
+        &self,
+        instances: &[InstancePlan],
+        addresses: &[String],
+        proxy: &str,
+    ) -> anyhow::Result<()> {
         let mut text = format!("\n{:<12} {:<28} log\n", "process", "endpoint");
         let mut row = |label: &str, address: &str| {
             let log = log_file(&self.folder, label);
-            text.push_str(&format!("{label:<12} {:<28} {}\n", format!("http://{address}"), log.display()));
+            text.push_str(&format!(
+                "{label:<12} {:<28} {}\n",
+                format!("http://{address}"),
+                log.display()
+            ));
         };
         for (instance, address) in instances.iter().zip(addresses) {
             row(&instance.label, address);
         }
         row("proxy", proxy);
         text.push_str(&format!("\nready: OpenAI API at http://{proxy}/v1\n\n"));
-        std::io::stdout().write_all(text.as_bytes()).context("cannot write to stdout")
+        std::io::stdout()
+            .write_all(text.as_bytes())
+            .context("cannot write to stdout")
     }
 
     async fn serve(&mut self) -> anyhow::Result<End> {
@@ -218,7 +303,9 @@ impl Up {
                     }
                 }
                 Event::RestartDue { index } => {
-                    self.supervisor.restart(index).context("cannot start a process again")?;
+                    self.supervisor
+                        .restart(index)
+                        .context("cannot start a process again")?;
                 }
                 Event::Asked(signal) => {
                     tracing::info!(%signal, "draining; once more kills");
@@ -238,14 +325,27 @@ fn log_file(folder: &Path, label: &str) -> PathBuf {
     folder.join(format!("{label}.log"))
 }
 
-fn instance_spec(instance: &InstancePlan, port: u16, folder: &Path, binary: &OsString, level: LogLevel) -> ChildSpec {
-    let mut argv = vec![binary.clone(), "serve".into(), instance.model.clone().into()];
+fn instance_spec(
+    instance: &InstancePlan,
+    port: u16,
+    folder: &Path,
+    binary: &OsString,
+    level: LogLevel,
+) -> ChildSpec {
+    let mut argv = vec![
+        binary.clone(),
+        "serve".into(),
+        instance.model.clone().into(),
+    ];
     let mut option = |name: &str, value: OsString| argv.extend([name.into(), value]);
     option("--host", instance.host.clone().into());
     option("--port", port.to_string().into());
     option("--server-role", instance.role.into());
     option("--config", instance.config_path(folder).into());
-    option("--report-addr", address_file(folder, &instance.label).into());
+    option(
+        "--report-addr",
+        address_file(folder, &instance.label).into(),
+    );
     option("--log-level", level.directive().into());
     ChildSpec {
         label: instance.label.clone(),
@@ -255,11 +355,19 @@ fn instance_spec(instance: &InstancePlan, port: u16, folder: &Path, binary: &OsS
     }
 }
 
-fn proxy_spec(folder: &Path, binary: &OsString, level: LogLevel) -> ChildSpec {
+fn proxy_spec(plan: &Deployment, folder: &Path, binary: &OsString, level: LogLevel) -> ChildSpec {
     let mut argv = vec![binary.clone(), "disaggregated".into()];
     let mut option = |name: &str, value: OsString| argv.extend([name.into(), value]);
+    let (start_s, request_s) = plan.proxy_timeouts_s();
     option("--config", folder.join("disagg_config.yaml").into());
+    option("--server-start-timeout", start_s.to_string().into());
+    option("--request-timeout", request_s.to_string().into());
     option("--report-addr", address_file(folder, "proxy").into());
     option("--log-level", level.directive().into());
-    ChildSpec { label: "proxy".to_owned(), argv, environment: Vec::new(), log_file: log_file(folder, "proxy") }
+    ChildSpec {
+        label: "proxy".to_owned(),
+        argv,
+        environment: Vec::new(),
+        log_file: log_file(folder, "proxy"),
+    }
 }

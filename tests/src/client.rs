@@ -36,8 +36,15 @@ impl Answer {
 ///
 /// # Errors
 /// When the connection breaks.
-pub async fn send(address: &str, method: Method, path: &str, body: impl Into<Bytes>) -> anyhow::Result<Response<Incoming>> {
-    let stream = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
+pub async fn send(
+    address: &str,
+    method: Method,
+    path: &str,
+    body: impl Into<Bytes>,
+) -> anyhow::Result<Response<Incoming>> {
+    let stream = TcpStream::connect(address)
+        .await
+        .with_context(|| format!("connect to {address}"))?;
     stream.set_nodelay(true)?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // Ends with the response or its drop; there is nothing to report.
@@ -54,7 +61,10 @@ pub async fn send(address: &str, method: Method, path: &str, body: impl Into<Byt
 async fn whole(response: Response<Incoming>) -> anyhow::Result<Answer> {
     let status = response.status().as_u16();
     let body = response.into_body().collect().await?.to_bytes();
-    Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned() })
+    Ok(Answer {
+        status,
+        body: String::from_utf8_lossy(&body).into_owned(),
+    })
 }
 
 /// GET with a whole answer within 10 s.
@@ -63,7 +73,9 @@ async fn whole(response: Response<Incoming>) -> anyhow::Result<Answer> {
 /// When the connection breaks or it takes longer.
 pub async fn get(address: &str, path: &str) -> anyhow::Result<Answer> {
     let answer = async { whole(send(address, Method::GET, path, Bytes::new()).await?).await };
-    tokio::time::timeout(Duration::from_secs(10), answer).await.with_context(|| format!("GET {path}"))?
+    tokio::time::timeout(Duration::from_secs(10), answer)
+        .await
+        .with_context(|| format!("GET {path}"))?
 }
 
 /// POST with a whole answer within [`ANSWER_TIMEOUT`].
@@ -80,7 +92,9 @@ pub async fn post(address: &str, path: &str, body: &Value) -> anyhow::Result<Ans
 /// When the connection breaks or it takes longer than [`ANSWER_TIMEOUT`].
 pub async fn post_bytes(address: &str, path: &str, body: Vec<u8>) -> anyhow::Result<Answer> {
     let answer = async { whole(send(address, Method::POST, path, body).await?).await };
-    tokio::time::timeout(ANSWER_TIMEOUT, answer).await.with_context(|| format!("POST {path}"))?
+    tokio::time::timeout(ANSWER_TIMEOUT, answer)
+        .await
+        .with_context(|| format!("POST {path}"))?
 }
 
 /// POST of a streaming request; every event's data until `[DONE]`.
@@ -91,14 +105,20 @@ pub async fn stream(address: &str, path: &str, body: &Value) -> anyhow::Result<V
     let events = async {
         let response = send(address, Method::POST, path, body.to_string()).await?;
         if response.status() != 200 {
-            bail!("status {}: {}", response.status(), whole(response).await?.body);
+            bail!(
+                "status {}: {}",
+                response.status(),
+                whole(response).await?.body
+            );
         }
         let text = whole(response).await?.body;
         let mut events = Vec::new();
         for line in text.lines() {
             match line.strip_prefix("data: ") {
                 Some("[DONE]") => return Ok(events),
-                Some(data) => events.push(serde_json::from_str(data).with_context(|| format!("`{data}`"))?),
+                Some(data) => {
+                    events.push(serde_json::from_str(data).with_context(|| format!("`{data}`"))?)
+                }
                 None => {}
             }
             if let Some(error) = events.last().and_then(|event: &Value| event.get("error")) {
@@ -107,5 +127,7 @@ pub async fn stream(address: &str, path: &str, body: &Value) -> anyhow::Result<V
         }
         bail!("the stream ended without [DONE]: {text}")
     };
-    tokio::time::timeout(ANSWER_TIMEOUT, events).await.with_context(|| format!("stream {path}"))?
+    tokio::time::timeout(ANSWER_TIMEOUT, events)
+        .await
+        .with_context(|| format!("stream {path}"))?
 }

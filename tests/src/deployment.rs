@@ -24,11 +24,26 @@ impl Worker {
     /// When it cannot be started.
     #[must_use]
     pub fn launch(model: &str, options: &str, environment: &[(&str, &str)]) -> Baton {
-        let file = tempfile::Builder::new().suffix(".yaml").tempfile().expect("a temporary file");
+        let file = tempfile::Builder::new()
+            .suffix(".yaml")
+            .tempfile()
+            .expect("a temporary file");
         let (_, path): (_, PathBuf) = file.keep().expect("the file is kept");
         std::fs::write(&path, options).expect("the options are written");
         let path = path.to_string_lossy().into_owned();
-        Baton::start(&["serve", model, "--host", "127.0.0.1", "--port", "0", "--config", &path], environment)
+        Baton::start(
+            &[
+                "serve",
+                model,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--config",
+                &path,
+            ],
+            environment,
+        )
     }
 
     /// Starts a worker and waits until it can answer.
@@ -46,8 +61,14 @@ impl Worker {
     /// # Panics
     /// When it does not answer.
     pub async fn state(&self) -> Value {
-        let answer = client::get(&self.address, "/metrics").await.expect("/metrics answers");
-        answer.json().as_array().and_then(|list| list.last().cloned()).unwrap_or_default()
+        let answer = client::get(&self.address, "/metrics")
+            .await
+            .expect("/metrics answers");
+        answer
+            .json()
+            .as_array()
+            .and_then(|list| list.last().cloned())
+            .unwrap_or_default()
     }
 
     /// Waits until no block is used, leased, lent or quarantined.
@@ -58,7 +79,10 @@ impl Worker {
         let mut last = String::new();
         let name = format!("every block of {} to come back", self.address);
         let all_back = eventually(&name, limit, async || {
-            let answer = client::get(&self.address, "/prometheus/metrics").await.ok()?.body;
+            let answer = client::get(&self.address, "/prometheus/metrics")
+                .await
+                .ok()?
+                .body;
             let used: Vec<&str> = held_blocks(&answer);
             last = used.join("; ");
             used.is_empty().then_some(())
@@ -71,11 +95,24 @@ impl Worker {
 
 /// Gauges of held blocks that are not zero.
 fn held_blocks(metrics: &str) -> Vec<&str> {
-    const HELD: [&str; 4] =
-        ["baton_kv_blocks_used ", "baton_kv_blocks_leased ", "baton_kv_blocks_lent ", "baton_kv_blocks_quarantined "];
-    let held: Vec<&str> = metrics.lines().filter(|line| HELD.iter().any(|name| line.starts_with(name))).collect();
-    assert_eq!(held.len(), HELD.len(), "the block gauges are not all there:\n{metrics}");
-    held.into_iter().filter(|line| !line.ends_with(" 0")).collect()
+    const HELD: [&str; 4] = [
+        "baton_kv_blocks_used ",
+        "baton_kv_blocks_leased ",
+        "baton_kv_blocks_lent ",
+        "baton_kv_blocks_quarantined ",
+    ];
+    let held: Vec<&str> = metrics
+        .lines()
+        .filter(|line| HELD.iter().any(|name| line.starts_with(name)))
+        .collect();
+    assert_eq!(
+        held.len(),
+        HELD.len(),
+        "the block gauges are not all there:\n{metrics}"
+    );
+    held.into_iter()
+        .filter(|line| !line.ends_with(" 0"))
+        .collect()
 }
 
 /// A whole deployment. Fields are public so that a test can kill, stop or restart any of them.
@@ -113,7 +150,14 @@ impl<'a> Options<'a> {
     /// Two context servers of `model` with `engine` options.
     #[must_use]
     pub const fn new(model: &'a str, engine: &'a str) -> Self {
-        Self { model, context_count: 2, engine, proxy: "", proxy_arguments: &[], context_environment: &[] }
+        Self {
+            model,
+            context_count: 2,
+            engine,
+            proxy: "",
+            proxy_arguments: &[],
+            context_environment: &[],
+        }
     }
 }
 
@@ -126,10 +170,15 @@ impl Deployment {
         let engine = if options.engine.contains("cache_transceiver_config") {
             options.engine.to_owned()
         } else {
-            format!("{}\ncache_transceiver_config:\n  backend: DEFAULT\n", options.engine)
+            format!(
+                "{}\ncache_transceiver_config:\n  backend: DEFAULT\n",
+                options.engine
+            )
         };
         let launch = |environment| Worker::launch(options.model, &engine, environment);
-        let mut context: Vec<Baton> = (0..options.context_count).map(|_| launch(options.context_environment)).collect();
+        let mut context: Vec<Baton> = (0..options.context_count)
+            .map(|_| launch(options.context_environment))
+            .collect();
         let mut generation = launch(&[]);
         let mut ready = Vec::new();
         for mut process in context.drain(..) {
@@ -137,14 +186,23 @@ impl Deployment {
             ready.push(Worker { process, address });
         }
         let address = generation.ready().await;
-        let generation = Worker { process: generation, address };
+        let generation = Worker {
+            process: generation,
+            address,
+        };
         let config = write_config(&ready, &generation, options.proxy);
         let path = config.to_string_lossy().into_owned();
         let mut arguments = vec!["disaggregated", "-c", path.as_str()];
         arguments.extend(options.proxy_arguments);
         let mut proxy = Baton::start(&arguments, &[]);
         let address = proxy.ready().await;
-        Self { context: ready, generation, proxy, address, config }
+        Self {
+            context: ready,
+            generation,
+            proxy,
+            address,
+            config,
+        }
     }
 
     /// Starts the proxy again after it was killed; its port may change.
@@ -169,14 +227,20 @@ impl Deployment {
 }
 
 fn write_config(context: &[Worker], generation: &Worker, further: &str) -> PathBuf {
-    let urls: String = context.iter().map(|worker| format!("    - \"{}\"\n", worker.address)).collect();
+    let urls: String = context
+        .iter()
+        .map(|worker| format!("    - \"{}\"\n", worker.address))
+        .collect();
     let text = format!(
         "hostname: 127.0.0.1\nport: 0\n{further}\ncontext_servers:\n  num_instances: {}\n  urls:\n{urls}\
          generation_servers:\n  num_instances: 1\n  urls:\n    - \"{}\"\n",
         context.len(),
         generation.address
     );
-    let file = tempfile::Builder::new().suffix(".yaml").tempfile().expect("a temporary file");
+    let file = tempfile::Builder::new()
+        .suffix(".yaml")
+        .tempfile()
+        .expect("a temporary file");
     let (_, path) = file.keep().expect("the file is kept");
     std::fs::write(&path, text).expect("the config is written");
     path

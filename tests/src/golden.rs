@@ -37,7 +37,8 @@ struct TinyFile {
 }
 
 fn read(name: &str) -> String {
-    std::fs::read_to_string(crate::root().join("tests/golden").join(name)).expect("golden data is in the tree")
+    std::fs::read_to_string(crate::root().join("tests/golden").join(name))
+        .expect("golden data is in the tree")
 }
 
 /// The small real model's items.
@@ -46,7 +47,9 @@ fn read(name: &str) -> String {
 /// When the file is damaged.
 #[must_use]
 pub fn smollm2() -> Vec<Item> {
-    serde_json::from_str::<SmolFile>(&read("smollm2.json")).expect("golden data parses").items
+    serde_json::from_str::<SmolFile>(&read("smollm2.json"))
+        .expect("golden data parses")
+        .items
 }
 
 /// The tiny models' items by family.
@@ -55,5 +58,7 @@ pub fn smollm2() -> Vec<Item> {
 /// When the file is damaged.
 #[must_use]
 pub fn tiny() -> std::collections::BTreeMap<String, Vec<Item>> {
-    serde_json::from_str::<TinyFile>(&read("tiny.json")).expect("golden data parses").models
+    serde_json::from_str::<TinyFile>(&read("tiny.json"))
+        .expect("golden data parses")
+        .models
 }

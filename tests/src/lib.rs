@@ -16,7 +16,10 @@ use std::path::PathBuf;
 /// When this crate has been moved out of the workspace.
 #[must_use]
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace").to_path_buf()
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the crate lies in the workspace")
+        .to_path_buf()
 }
 
 /// The binary under test: `$BATON_TEST_BINARY`, else the one beside this test's own executable.
@@ -28,11 +31,18 @@ pub fn binary() -> PathBuf {
     let path = std::env::var_os("BATON_TEST_BINARY").map_or_else(
         || {
             let own = std::env::current_exe().expect("a running test has an executable");
-            own.ancestors().nth(2).expect("it lies in target/PROFILE/deps").join("baton")
+            own.ancestors()
+                .nth(2)
+                .expect("it lies in target/PROFILE/deps")
+                .join("baton")
         },
         PathBuf::from,
     );
-    assert!(path.exists(), "{} is not there; run the tests with scripts/test", path.display());
+    assert!(
+        path.exists(),
+        "{} is not there; run the tests with scripts/test",
+        path.display()
+    );
     path
 }
 
@@ -52,12 +62,20 @@ pub fn model() -> String {
         },
         PathBuf::from,
     );
-    assert!(path.exists(), "{} is not there; run the tests with scripts/test", path.display());
+    assert!(
+        path.exists(),
+        "{} is not there; run the tests with scripts/test",
+        path.display()
+    );
     path.to_string_lossy().into_owned()
 }
 
 /// One of the small Hugging Face directories under tests/golden.
 #[must_use]
 pub fn tiny_model(family: &str) -> String {
-    root().join("tests/golden").join(format!("tiny-{family}")).to_string_lossy().into_owned()
+    root()
+        .join("tests/golden")
+        .join(format!("tiny-{family}"))
+        .to_string_lossy()
+        .into_owned()
 }

@@ -18,13 +18,20 @@ const POLL: Duration = Duration::from_millis(10);
 ///
 /// # Panics
 /// When the deadline passes; the text names what was waited for.
-pub async fn eventually<T>(what: &str, limit: Duration, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn eventually<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl AsyncFnMut() -> Option<T>,
+) -> T {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = look().await {
             return value;
         }
-        assert!(Instant::now() < deadline, "gave up after {limit:?} waiting for {what}");
+        assert!(
+            Instant::now() < deadline,
+            "gave up after {limit:?} waiting for {what}"
+        );
         tokio::time::sleep(POLL).await;
     }
 }
@@ -48,18 +55,32 @@ impl Baton {
         let mut arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
         arguments.push("--report-addr".to_owned());
         arguments.push(folder.path().join("addr").to_string_lossy().into_owned());
-        Self { child: spawn(&arguments, environment, &folder.path().join("log")), folder, arguments }
+        Self {
+            child: spawn(&arguments, environment, &folder.path().join("log")),
+            folder,
+            arguments,
+        }
     }
 
     /// Runs `baton ARGUMENTS…` to its end and returns status, stdout and stderr.
     ///
     /// # Panics
     /// When it does not end within 60 s.
-    pub async fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (ExitStatus, String, String) {
+    pub async fn run(
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> (ExitStatus, String, String) {
         let mut command = tokio::process::Command::new(crate::binary());
-        command.args(arguments).envs(environment.iter().copied()).stdin(Stdio::null()).kill_on_drop(true);
+        command
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
         let output = tokio::time::timeout(Duration::from_secs(60), command.output());
-        let output = output.await.expect("the command ends within 60 s").expect("the command starts");
+        let output = output
+            .await
+            .expect("the command ends within 60 s")
+            .expect("the command starts");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status, text(&output.stdout), text(&output.stderr))
     }
@@ -72,9 +93,16 @@ impl Baton {
         let path = self.folder.path().join("addr");
         eventually("the address file", Duration::from_secs(30), async || {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
-                panic!("`baton {}` ended with {status}:\n{}", self.arguments.join(" "), self.log());
+                panic!(
+                    "`baton {}` ended with {status}:\n{}",
+                    self.arguments.join(" "),
+                    self.log()
+                );
             }
-            std::fs::read_to_string(&path).ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
+            std::fs::read_to_string(&path)
+                .ok()
+                .map(|text| text.trim().to_owned())
+                .filter(|text| !text.is_empty())
         })
         .await
     }
@@ -87,7 +115,11 @@ impl Baton {
         let address = self.address().await;
         eventually("/health to be 200", Duration::from_secs(60), async || {
             if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
-                panic!("`baton {}` ended with {status}:\n{}", self.arguments.join(" "), self.log());
+                panic!(
+                    "`baton {}` ended with {status}:\n{}",
+                    self.arguments.join(" "),
+                    self.log()
+                );
             }
             (client::get(&address, "/health").await.ok()?.status == 200).then_some(())
         })
@@ -117,7 +149,10 @@ impl Baton {
     /// # Panics
     /// When it takes longer than `limit`.
     pub async fn ended(&mut self, limit: Duration) -> ExitStatus {
-        eventually("the process to end", limit, async || self.child.try_wait().expect("a child can be waited for")).await
+        eventually("the process to end", limit, async || {
+            self.child.try_wait().expect("a child can be waited for")
+        })
+        .await
     }
 
     /// Kills it and starts it again on the same port.
@@ -128,17 +163,26 @@ impl Baton {
         self.child.kill().ok();
         self.child.wait().expect("a killed child can be waited for");
         let port = address.rsplit(':').next().unwrap_or_default().to_owned();
-        let at = self.arguments.iter().position(|word| word == "--port").expect("a server has a port");
+        let at = self
+            .arguments
+            .iter()
+            .position(|word| word == "--port")
+            .expect("a server has a port");
         self.arguments[at + 1] = port;
         std::fs::remove_file(self.folder.path().join("addr")).ok();
-        self.child = spawn(&self.arguments, environment, &self.folder.path().join("log"));
+        self.child = spawn(
+            &self.arguments,
+            environment,
+            &self.folder.path().join("log"),
+        );
         self.ready().await;
     }
 
     /// What it has logged so far.
     #[must_use]
     pub fn log(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(self.folder.path().join("log")).unwrap_or_default()).into_owned()
+        String::from_utf8_lossy(&std::fs::read(self.folder.path().join("log")).unwrap_or_default())
+            .into_owned()
     }
 
     /// Its folder, gone with the handle.
@@ -149,10 +193,19 @@ impl Baton {
 }
 
 fn spawn(arguments: &[String], environment: &[(&str, &str)], log: &Path) -> Child {
-    let log = File::options().create(true).append(true).open(log).expect("a log file");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(log)
+        .expect("a log file");
     let mut command = Command::new(crate::binary());
-    command.args(arguments).envs(environment.iter().copied()).stdin(Stdio::null());
-    command.stdout(log.try_clone().expect("a second handle")).stderr(log);
+    command
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .stdin(Stdio::null());
+    command
+        .stdout(log.try_clone().expect("a second handle"))
+        .stderr(log);
     command.spawn().expect("the binary starts")
 }
 
@@ -164,8 +217,14 @@ impl Drop for Baton {
         if std::thread::panicking() {
             let log = self.log();
             let start = log.len().saturating_sub(4000);
-            let start = (start..=log.len()).find(|at| log.is_char_boundary(*at)).unwrap_or(0);
-            eprintln!("--- log of `baton {}`:\n{}", self.arguments.join(" "), &log[start..]);
+            let start = (start..=log.len())
+                .find(|at| log.is_char_boundary(*at))
+                .unwrap_or(0);
+            eprintln!(
+                "--- log of `baton {}`:\n{}",
+                self.arguments.join(" "),
+                &log[start..]
+            );
         }
     }
 }

@@ -14,15 +14,27 @@ const SMALL: &str = "max_seq_len: 512\nkv_cache_config:\n  max_tokens: 2048\n";
 /// Runs a command that must fail; returns its last line of error text.
 async fn fails(arguments: &[&str], code: i32) -> String {
     let (status, _, stderr) = Baton::run(arguments, &[]).await;
-    assert_eq!(status.code(), Some(code), "`baton {}`:\n{stderr}", arguments.join(" "));
+    assert_eq!(
+        status.code(),
+        Some(code),
+        "`baton {}`:\n{stderr}",
+        arguments.join(" ")
+    );
     assert!(!stderr.contains("panicked"), "{stderr}");
-    stderr.lines().filter(|line| line.contains("error")).last().unwrap_or_default().to_owned()
+    stderr
+        .lines()
+        .filter(|line| line.contains("error"))
+        .last()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn copy_tiny(folder: &Path) -> PathBuf {
     let target = folder.join("tiny");
     std::fs::create_dir_all(&target).expect("a folder");
-    for entry in std::fs::read_dir(baton_tests::tiny_model("llama")).expect("the tiny model is in the tree") {
+    for entry in
+        std::fs::read_dir(baton_tests::tiny_model("llama")).expect("the tiny model is in the tree")
+    {
         let entry = entry.expect("an entry");
         std::fs::copy(entry.path(), target.join(entry.file_name())).expect("a copy");
     }
@@ -36,7 +48,18 @@ async fn a_truncated_gguf() {
     for keep in [3, 100, 1_000_000, bytes.len() / 2, bytes.len() - 1] {
         let path = folder.path().join(format!("cut-{keep}.gguf"));
         std::fs::write(&path, &bytes[..keep]).expect("a file");
-        let line = fails(&["serve", &path.to_string_lossy(), "--port", "0", "--report-addr", "/dev/null"], 69).await;
+        let line = fails(
+            &[
+                "serve",
+                &path.to_string_lossy(),
+                "--port",
+                "0",
+                "--report-addr",
+                "/dev/null",
+            ],
+            69,
+        )
+        .await;
         assert!(line.contains("cut-"), "{keep}: {line}");
     }
 }
@@ -57,7 +80,18 @@ async fn a_safetensors_file_with_a_lying_header() {
     offsets[at] = b'9';
     for bytes in [longer, past_the_end, offsets] {
         std::fs::write(&file, bytes).expect("a file");
-        let line = fails(&["serve", &model.to_string_lossy(), "--port", "0", "--report-addr", "/dev/null"], 69).await;
+        let line = fails(
+            &[
+                "serve",
+                &model.to_string_lossy(),
+                "--port",
+                "0",
+                "--report-addr",
+                "/dev/null",
+            ],
+            69,
+        )
+        .await;
         assert!(line.contains("model.safetensors"), "{line}");
     }
 }
@@ -67,28 +101,63 @@ async fn a_model_without_a_chat_template_asked_to_chat() {
     let folder = tempfile::tempdir().expect("a folder");
     let model = copy_tiny(folder.path());
     let path = model.join("tokenizer_config.json");
-    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("a config")).expect("JSON");
-    config.as_object_mut().expect("an object").remove("chat_template");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("a config")).expect("JSON");
+    config
+        .as_object_mut()
+        .expect("an object")
+        .remove("chat_template");
     std::fs::write(&path, config.to_string()).expect("a file");
     let worker = Worker::start(&model.to_string_lossy(), SMALL).await;
-    let body = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2});
-    let answer = client::post(&worker.address, "/v1/chat/completions", &body).await.expect("an answer");
+    let body =
+        json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2});
+    let answer = client::post(&worker.address, "/v1/chat/completions", &body)
+        .await
+        .expect("an answer");
     assert_eq!(answer.status, 400, "{}", answer.body);
     assert!(answer.body.contains("chat template"), "{}", answer.body);
     let body = json!({"model": "m", "prompt": "hello", "max_tokens": 2});
-    assert_eq!(client::post(&worker.address, "/v1/completions", &body).await.expect("an answer").status, 200);
+    assert_eq!(
+        client::post(&worker.address, "/v1/completions", &body)
+            .await
+            .expect("an answer")
+            .status,
+        200
+    );
 }
 
 #[tokio::test]
 async fn unknown_config_keys() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("options.yaml");
-    std::fs::write(&path, "kv_cache_config:\n  tokens_per_blok: 32\nmax_batch_sze: 4\n").expect("a file");
+    std::fs::write(
+        &path,
+        "kv_cache_config:\n  tokens_per_blok: 32\nmax_batch_sze: 4\n",
+    )
+    .expect("a file");
     let path = path.to_string_lossy();
     let model = baton_tests::tiny_model("llama");
-    let (status, _, stderr) = Baton::run(&["serve", &model, "--config", &path, "--port", "0", "--report-addr", "/dev/null"], &[]).await;
+    let (status, _, stderr) = Baton::run(
+        &[
+            "serve",
+            &model,
+            "--config",
+            &path,
+            "--port",
+            "0",
+            "--report-addr",
+            "/dev/null",
+        ],
+        &[],
+    )
+    .await;
     assert_eq!(status.code(), Some(65), "{stderr}");
-    for expected in ["tokens_per_block", "max_batch_size", "options.yaml:2", "options.yaml:3"] {
+    for expected in [
+        "tokens_per_block",
+        "max_batch_size",
+        "options.yaml:2",
+        "options.yaml:3",
+    ] {
         assert!(stderr.contains(expected), "no `{expected}` in:\n{stderr}");
     }
     let (status, _, stderr) = Baton::run(&["config", "check", &path], &[]).await;
@@ -100,7 +169,11 @@ async fn a_port_in_use() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a socket");
     let port = taken.local_addr().expect("an address").port().to_string();
     let model = baton_tests::tiny_model("llama");
-    let line = fails(&["serve", &model, "--host", "127.0.0.1", "--port", &port], 98).await;
+    let line = fails(
+        &["serve", &model, "--host", "127.0.0.1", "--port", &port],
+        98,
+    )
+    .await;
     assert!(line.contains(&port), "{line}");
     let folder = tempfile::tempdir().expect("a folder");
     let config = folder.path().join("disagg_config.yaml");
@@ -120,13 +193,31 @@ async fn workers_that_never_come() {
     let text = "hostname: 127.0.0.1\nport: 0\ncontext_servers:\n  num_instances: 1\n  urls: [\"127.0.0.1:1\"]\n\
         generation_servers:\n  num_instances: 1\n  urls: [\"127.0.0.1:2\"]\n";
     std::fs::write(&config, text).expect("a file");
-    let line = fails(&["disaggregated", "-c", &config.to_string_lossy(), "-t", "2"], 75).await;
-    assert!(line.contains("127.0.0.1:1") && line.contains("127.0.0.1:2"), "{line}");
+    let line = fails(
+        &["disaggregated", "-c", &config.to_string_lossy(), "-t", "2"],
+        75,
+    )
+    .await;
+    assert!(
+        line.contains("127.0.0.1:1") && line.contains("127.0.0.1:2"),
+        "{line}"
+    );
 }
 
 #[tokio::test]
 async fn a_missing_model() {
-    let line = fails(&["serve", "no-such-org/no-such-model", "--port", "0", "--report-addr", "/dev/null"], 69).await;
+    let line = fails(
+        &[
+            "serve",
+            "no-such-org/no-such-model",
+            "--port",
+            "0",
+            "--report-addr",
+            "/dev/null",
+        ],
+        69,
+    )
+    .await;
     assert!(line.contains("no-such-org/no-such-model"), "{line}");
 }
 
@@ -138,9 +229,15 @@ async fn a_prompt_that_is_too_long() {
     let deployment = Deployment::start(&options).await;
     let body = json!({"model": "m", "prompt": vec![5; 600], "max_tokens": 2});
     for address in [&deployment.address, &deployment.generation.address] {
-        let answer = client::post(address, "/v1/completions", &body).await.expect("an answer");
+        let answer = client::post(address, "/v1/completions", &body)
+            .await
+            .expect("an answer");
         assert_eq!(answer.status, 400, "{}", answer.body);
-        assert!(answer.body.contains("600") && answer.body.contains("512"), "{}", answer.body);
+        assert!(
+            answer.body.contains("600") && answer.body.contains("512"),
+            "{}",
+            answer.body
+        );
     }
 }
 
@@ -161,17 +258,35 @@ async fn ten_thousand_random_bodies() {
     ];
     let edits = proptest::collection::vec((0.0..1.0_f64, proptest::num::u8::ANY), 1..6);
     for index in 0..10_000_usize {
-        let address = if index % 2 == 0 { &deployment.address } else { &deployment.generation.address };
-        let path = if index % 3 == 0 { "/v1/chat/completions" } else { "/v1/completions" };
+        let address = if index % 2 == 0 {
+            &deployment.address
+        } else {
+            &deployment.generation.address
+        };
+        let path = if index % 3 == 0 {
+            "/v1/chat/completions"
+        } else {
+            "/v1/completions"
+        };
         let body = if index % 4 == 0 {
             bytes.new_tree(&mut runner).expect("bytes").current()
         } else {
-            mutated(seeds[index % seeds.len()], &edits.new_tree(&mut runner).expect("edits").current())
+            mutated(
+                seeds[index % seeds.len()],
+                &edits.new_tree(&mut runner).expect("edits").current(),
+            )
         };
         let shown = String::from_utf8_lossy(&body).into_owned();
-        let answer = client::post_bytes(address, path, body).await.expect("an answer");
-        let fine = answer.status < 500 || (answer.status == 502 || answer.status == 503) && shown.contains("generation_only");
-        assert!(fine, "status {} for {shown}: {}", answer.status, answer.body);
+        let answer = client::post_bytes(address, path, body)
+            .await
+            .expect("an answer");
+        let fine = answer.status < 500
+            || (answer.status == 502 || answer.status == 503) && shown.contains("generation_only");
+        assert!(
+            fine,
+            "status {} for {shown}: {}",
+            answer.status, answer.body
+        );
     }
     assert!(!deployment.generation.process.log().contains("panicked"));
     assert!(!deployment.proxy.log().contains("panicked"));
@@ -181,8 +296,12 @@ async fn ten_thousand_random_bodies() {
 fn mutated(seed: &str, edits: &[(f64, u8)]) -> Vec<u8> {
     let mut body = seed.as_bytes().to_vec();
     for (place, byte) in edits {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss,
-            reason = "a place within a short text")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            clippy::cast_precision_loss,
+            reason = "a place within a short text"
+        )]
         let at = ((body.len() as f64) * place) as usize;
         match byte % 3 {
             0 => body[at] = *byte,

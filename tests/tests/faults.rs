@@ -26,10 +26,21 @@ fn long_request(stream: bool) -> Value {
 async fn answers(deployment: &Deployment) {
     let item = golden::smollm2().swap_remove(0);
     let body = json!({"model": "m", "prompt": item.prompt, "max_tokens": item.output_token_ids.len(), "temperature": 0});
-    let text = eventually("the deployment to answer again", Duration::from_secs(60), async || {
-        let answer = client::post(&deployment.address, "/v1/completions", &body).await.ok()?;
-        (answer.status == 200).then(|| answer.json()["choices"][0]["text"].as_str().unwrap_or_default().to_owned())
-    });
+    let text = eventually(
+        "the deployment to answer again",
+        Duration::from_secs(60),
+        async || {
+            let answer = client::post(&deployment.address, "/v1/completions", &body)
+                .await
+                .ok()?;
+            (answer.status == 200).then(|| {
+                answer.json()["choices"][0]["text"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+        },
+    );
     assert_eq!(text.await, item.text);
 }
 
@@ -41,10 +52,15 @@ async fn all_end(address: &str, count: usize, hurt: impl AsyncFnOnce()) -> usize
         tasks.spawn(async move {
             let body = long_request(index % 2 == 0);
             if index % 2 == 0 {
-                client::stream(&address, "/v1/completions", &body).await.map(drop)
+                client::stream(&address, "/v1/completions", &body)
+                    .await
+                    .map(drop)
             } else {
                 let answer = client::post(&address, "/v1/completions", &body).await?;
-                let message = answer.json()["error"]["message"].as_str().unwrap_or_default().to_owned();
+                let message = answer.json()["error"]["message"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .to_owned();
                 anyhow::ensure!(answer.status == 200, "status {} {message}", answer.status);
                 Ok(())
             }
@@ -57,7 +73,10 @@ async fn all_end(address: &str, count: usize, hurt: impl AsyncFnOnce()) -> usize
             Ok(()) => answered += 1,
             Err(error) => {
                 let text = format!("{error:#}");
-                assert!(!text.contains("deadline has elapsed"), "a client waited {ANSWER_TIMEOUT:?} in vain: {text}");
+                assert!(
+                    !text.contains("deadline has elapsed"),
+                    "a client waited {ANSWER_TIMEOUT:?} in vain: {text}"
+                );
             }
         }
     }
@@ -66,10 +85,20 @@ async fn all_end(address: &str, count: usize, hurt: impl AsyncFnOnce()) -> usize
 
 /// Waits until some stream from the deployment has begun.
 async fn streaming(deployment: &Deployment) {
-    eventually("the generation server to decode", Duration::from_secs(30), async || {
-        let metrics = client::get(&deployment.generation.address, "/prometheus/metrics").await.ok()?.body;
-        metrics.lines().any(|line| line.starts_with("baton_requests_running ") && !line.ends_with(" 0")).then_some(())
-    })
+    eventually(
+        "the generation server to decode",
+        Duration::from_secs(30),
+        async || {
+            let metrics = client::get(&deployment.generation.address, "/prometheus/metrics")
+                .await
+                .ok()?
+                .body;
+            metrics
+                .lines()
+                .any(|line| line.starts_with("baton_requests_running ") && !line.ends_with(" 0"))
+                .then_some(())
+        },
+    )
     .await;
 }
 
@@ -84,8 +113,14 @@ async fn a_context_server_killed_while_it_sends() {
     let address = deployment.address.clone();
     all_end(&address, 4, async || {
         eventually("KV to be fetched", Duration::from_secs(30), async || {
-            let metrics = client::get(&deployment.generation.address, "/prometheus/metrics").await.ok()?.body;
-            metrics.lines().any(|line| line.starts_with("baton_kv_blocks_lent ") && !line.ends_with(" 0")).then_some(())
+            let metrics = client::get(&deployment.generation.address, "/prometheus/metrics")
+                .await
+                .ok()?
+                .body;
+            metrics
+                .lines()
+                .any(|line| line.starts_with("baton_kv_blocks_lent ") && !line.ends_with(" 0"))
+                .then_some(())
         })
         .await;
         deployment.context[0].process.signal(Signal::SIGKILL);
@@ -177,7 +212,9 @@ async fn clients_that_disconnect_at_random_moments() {
             let patience = Duration::from_millis(index.wrapping_mul(2_654_435_761) % 4000);
             let body = long_request(index % 2 == 0).to_string();
             let ask = async {
-                let mut response = client::send(&address, Method::POST, "/v1/completions", body).await?.into_body();
+                let mut response = client::send(&address, Method::POST, "/v1/completions", body)
+                    .await?
+                    .into_body();
                 while response.frame().await.transpose()?.is_some() {}
                 anyhow::Ok(())
             };
@@ -198,17 +235,31 @@ async fn a_flipped_byte_never_gives_a_wrong_answer() {
     let mut options = Options::new(&model, ENGINE);
     options.context_environment = &[("BATON_TEST_TRANSPORT_FAULT", "flip_byte=1000")];
     let deployment = Deployment::start(&options).await;
-    for item in golden::smollm2().into_iter().filter(|item| item.kind == "completion").take(4) {
+    for item in golden::smollm2()
+        .into_iter()
+        .filter(|item| item.kind == "completion")
+        .take(4)
+    {
         let body = json!({"model": "m", "prompt": item.prompt, "max_tokens": item.output_token_ids.len(), "temperature": 0});
-        let answer = client::post(&deployment.address, "/v1/completions", &body).await.expect("an answer");
+        let answer = client::post(&deployment.address, "/v1/completions", &body)
+            .await
+            .expect("an answer");
         if answer.status == 200 {
             assert_eq!(answer.json()["choices"][0]["text"], json!(item.text));
         } else {
             assert!(answer.body.contains("checksum"), "{}", answer.body);
         }
     }
-    let metrics = client::get(&deployment.generation.address, "/prometheus/metrics").await.expect("metrics").body;
-    let failed = metrics.lines().find(|line| line.starts_with("baton_kv_transfers_failed_total"));
-    assert!(failed.is_some_and(|line| !line.ends_with(" 0")), "the fault never struck:\n{metrics}");
+    let metrics = client::get(&deployment.generation.address, "/prometheus/metrics")
+        .await
+        .expect("metrics")
+        .body;
+    let failed = metrics
+        .lines()
+        .find(|line| line.starts_with("baton_kv_transfers_failed_total"));
+    assert!(
+        failed.is_some_and(|line| !line.ends_with(" 0")),
+        "the fault never struck:\n{metrics}"
+    );
     deployment.blocks_return(ALL_BACK).await;
 }

@@ -34,16 +34,32 @@ struct Seen {
 
 impl Seen {
     fn add(&mut self, choice: &Value) {
-        for text in [&choice["text"], &choice["message"]["content"], &choice["delta"]["content"]] {
+        for text in [
+            &choice["text"],
+            &choice["message"]["content"],
+            &choice["delta"]["content"],
+        ] {
             self.text.push_str(text.as_str().unwrap_or_default());
         }
         let logprobs = &choice["logprobs"];
         let mut push = |value: &Value| {
-            #[expect(clippy::cast_possible_truncation, reason = "log-probabilities are f32 in the engine")]
-            self.logprobs.push(value.as_f64().expect("a log-probability is a number") as f32);
+            #[expect(
+                clippy::cast_possible_truncation,
+                reason = "log-probabilities are f32 in the engine"
+            )]
+            self.logprobs
+                .push(value.as_f64().expect("a log-probability is a number") as f32);
         };
-        logprobs["token_logprobs"].as_array().into_iter().flatten().for_each(&mut push);
-        logprobs["content"].as_array().into_iter().flatten().for_each(|entry| push(&entry["logprob"]));
+        logprobs["token_logprobs"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .for_each(&mut push);
+        logprobs["content"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .for_each(|entry| push(&entry["logprob"]));
         if let Some(reason) = choice["finish_reason"].as_str() {
             reason.clone_into(&mut self.finish);
         }
@@ -54,8 +70,13 @@ async fn ask(address: &str, item: &Item, stream: bool) -> Seen {
     let (path, body) = request(item, stream);
     let mut seen = Seen::default();
     if stream {
-        let events = client::stream(address, path, &body).await.expect("a stream");
-        events.iter().flat_map(|event| event["choices"].as_array().into_iter().flatten()).for_each(|choice| seen.add(choice));
+        let events = client::stream(address, path, &body)
+            .await
+            .expect("a stream");
+        events
+            .iter()
+            .flat_map(|event| event["choices"].as_array().into_iter().flatten())
+            .for_each(|choice| seen.add(choice));
     } else {
         let answer = client::post(address, path, &body).await.expect("an answer");
         assert_eq!(answer.status, 200, "{}", answer.body);
@@ -71,7 +92,9 @@ async fn ids(address: &str, item: &Item) -> Vec<u32> {
         "temperature": 0, "detokenize": false,
     });
     body["logprobs"] = json!(0);
-    let answer = client::post(address, "/v1/completions", &body).await.expect("an answer");
+    let answer = client::post(address, "/v1/completions", &body)
+        .await
+        .expect("an answer");
     assert_eq!(answer.status, 200, "{}", answer.body);
     serde_json::from_value(answer.json()["choices"][0]["token_ids"].clone()).expect("token ids")
 }
@@ -79,12 +102,23 @@ async fn ids(address: &str, item: &Item) -> Vec<u32> {
 fn check(item: &Item, seen: &Seen) {
     let name = item.prompt.as_deref().unwrap_or("chat");
     assert_eq!(seen.text, item.text, "text of {name:?}");
-    let ended = if item.output_token_ids.last() == Some(&2) { "stop" } else { "length" };
+    let ended = if item.output_token_ids.last() == Some(&2) {
+        "stop"
+    } else {
+        "length"
+    };
     assert_eq!(seen.finish, ended, "finish reason of {name:?}");
     // The end token's log-probability may or may not be reported.
-    assert!(seen.logprobs.len() + 1 >= item.logprobs.len(), "{} log-probabilities of {name:?}", seen.logprobs.len());
+    assert!(
+        seen.logprobs.len() + 1 >= item.logprobs.len(),
+        "{} log-probabilities of {name:?}",
+        seen.logprobs.len()
+    );
     for (index, (ours, theirs)) in seen.logprobs.iter().zip(&item.logprobs).enumerate() {
-        assert!((ours - theirs).abs() <= LOGPROB_TOLERANCE, "{name:?} token {index}: {ours}, reference {theirs}");
+        assert!(
+            (ours - theirs).abs() <= LOGPROB_TOLERANCE,
+            "{name:?} token {index}: {ours}, reference {theirs}"
+        );
     }
 }
 
@@ -95,7 +129,12 @@ async fn check_all(address: &str) {
         for stream in [false, true] {
             check(item, &ask(address, item, stream).await);
         }
-        assert_eq!(ids(address, item).await, item.output_token_ids, "{:?}", item.prompt);
+        assert_eq!(
+            ids(address, item).await,
+            item.output_token_ids,
+            "{:?}",
+            item.prompt
+        );
     }
     let mut tasks = tokio::task::JoinSet::new();
     for (index, item) in items.iter().cycle().take(16).cloned().enumerate() {
@@ -118,9 +157,17 @@ async fn the_deployment_gives_the_golden_answers() {
     let model = baton_tests::model();
     let deployment = Deployment::start(&Options::new(&model, FLOAT32)).await;
     check_all(&deployment.address).await;
-    let state = client::get(&deployment.generation.address, "/prometheus/metrics").await.expect("metrics").body;
-    let moved = state.lines().find(|line| line.starts_with("baton_kv_transfer_bytes_total"));
-    assert!(moved.is_some_and(|line| !line.ends_with(" 0")), "no KV has travelled:\n{state}");
+    let state = client::get(&deployment.generation.address, "/prometheus/metrics")
+        .await
+        .expect("metrics")
+        .body;
+    let moved = state
+        .lines()
+        .find(|line| line.starts_with("baton_kv_transfer_bytes_total"));
+    assert!(
+        moved.is_some_and(|line| !line.ends_with(" 0")),
+        "no KV has travelled:\n{state}"
+    );
 }
 
 /// The fast default answers the same through one server and through the deployment, bit for bit.
@@ -144,20 +191,38 @@ async fn the_fast_default_is_equal_through_one_server_and_the_deployment() {
 /// Teacher-forced: how far the fast default is from float32.
 #[tokio::test]
 async fn the_fast_default_is_close_to_float32() {
-    let worker = Worker::start(&baton_tests::model(), "max_seq_len: 2048\nkv_cache_config:\n  max_tokens: 4096\n").await;
+    let worker = Worker::start(
+        &baton_tests::model(),
+        "max_seq_len: 2048\nkv_cache_config:\n  max_tokens: 4096\n",
+    )
+    .await;
     let (mut sum, mut count, mut agreed) = (0.0_f64, 0_u32, 0_u32);
     for item in golden::smollm2() {
-        let prompt: Vec<u32> = item.prompt_token_ids.iter().chain(&item.output_token_ids).copied().collect();
+        let prompt: Vec<u32> = item
+            .prompt_token_ids
+            .iter()
+            .chain(&item.output_token_ids)
+            .copied()
+            .collect();
         let body = json!({"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": 1,
             "ignore_eos": true});
-        let answer = client::post(&worker.address, "/v1/completions", &body).await.expect("an answer");
+        let answer = client::post(&worker.address, "/v1/completions", &body)
+            .await
+            .expect("an answer");
         assert_eq!(answer.status, 200, "{}", answer.body);
         let logprobs = &answer.json()["choices"][0]["logprobs"];
         for (index, theirs) in item.logprobs.iter().enumerate() {
             let at = item.prompt_token_ids.len() + index;
-            let ours = logprobs["token_logprobs"][at].as_f64().expect("a log-probability");
-            let best = logprobs["top_logprobs"][at].as_object().expect("alternatives");
-            let best = best.values().filter_map(Value::as_f64).fold(f64::MIN, f64::max);
+            let ours = logprobs["token_logprobs"][at]
+                .as_f64()
+                .expect("a log-probability");
+            let best = logprobs["top_logprobs"][at]
+                .as_object()
+                .expect("alternatives");
+            let best = best
+                .values()
+                .filter_map(Value::as_f64)
+                .fold(f64::MIN, f64::max);
             sum += (ours - f64::from(*theirs)).abs();
             count += 1;
             agreed += u32::from(ours >= best);
@@ -180,7 +245,12 @@ async fn hugging_face_directories_give_the_golden_answers() {
             // Where two tokens are this close, either may be chosen, and everything after it parts.
             if item.min_margin > LOGPROB_TOLERANCE {
                 for address in [&deployment.address, &deployment.generation.address] {
-                    assert_eq!(ids(address, &item).await, item.output_token_ids, "{family} {:?}", item.prompt);
+                    assert_eq!(
+                        ids(address, &item).await,
+                        item.output_token_ids,
+                        "{family} {:?}",
+                        item.prompt
+                    );
                 }
             }
             check_teacher_forced(&deployment.generation.address, &family, &item).await;
@@ -189,15 +259,27 @@ async fn hugging_face_directories_give_the_golden_answers() {
 }
 
 async fn check_teacher_forced(address: &str, family: &str, item: &Item) {
-    let prompt: Vec<u32> = item.prompt_token_ids.iter().chain(&item.output_token_ids).copied().collect();
+    let prompt: Vec<u32> = item
+        .prompt_token_ids
+        .iter()
+        .chain(&item.output_token_ids)
+        .copied()
+        .collect();
     let body = json!({"model": "m", "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": true, "logprobs": 0,
         "ignore_eos": true});
-    let answer = client::post(address, "/v1/completions", &body).await.expect("an answer");
+    let answer = client::post(address, "/v1/completions", &body)
+        .await
+        .expect("an answer");
     assert_eq!(answer.status, 200, "{}", answer.body);
     let logprobs = &answer.json()["choices"][0]["logprobs"]["token_logprobs"];
     for (index, theirs) in item.logprobs.iter().enumerate() {
-        let ours = logprobs[item.prompt_token_ids.len() + index].as_f64().expect("a log-probability");
+        let ours = logprobs[item.prompt_token_ids.len() + index]
+            .as_f64()
+            .expect("a log-probability");
         let gap = (ours - f64::from(*theirs)).abs();
-        assert!(gap <= f64::from(LOGPROB_TOLERANCE), "{family} token {index}: {ours}, reference {theirs}");
+        assert!(
+            gap <= f64::from(LOGPROB_TOLERANCE),
+            "{family} token {index}: {ours}, reference {theirs}"
+        );
     }
 }

@@ -12,24 +12,47 @@ const EDGES: &[(&str, &[&str])] = &[
     ("baton-engine", &["baton-configs"]),
     ("baton-proxy", &["baton-configs"]),
     ("baton-slurm", &["baton-configs"]),
-    ("baton-launcher", &["baton-configs", "baton-engine", "baton-proxy", "baton-slurm"]),
+    (
+        "baton-launcher",
+        &[
+            "baton-configs",
+            "baton-engine",
+            "baton-proxy",
+            "baton-slurm",
+        ],
+    ),
     ("baton-tests", &[]),
 ];
 
 /// The doors behind which unsafe code is allowed.
-const UNSAFE_DOORS: &[&str] =
-    &["launcher/src/os.rs", "engine/src/backend/cpu/simd.rs", "engine/src/model/mmap.rs", "engine/src/transport/"];
+const UNSAFE_DOORS: &[&str] = &[
+    "launcher/src/os.rs",
+    "engine/src/backend/cpu/simd.rs",
+    "engine/src/model/mmap.rs",
+    "engine/src/transport/",
+];
 
 const FILE_LINES_MAX: usize = 600;
 const LOCKED_PACKAGES_MAX: usize = 350;
 
 fn metadata() -> Value {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--no-deps", "--offline", "--locked"])
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--no-deps",
+            "--offline",
+            "--locked",
+        ])
         .current_dir(baton_tests::root())
         .output()
         .expect("cargo runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON")
 }
 
@@ -39,8 +62,15 @@ fn the_edges_between_crates_hold() {
     let packages = metadata["packages"].as_array().expect("packages");
     let mut seen: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for package in packages {
-        let own = package["dependencies"].as_array().into_iter().flatten().filter_map(|edge| edge["name"].as_str());
-        seen.insert(package["name"].as_str().expect("a name"), own.filter(|name| name.starts_with("baton-")).collect());
+        let own = package["dependencies"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|edge| edge["name"].as_str());
+        seen.insert(
+            package["name"].as_str().expect("a name"),
+            own.filter(|name| name.starts_with("baton-")).collect(),
+        );
     }
     assert_eq!(seen.keys().copied().collect::<Vec<_>>(), {
         let mut names: Vec<&str> = EDGES.iter().map(|(name, _)| *name).collect();
@@ -57,7 +87,8 @@ fn the_edges_between_crates_hold() {
 #[test]
 fn every_crate_inherits_the_lints() {
     for folder in ["configs", "engine", "proxy", "slurm", "launcher", "tests"] {
-        let text = std::fs::read_to_string(baton_tests::root().join(folder).join("Cargo.toml")).expect("a manifest");
+        let text = std::fs::read_to_string(baton_tests::root().join(folder).join("Cargo.toml"))
+            .expect("a manifest");
         assert!(text.contains("[lints]\nworkspace = true"), "{folder}");
         assert!(!text.contains("[features]"), "{folder} has cargo features");
     }
@@ -65,7 +96,8 @@ fn every_crate_inherits_the_lints() {
 
 #[test]
 fn the_lock_file_stays_lean() {
-    let text = std::fs::read_to_string(baton_tests::root().join("Cargo.lock")).expect("a lock file");
+    let text =
+        std::fs::read_to_string(baton_tests::root().join("Cargo.lock")).expect("a lock file");
     let count = text.lines().filter(|line| *line == "[[package]]").count();
     assert!(count < LOCKED_PACKAGES_MAX, "{count} packages");
 }
@@ -74,7 +106,10 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
         let path = entry.path();
         if path.is_dir() {
-            if path.file_name().is_some_and(|name| name != "target" && name != ".git") {
+            if path
+                .file_name()
+                .is_some_and(|name| name != "target" && name != ".git")
+            {
                 sources(&path, found);
             }
         } else if path.extension().is_some_and(|ending| ending == "rs") {
@@ -89,10 +124,17 @@ fn unsafe_stands_only_behind_its_doors() {
     let mut files = Vec::new();
     sources(&root, &mut files);
     for file in files {
-        let name = file.strip_prefix(&root).expect("under the root").to_string_lossy().into_owned();
+        let name = file
+            .strip_prefix(&root)
+            .expect("under the root")
+            .to_string_lossy()
+            .into_owned();
         let text = std::fs::read_to_string(&file).expect("a source");
         let opens = text.contains(concat!("expect(un", "safe_code"));
-        assert!(!opens || UNSAFE_DOORS.iter().any(|door| name.starts_with(door)), "{name} opens unsafe code");
+        assert!(
+            !opens || UNSAFE_DOORS.iter().any(|door| name.starts_with(door)),
+            "{name} opens unsafe code"
+        );
     }
 }
 
@@ -104,7 +146,15 @@ fn files_stay_readable() {
     for file in files {
         let text = std::fs::read_to_string(&file).expect("a source");
         let lines = text.lines().count();
-        assert!(lines <= FILE_LINES_MAX, "{} has {lines} lines", file.display());
-        assert!(text.starts_with("//!"), "{} does not say what it is for", file.display());
+        assert!(
+            lines <= FILE_LINES_MAX,
+            "{} has {lines} lines",
+            file.display()
+        );
+        assert!(
+            text.starts_with("//!"),
+            "{} does not say what it is for",
+            file.display()
+        );
     }
 }

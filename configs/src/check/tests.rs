@@ -118,6 +118,12 @@ fn kinds_are_guessed_from_keys() {
         ("cache_transceiver_config: {backend: UCX}\n", Kind::Llm),
         ("model: m\ncontext: {instances: 1}\n", Kind::Layout),
         ("what: is this\n", Kind::Llm),
+        (
+            "return_perf_metrics: true\nperf_metrics_max_requests: 9\n",
+            Kind::Llm,
+        ),
+        ("model: m\n", Kind::Layout),
+        ("dtype: float32\n", Kind::Llm),
     ] {
         let document = Document::parse("f.yaml", text).expect("valid YAML");
         assert_eq!(Kind::guess(&document), kind, "{text}");
@@ -178,6 +184,21 @@ fn survives(text: &str) {
         if let Err(errors) = &report.outcome {
             assert!(!errors.errors().is_empty());
             assert!(places_are_inside(errors, text), "{errors}\n{text}");
+            let hints = errors
+                .errors()
+                .iter()
+                .filter(|error| error.hint.is_some())
+                .count();
+            let shown = errors.to_string();
+            assert_eq!(
+                shown.lines().count(),
+                errors.errors().len() + hints,
+                "{shown:?}"
+            );
+            assert!(
+                !shown.contains(|c: char| c.is_control() && c != '\n'),
+                "{shown:?}"
+            );
         }
         if let Ok(document) = Document::parse("f.yaml", text) {
             assert_eq!(explain_document(&document, kind).is_ok(), report.is_good());
@@ -187,8 +208,6 @@ fn survives(text: &str) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(256))]
-
     #[test]
     fn any_text_gets_an_answer(text in ".{0,200}") {
         survives(&text);

@@ -7,7 +7,7 @@ use crate::error::ConfigErrorKind;
 use crate::section::Shape;
 use crate::section::kind::Kind;
 use crate::section::read::Findings;
-use crate::yaml::{Node, Value};
+use crate::yaml::{Node, Value, quoted};
 
 /// A worker's `host:port`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,12 +59,14 @@ impl FromStr for Endpoint {
         if let Some((_, rest)) = text.split_once("://") {
             let bare = rest.trim_end_matches('/');
             return Err(refused(Some(format!(
-                "write it without the scheme: \"{bare}\""
+                "write it without the scheme: {}",
+                quoted(bare)
             ))));
         }
         if let Some(bare) = text.strip_suffix('/') {
             return Err(refused(Some(format!(
-                "write it without the slash: \"{bare}\""
+                "write it without the slash: {}",
+                quoted(bare)
             ))));
         }
         let (host, port) = match text.strip_prefix('[') {

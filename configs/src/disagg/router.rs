@@ -46,7 +46,8 @@ impl Choices for RouterType {
 
 section! {
     /// How one of a role's servers is chosen for a request.
-    RawRoundRobin "router" {
+    RawRoundRobin "router" {}
+    checked {
         /// The way of choosing. `round_robin` takes the next in turn and is what this version serves;
         /// `load_balancing`, `kv_cache_aware` and `conversation` are known, checked, and refused by name.
         kind as "type": OneOf<RouterType> = "round_robin";
@@ -57,7 +58,8 @@ section! {
 
 section! {
     /// Chooses the server with the least work.
-    RawLoadBalancing "router, load_balancing" {
+    RawLoadBalancing "router, load_balancing" {}
+    checked {
         /// The way of choosing.
         kind as "type": OneOf<RouterType> = "round_robin";
         /// Count tokens instead of requests.
@@ -73,7 +75,8 @@ section! {
 
 section! {
     /// Chooses the server that has most of the prompt in its KV cache.
-    RawKvCacheAware "router, kv_cache_aware" {
+    RawKvCacheAware "router, kv_cache_aware" {}
+    checked {
         /// The way of choosing.
         kind as "type": OneOf<RouterType> = "round_robin";
         /// Count tokens instead of requests.
@@ -95,7 +98,8 @@ section! {
 
 section! {
     /// Keeps a conversation on its server.
-    RawConversation "router, conversation" {
+    RawConversation "router, conversation" {}
+    checked {
         /// The way of choosing.
         kind as "type": OneOf<RouterType> = "round_robin";
         /// Share of a prompt that must match a session.

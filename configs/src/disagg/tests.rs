@@ -248,7 +248,7 @@ fn router_arguments_come_from_the_block_and_the_section() {
     let router_node = document.root().entry("router").map(|entry| &entry.node);
     let mut findings = Findings::new(&document);
     let wish = router::read(router_node, "router", document.root(), &mut findings).expect("known");
-    assert!(findings.is_clean());
+    assert_eq!(findings.finish(), Ok(Vec::new()));
     assert_eq!(wish.kind, router::RouterType::LoadBalancing);
     let shown: Vec<String> = wish
         .arguments
@@ -359,4 +359,19 @@ fn rendered_text_resolves_to_the_same() {
     };
     let text = to_yaml(&config);
     assert_eq!(resolved(&text).proxy, config, "{text}");
+}
+
+#[test]
+fn defaults_in_the_table_are_those_of_the_type() {
+    let rows = RawDisagg::TABLE.rows().filter(|row| row.name != "node_id");
+    let text: String = rows
+        .map(|row| format!("{}: {}\n", row.name, row.default))
+        .collect();
+    assert_eq!(
+        resolved(&text).proxy,
+        DisaggConfig {
+            node_id: 7,
+            ..DisaggConfig::default()
+        }
+    );
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::llm::{LlmOptions, LlmOverrides, resolve, to_yaml};
 
 fn explained(text: &str, kind: Option<Kind>) -> String {
     let document = Document::parse("f.yaml", text).expect("valid YAML");
@@ -56,6 +57,66 @@ fn layouts_show_each_roles_engine() {
     assert_eq!(source("generation.instances = 1 "), "default");
     assert_eq!(source("model = \"m\" "), "f.yaml:1");
     assert_eq!(line("engine."), "");
+}
+
+/// What explain says and what resolve does, side by side.
+fn agree(values: &[ExplainedValue], prefix: &str, options: &LlmOptions) {
+    let rendered = Document::parse("r.yaml", &to_yaml(options)).expect("valid YAML");
+    let mut compared = 0;
+    for value in values {
+        let Some(path) = value.path.strip_prefix(prefix) else {
+            continue;
+        };
+        let mut node = Some(rendered.root());
+        for key in path.split('.') {
+            node = node
+                .and_then(|node| node.entry(key))
+                .map(|entry| &entry.node);
+        }
+        // Short and older forms are not in the rendered text.
+        let Some(node) = node else { continue };
+        compared += 1;
+        assert!(
+            value.value.eq_ignore_ascii_case(&node.flow()),
+            "{value:?}: {}",
+            node.flow()
+        );
+    }
+    assert!(compared >= 20, "{compared}");
+}
+
+#[test]
+fn explained_values_are_the_resolved_ones() {
+    for text in [
+        "{}",
+        "free_gpu_memory_fraction: 0.5\nenable_cache_transceiver: true\nmodel: m\n",
+        "cache_transceiver_config: {backend: nixl, max_num_tokens: 9}\nkv_cache_config: {free_gpu_memory_fraction: 0.25}\n",
+        "cache_transceiver_config: {enable_cache_transceiver: true}\nmax_seq_len: 7\ndtype: float32\n",
+    ] {
+        let document = Document::parse("f.yaml", text).expect("valid YAML");
+        let values = explain_document(&document, Some(Kind::Llm))
+            .expect("good")
+            .values;
+        let (options, _) = resolve(Some(&document), &LlmOverrides::default()).expect("good");
+        if text.contains("enable_cache_transceiver: true") {
+            let backend = values
+                .iter()
+                .find(|v| v.path == "cache_transceiver_config.backend");
+            assert_eq!(backend.expect("a backend").value, "\"DEFAULT\"");
+        }
+        agree(&values, "", &options);
+        let layout_text = format!(
+            "model: top\nserved_model_name: s\nengine: {{max_batch_size: 3}}\ncontext:\n  engine:\n    {}\n",
+            text.replace('\n', "\n    ")
+        );
+        let document = Document::parse("f.yaml", &layout_text).expect("valid YAML");
+        let values = explain_document(&document, Some(Kind::Layout))
+            .expect("good")
+            .values;
+        let (layout, _) = layout::resolve(&document, None).expect("good");
+        agree(&values, "context.engine.", &layout.context.options);
+        agree(&values, "generation.engine.", &layout.generation.options);
+    }
 }
 
 #[test]

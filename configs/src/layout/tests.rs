@@ -1,6 +1,7 @@
 use super::*;
 use crate::disagg::to_yaml as disagg_yaml;
 use crate::llm::LlmOverrides;
+use crate::section::{Section, SectionTable};
 use crate::transceiver::{PreferredTransport, TransportChoice};
 
 fn parse(text: &str) -> Document {
@@ -149,4 +150,25 @@ fn children_read_back_what_they_are_told() {
     let config = layout.disagg_config(vec![address(1), address(2)], vec![address(3)]);
     let document = Document::parse("proxy.yaml", &disagg_yaml(&config)).expect("valid YAML");
     assert_eq!(disagg::resolve(&document, 0).expect("good").0.proxy, config);
+}
+
+#[test]
+fn defaults_in_the_tables_are_those_of_the_types() {
+    let lines = |table: &'static SectionTable, indent: &str| -> String {
+        table
+            .rows()
+            .map(|row| format!("{indent}{}: {}\n", row.name, row.default))
+            .collect()
+    };
+    let text = lines(RawLayout::TABLE, "")
+        .replace("model: null\nserved", "model: m\nserved")
+        .replace(
+            "context: {}",
+            &format!("context:\n{}", lines(RawRole::TABLE, "  ")),
+        )
+        .replace(
+            "proxy: {}",
+            &format!("proxy:\n{}", lines(RawProxy::TABLE, "  ")),
+        );
+    assert_eq!(resolved(&text), resolved("model: m"), "{text}");
 }

@@ -1,7 +1,9 @@
 use std::time::Duration;
 
+use proptest::prelude::*;
+
 use super::*;
-use crate::transceiver::{PreferredTransport, TransportChoice};
+use crate::transceiver::{PreferredTransport, RawTransceiver, TransportChoice};
 
 fn document(text: &str) -> Document {
     Document::parse("llm.yaml", text).expect("valid YAML")
@@ -21,7 +23,7 @@ fn errors(text: &str) -> String {
 #[test]
 fn defaults_in_the_tables_are_those_of_the_types() {
     let mut text = String::new();
-    for row in <RawLlm as crate::section::Section>::TABLE.rows() {
+    for row in RawLlm::TABLE.rows() {
         text.push_str(&format!("{}: {}\n", row.name, row.default));
     }
     let with_sections = text
@@ -44,7 +46,7 @@ fn defaults_in_the_tables_are_those_of_the_types() {
     assert_eq!(resolved(&text).0, LlmOptions::default());
 }
 
-fn section_text<S: crate::section::Section>(name: &str) -> String {
+fn section_text<S: Section>(name: &str) -> String {
     let lines = S::TABLE
         .rows()
         .map(|row| format!("  {}: {}\n", row.name, row.default));
@@ -183,7 +185,7 @@ llm.yaml:10:3: kv_cache_config.tokens_per_blok: unknown key `tokens_per_blok`
 llm.yaml:12:12: cache_transceiver_config.backend: found text \"RDMA\", expected one of `DEFAULT`, `TCP`, `UCX`, `NIXL`, `MPI`, `MOONCAKE`
 llm.yaml:13:27: cache_transceiver_config.kv_transfer_timeout_ms: found 0, expected a whole number from 1 to 2592000000
 llm.yaml:14:17: max_beam_width: 4 is not served by this version: beam search
-llm.yaml:15:21: speculative_config: {decoding_type: \"MTP\"} is not served by this version: speculative and guided decoding modes
+llm.yaml:15:21: speculative_config: `speculative_config` is not served by this version: speculative and guided decoding modes
 llm.yaml:16:20: served_model_name: found 7, expected text
   hint: put it in quotes: \"7\"
 llm.yaml:17:1: zzz: unknown key `zzz`"
@@ -210,7 +212,7 @@ fn tuning_options_of_existing_files_are_listed_once() {
 
 #[test]
 fn names_are_listed_once() {
-    let mut names: Vec<&str> = <RawLlm as crate::section::Section>::TABLE.names().collect();
+    let mut names: Vec<&str> = RawLlm::TABLE.names().collect();
     let count = names.len();
     names.sort_unstable();
     names.dedup();
@@ -221,13 +223,21 @@ fn names_are_listed_once() {
 fn chat_templates_are_inline_or_files() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("template.jinja");
-    std::fs::write(&path, "from the file").expect("written");
+    std::fs::write(&path, "{{ from the file }}").expect("written");
     let (options, _) = resolved(&format!("chat_template: {}\n", path.display()));
-    assert_eq!(options.chat_template.as_deref(), Some("from the file"));
+    assert_eq!(
+        options.chat_template.as_deref(),
+        Some("{{ from the file }}")
+    );
     let (options, _) = resolved("chat_template: '{{ messages }}'\n");
     assert_eq!(options.chat_template.as_deref(), Some("{{ messages }}"));
+    std::fs::write(&path, "plain").expect("written");
     assert!(
-        errors("chat_template: /no/such/file\n").contains("a template or a file that can be read")
+        errors(&format!("chat_template: {}\n", path.display())).contains("no `{{` or `{%` in it")
+    );
+    assert!(
+        errors("chat_template: /no/such/file\n")
+            .contains("a chat template, or a file that holds one")
     );
 }
 
@@ -239,4 +249,58 @@ fn fractions_that_disagree_are_a_conflict() {
         ),
         "llm.yaml:1:27: free_gpu_memory_fraction: is 0.5, but `kv_cache_config.free_gpu_memory_fraction` is 0.9"
     );
+}
+
+fn choice<E: Choices>(index: usize) -> E {
+    let served: Vec<E> = E::TABLE
+        .iter()
+        .filter_map(|(_, choice)| match choice {
+            Choice::Is(value) => Some(*value),
+            Choice::NotServed(_) => None,
+        })
+        .collect();
+    served[index % served.len()]
+}
+
+proptest! {
+    #[test]
+    fn rendered_options_resolve_to_the_same(
+        texts in proptest::collection::vec(proptest::option::of(".{1,20}"), 3),
+        picks in proptest::collection::vec(0_usize..12, 4),
+        counts in proptest::collection::vec(1_u32..4096, 6),
+        long in proptest::option::of(1_u64..),
+        share in 0.000_001..=1.0_f64,
+        flags in proptest::collection::vec(any::<bool>(), 4),
+    ) {
+        let options = LlmOptions {
+            model: texts[0].clone(),
+            dtype: choice(picks[0]),
+            load_format: choice(picks[1]),
+            max_batch_size: counts[0],
+            max_num_tokens: counts[1],
+            max_seq_len: flags[0].then_some(counts[2]),
+            enable_chunked_prefill: flags[1],
+            tensor_parallel_size: counts[3],
+            kv_cache: KvCacheConfig {
+                enable_block_reuse: flags[2],
+                max_tokens: long,
+                free_memory_fraction: share,
+                dtype: choice(picks[2]),
+                tokens_per_block: 1 << (counts[4] % 11),
+                event_buffer_max_size: counts[5],
+            },
+            transceiver: flags[3].then(|| TransceiverConfig {
+                backend: choice(picks[3]),
+                max_tokens_in_buffer: flags[0].then_some(counts[5]),
+                kv_transfer_timeout: Duration::from_millis(counts[4].into()),
+                ..TransceiverConfig::default()
+            }),
+            served_model_name: texts[1].clone(),
+            chat_template: texts[2].as_ref().map(|text| format!("{text}{{{{ x }}}}")),
+            ..LlmOptions::default()
+        };
+        let (read, warnings) = resolved(&to_yaml(&options));
+        prop_assert_eq!(read, options);
+        prop_assert_eq!(warnings, vec![]);
+    }
 }

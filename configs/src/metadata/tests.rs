@@ -1,4 +1,5 @@
 use super::*;
+use crate::section::Section;
 
 fn outcome(text: &str) -> Result<MetadataConfig, String> {
     let document = Document::parse("metadata.yaml", text).expect("valid YAML");
@@ -40,4 +41,13 @@ metadata.yaml:5:1: host: unknown key `host`
   hint: known keys: `server_type`, `hostname`, `port`, `health_check_timeout`, `refresh_interval`, `refersh_interval`"
             .to_owned())
     );
+}
+
+#[test]
+fn defaults_in_the_table_are_those_of_the_type() {
+    let rows = RawMetadata::TABLE.rows();
+    let text: String = rows
+        .map(|row| format!("{}: {}\n", row.name, row.default))
+        .collect();
+    assert_eq!(outcome(&text), Ok(MetadataConfig::default()));
 }

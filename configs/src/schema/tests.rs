@@ -43,11 +43,13 @@ fn every_key_of_every_table_is_in_its_schema() {
 #[test]
 fn nested_sections_and_defaults_are_there() {
     let schema: Json = serde_json::from_str(&schema_text(Kind::Llm)).expect("JSON");
-    let block = &schema["properties"]["kv_cache_config"]["properties"]["tokens_per_block"];
+    let reference = &schema["properties"]["kv_cache_config"]["$ref"];
+    assert_eq!(*reference, json!("#/$defs/kv_cache_config"));
+    let block = &schema["$defs"]["kv_cache_config"]["properties"]["tokens_per_block"];
     assert_eq!(block["default"], json!(32));
     assert_eq!(block["maximum"], json!(1024));
     let disagg: Json = serde_json::from_str(&schema_text(Kind::Disagg)).expect("JSON");
-    let section = &disagg["properties"]["context_servers"]["properties"];
+    let section = &disagg["$defs"]["server_section"]["properties"];
     assert_eq!(section["max_batch_size"]["default"], json!(2048));
     assert_eq!(section["urls"]["items"]["type"], json!("string"));
 }

@@ -101,11 +101,6 @@ impl Findings {
         }
     }
 
-    /// Whether no mistake has been found so far.
-    pub(crate) fn is_clean(&self) -> bool {
-        self.errors.is_empty()
-    }
-
     /// The warnings, the one about options without effect last; or every error.
     pub(crate) fn finish(mut self) -> Result<Vec<Warning>, ConfigErrors> {
         if let Some(errors) = ConfigErrors::from_found(self.errors) {
