@@ -89,6 +89,9 @@ pub(crate) struct ServeArgs {
     /// CONTEXT or GENERATION; a worker serves both kinds of request, so this only labels it.
     #[arg(long, value_parser = parse_role)]
     pub(crate) server_role: Option<ServerRole>,
+    /// Name of this instance in logs and hand-off messages [default: its role].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) instance: Option<String>,
     /// Engine kind; `pytorch`, `tensorrt` and `_autodeploy` are accepted for scripts and mean Baton's engine.
     #[arg(long, value_parser = ["pytorch", "tensorrt", "trt", "_autodeploy"], hide_possible_values = true)]
     pub(crate) backend: Option<String>,

@@ -12,7 +12,7 @@ mod http;
 mod logging;
 mod os;
 mod output;
-//mod servers;
+mod servers;
 mod supervisor;
 mod timeline;
 mod up;
@@ -65,10 +65,9 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         // Children are tied to the life of the thread that forks them, so the supervisor has just this one.
         Command::Up(args) => on_this_thread()?.block_on(up::run(args)),
         Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
-        //Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
-        //Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
+        Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
+        Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
-        _ => Ok(Outcome::Success),
     }
 }
 

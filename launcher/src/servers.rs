@@ -24,18 +24,17 @@ pub(crate) async fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
     let file = args.config.as_deref().map(Document::read).transpose().outcome(Outcome::Config)?;
     let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(&args)).outcome(Outcome::Config)?;
     files::warn(&warnings);
-    let options = ServeOptions {
-        model: args.model,
-        revision: args.revision,
-        host: args.host,
-        port: args.port,
-        report_addr: args.report_addr,
-        llm,
-        role: args.server_role.map(|role| match role {
-            ServerRole::Context => "context".to_owned(),
-            ServerRole::Generation => "generation".to_owned(),
-        }),
-    };
+    let mut options = ServeOptions::new(args.model);
+    options.revision = args.revision;
+    options.host = args.host;
+    options.port = args.port;
+    options.report_addr = args.report_addr;
+    options.instance = args.instance.unwrap_or_else(|| match args.server_role {
+        Some(ServerRole::Context) => "context".to_owned(),
+        Some(ServerRole::Generation) => "generation".to_owned(),
+        None => "server".to_owned(),
+    });
+    options.llm = llm;
     until_asked(|shutdown| async move { baton_engine::serve::serve(options, shutdown).await.map_err(of_serve) }).await
 }
 
@@ -117,7 +116,12 @@ fn of_proxy(error: ProxyError) -> anyhow::Error {
 fn of_serve(error: ServeError) -> anyhow::Error {
     let outcome = match &error {
         ServeError::Listen(_) => Outcome::Address,
-        ServeError::Model(_) => Outcome::Unavailable,
+        ServeError::Model(_)
+        | ServeError::Tokenizer(_)
+        | ServeError::ChatTemplate(_)
+        | ServeError::NoPool { .. }
+        | ServeError::Transceiver(_) => Outcome::Unavailable,
+        ServeError::Fault(_) => Outcome::Usage,
         _ => Outcome::Failure,
     };
     crate::exit::coded(outcome, error)

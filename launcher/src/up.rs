@@ -341,6 +341,7 @@ fn instance_spec(
     option("--host", instance.host.clone().into());
     option("--port", port.to_string().into());
     option("--server-role", instance.role.into());
+    option("--instance", instance.label.clone().into());
     option("--config", instance.config_path(folder).into());
     option(
         "--report-addr",
