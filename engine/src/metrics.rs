@@ -7,7 +7,7 @@ use serde::Serialize;
 /// The engine at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct EngineStats {
-    /// Requests taken that no step has worked on yet, pre-empted ones included.
+    /// Requests that wait for blocks or for a place in the batch, pre-empted ones included.
     pub requests_waiting: usize,
     /// Requests in the running batch.
     pub requests_running: usize,

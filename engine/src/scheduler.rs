@@ -50,6 +50,8 @@ pub(crate) struct Plan {
     pub(crate) fetches: Vec<RequestId>,
     /// Requests that left the queue for the first time.
     pub(crate) started: Vec<RequestId>,
+    /// Prompt tokens of these that were found in the cache.
+    pub(crate) cached_tokens: usize,
     /// Sequences that lost their blocks.
     pub(crate) preempted: usize,
 }

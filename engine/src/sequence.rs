@@ -35,8 +35,10 @@ pub(crate) enum Role {
 #[derive(Debug)]
 pub(crate) struct PromptLogprobs {
     pub(crate) top: u32,
-    /// For positions `1..`, so far.
+    /// For positions `1..`, so far; empty again once published.
     pub(crate) collected: Vec<TokenLogprobs>,
+    /// How many have been collected: outlives pre-emption and publication.
+    pub(crate) count: usize,
     pub(crate) published: bool,
 }
 
@@ -113,6 +115,7 @@ impl Sequence {
             prompt_logprobs: request.sampling.prompt_logprobs.map(|top| PromptLogprobs {
                 top,
                 collected: Vec::new(),
+                count: 0,
                 published: false,
             }),
             times: Times {
@@ -170,7 +173,7 @@ impl Sequence {
     pub(crate) fn wants_prompt_logits(&self) -> bool {
         self.prompt_logprobs
             .as_ref()
-            .is_some_and(|wanted| wanted.collected.len() + 1 < self.prompt_len)
+            .is_some_and(|wanted| wanted.count + 1 < self.prompt_len)
     }
 
     /// Most rows of this sequence in one step.
@@ -186,9 +189,7 @@ impl Sequence {
     pub(crate) fn logit_positions(&self, rows: usize) -> impl Iterator<Item = usize> + use<> {
         let end = self.computed + rows;
         let prompt = match &self.prompt_logprobs {
-            Some(wanted) => {
-                wanted.collected.len().max(self.computed)..(self.prompt_len - 1).min(end)
-            }
+            Some(wanted) => wanted.count.max(self.computed)..(self.prompt_len - 1).min(end),
             None => 0..0,
         };
         let last = (end == self.tokens.len() && self.forced.is_empty()).then(|| end - 1);

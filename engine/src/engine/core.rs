@@ -150,6 +150,8 @@ impl Core {
 
     /// Fails everybody without touching model, pool or transceiver: after a panic their state is not known.
     pub(super) fn fail_clients(&mut self, failure: &RequestFailure) {
+        self.stats.requests_failed_total += self.clients.len() as u64;
+        self.shared.set_stats(&self.stats);
         for (_, client) in self.clients.drain() {
             client.send(Event::Failed(failure.clone()));
         }

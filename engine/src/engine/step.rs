@@ -21,6 +21,7 @@ impl Core {
         let writable = |block| model.page_is_unshared(block);
         let plan = self.scheduler.schedule(&writable, started);
         self.stats.preemptions_total += plan.preempted as u64;
+        self.stats.prompt_tokens_cached_total += plan.cached_tokens as u64;
         for id in &plan.started {
             if let Some(client) = self.clients.get_mut(id) {
                 client.place = None;
@@ -186,6 +187,7 @@ fn collect_prompt_logprobs(
     if let Some(wanted) = &mut sequence.prompt_logprobs {
         let logprobs = prompt_logprobs(values, token, wanted.top)?;
         wanted.collected.push(logprobs);
+        wanted.count += 1;
     }
     Ok(())
 }

@@ -95,6 +95,7 @@ impl Scheduler {
         sequence.blocks_allocated += total;
         if sequence.times.scheduled.is_none() {
             sequence.cached_tokens = sequence.computed;
+            plan.cached_tokens += sequence.computed;
             sequence.times.scheduled = Some(now);
             plan.started.push(sequence.id);
         }

@@ -90,6 +90,7 @@ fn a_prefix_is_computed_once_and_the_answers_stay_the_same() {
     let mut again = rig.submit(longer.clone());
     rig.run();
     assert_answer(&mut again, &longer, 64);
+    assert_eq!(rig.stats().prompt_tokens_cached_total, 12);
     assert_eq!(again.answer.costs().cached_tokens, 12);
     assert_eq!(again.answer.costs().blocks_reused, 3);
 

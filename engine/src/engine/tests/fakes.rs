@@ -115,7 +115,7 @@ impl FakeModel {
 
     fn fails(&mut self) -> Option<Mishap> {
         let mishap = self.mishap?;
-        self.steps_left = self.steps_left.checked_sub(1).unwrap_or_default();
+        self.steps_left = self.steps_left.saturating_sub(1);
         (self.steps_left == 0).then_some(mishap)
     }
 }
