@@ -18,7 +18,7 @@ use crate::workers::{Condition, Worker};
 const DOWN_INTERVAL_MIN: Duration = Duration::from_millis(250);
 const DOWN_INTERVAL_MAX: Duration = Duration::from_secs(3);
 /// Between any two checks, however many failed requests ask for one.
-const PROBE_GAP_MIN: Duration = Duration::from_millis(20);
+const PROBE_GAP_MIN: Duration = Duration::from_millis(100);
 /// Silent checks in a row after which a worker that was up is down.
 const SILENT_COUNT_MAX: u32 = 2;
 /// Bytes of a `/health` answer.

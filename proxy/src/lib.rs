@@ -10,10 +10,12 @@
 //! drives the sockets to the workers.
 
 mod admission;
+mod book;
 mod clock;
 mod context_answer;
 mod endpoints;
 mod error;
+mod flow;
 mod health;
 mod ids;
 mod metrics;

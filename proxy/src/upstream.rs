@@ -214,14 +214,11 @@ pub(crate) async fn exchange(worker: &Arc<Worker>, call: &Call) -> Result<Answer
             Some(link) => link,
             None => Link::open(worker, call.connect.min(call.total)).await?,
         };
-        let answer = match timeout_at(deadline, send(&mut link, request)).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                return Err(Fault::TimedOut {
-                    waited_for: "answer",
-                    after: started.elapsed(),
-                });
-            }
+        let Ok(answer) = timeout_at(deadline, send(&mut link, request)).await else {
+            return Err(Fault::TimedOut {
+                waited_for: "answer",
+                after: started.elapsed(),
+            });
         };
         match answer {
             Ok(response) => return Ok(Answer::new(worker.clone(), link, response, deadline)),

@@ -50,7 +50,7 @@ pub(crate) enum Script {
     /// Break the connection without an answer.
     Drop,
     /// Wait for the test, then go on.
-    After(Arc<Notify>, Box<Script>),
+    After(Arc<Notify>, Box<Self>),
 }
 
 impl Script {
