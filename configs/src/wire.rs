@@ -167,10 +167,6 @@ impl ErrorBody {
     }
 }
 
-/// `type` of a generation server's error when it could not fetch the KV: the context server or the wire failed, not
-/// the server that answers, so the proxy blames the context server and reads the prompt again on another one.
-pub const HANDOFF_ERROR_KIND: &str = "HandoffError";
-
 /// Header in which a worker's answer carries its own timeline as JSON ([`RequestTimeline`]); the proxy passes it on.
 pub const TIMELINE_HEADER: &str = "x-baton-timeline";
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use baton_configs::wire::{HANDOFF_ERROR_KIND, TIMELINE_HEADER};
+use baton_configs::wire::TIMELINE_HEADER;
 use bytes::Bytes;
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER,
@@ -309,7 +309,7 @@ impl Flow<'_> {
         apart.or_else(|| group.choose(excluded)).ok_or_else(|| {
             let reason = self.proxy.readiness().err();
             let reason = reason.unwrap_or_else(|| format!("no other {} server is up", role.name()));
-            Stop::Final(Failure::NotReady(format!("not ready: {reason}")))
+            Stop::Final(Failure::Unavailable(format!("not ready: {reason}")))
         })
     }
 
@@ -364,14 +364,9 @@ impl Flow<'_> {
     }
 }
 
-/// The generation server is well; what it was to fetch is not there.
+/// A generation server answers 502 when what failed is behind it: the KV that it was to fetch.
 fn is_handoff_failure(failure: &UpstreamFailure) -> bool {
-    match &failure.fault {
-        Fault::Status(error) => error.kind().as_deref() == Some(HANDOFF_ERROR_KIND),
-        Fault::Unreachable(_) | Fault::Lost(_) | Fault::TimedOut { .. } | Fault::BadAnswer(_) => {
-            false
-        }
-    }
+    matches!(&failure.fault, Fault::Status(error) if error.status == StatusCode::BAD_GATEWAY)
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {

@@ -12,6 +12,7 @@
 mod admission;
 mod book;
 mod clock;
+mod clock_sync;
 mod context_answer;
 mod endpoints;
 mod error;

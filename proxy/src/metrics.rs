@@ -203,7 +203,7 @@ impl Metrics {
     pub(crate) fn failed(&self, failure: &Failure) {
         match failure {
             Failure::Request { .. } => self.validation_exceptions.inc(),
-            Failure::NotReady(_) | Failure::Busy(_) => self.internal_errors.inc(),
+            Failure::Unavailable(_) => self.internal_errors.inc(),
             Failure::Upstream(_) => self.http_exceptions.inc(),
         };
     }
