@@ -59,14 +59,14 @@ impl Admission {
         let queued = self.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = Waiting(&self.waiting);
         if queued >= self.waiting_max {
-            return Err(Failure::Busy(format!(
+            return Err(Failure::Unavailable(format!(
                 "the queue is full: {} requests are worked on and {queued} wait",
                 self.active()
             )));
         }
         match timeout(self.patience, self.places.clone().acquire_owned()).await {
             Ok(Ok(permit)) => Ok(self.seat(permit)),
-            Ok(Err(_)) | Err(_) => Err(Failure::Busy(format!(
+            Ok(Err(_)) | Err(_) => Err(Failure::Unavailable(format!(
                 "no place became free within {:.1} s: {} requests are worked on",
                 self.patience.as_secs_f64(),
                 self.active()

@@ -148,7 +148,9 @@ async fn models(proxy: &Proxy) -> Result<Bytes, Failure> {
         .find_map(|role| proxy.cluster.group(role).choose(&[]));
     let Some(worker) = worker else {
         proxy.ensure_ready()?;
-        return Err(Failure::NotReady("not ready: no server is up".to_owned()));
+        return Err(Failure::Unavailable(
+            "not ready: no server is up".to_owned(),
+        ));
     };
     let call = Call::probe("/v1/models", proxy.timeouts.probe);
     let mut answer = upstream::call(&worker, &call).await?;

@@ -1,4 +1,4 @@
-//! What can go wrong with a request: eight classes that say what failed and on whom.
+//! What can go wrong with a request, in eight classes that say what failed and on whom.
 //!
 //! Which status a class becomes, whether it is tried again and what it says about a worker's health is decided by
 //! its readers ([`Failure::into_reply`], `retry`, `workers`), not by the code that fails.
@@ -34,10 +34,8 @@ pub(crate) enum Failure {
         /// The offending field.
         param: Option<&'static str>,
     },
-    /// Workers are missing, or the proxy is stopping.
-    NotReady(String),
-    /// The proxy holds as many requests as it may.
-    Busy(String),
+    /// Not now: workers are missing, the proxy is stopping, or it holds as many requests as it may.
+    Unavailable(String),
     /// A worker failed.
     Upstream(UpstreamFailure),
 }
@@ -56,6 +54,8 @@ pub(crate) struct UpstreamFailure {
 pub(crate) enum Fault {
     /// No connection was made, so the worker knows nothing of the request.
     Unreachable(String),
+    /// This process may open no further connection, which says nothing about the worker.
+    Exhausted(String),
     /// The connection broke before the answer was whole.
     Lost(String),
     /// It took too long.
@@ -98,7 +98,7 @@ impl Failure {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Request { status, .. } => *status,
-            Self::NotReady(_) | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Upstream(failure) => failure.status(),
         }
     }
@@ -111,7 +111,7 @@ impl Failure {
                 message,
                 param,
             } => reply::error(status, &message, param),
-            Self::NotReady(message) | Self::Busy(message) => {
+            Self::Unavailable(message) => {
                 reply::error(StatusCode::SERVICE_UNAVAILABLE, &message, None)
             }
             Self::Upstream(failure) => failure.into_reply(),
@@ -128,9 +128,7 @@ impl From<UpstreamFailure> for Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Request { message, .. } | Self::NotReady(message) | Self::Busy(message) => {
-                f.write_str(message)
-            }
+            Self::Request { message, .. } | Self::Unavailable(message) => f.write_str(message),
             Self::Upstream(failure) => failure.fmt(f),
         }
     }
@@ -141,6 +139,7 @@ impl UpstreamFailure {
     pub(crate) fn status(&self) -> StatusCode {
         match &self.fault {
             Fault::Unreachable(_) | Fault::Lost(_) | Fault::BadAnswer(_) => StatusCode::BAD_GATEWAY,
+            Fault::Exhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
             Fault::TimedOut { .. } => StatusCode::GATEWAY_TIMEOUT,
             Fault::Status(error) => error.status,
         }
@@ -150,8 +149,9 @@ impl UpstreamFailure {
     pub(crate) fn is_retryable(&self) -> bool {
         match &self.fault {
             Fault::Unreachable(_) | Fault::Lost(_) | Fault::BadAnswer(_) => true,
-            // The deadline of the call is used up; the client has waited long enough.
-            Fault::TimedOut { .. } => false,
+            // The deadline of the call is used up, and the client has waited long enough; or it would be no different
+            // with another server.
+            Fault::TimedOut { .. } | Fault::Exhausted(_) => false,
             Fault::Status(error) => error.status.is_server_error(),
         }
     }
@@ -177,7 +177,9 @@ impl UpstreamFailure {
         {
             headers.insert(RETRY_AFTER, retry_after.clone());
         }
-        headers.insert(FAILED_WORKER_HEADER, self.worker.header_name());
+        if !matches!(self.fault, Fault::Exhausted(_)) {
+            headers.insert(FAILED_WORKER_HEADER, self.worker.header_name());
+        }
         reply
     }
 }
@@ -192,6 +194,7 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable(reason) => write!(f, "cannot be reached: {reason}"),
+            Self::Exhausted(reason) => write!(f, "no connection can be opened: {reason}"),
             Self::Lost(reason) => write!(f, "connection lost: {reason}"),
             Self::TimedOut { waited_for, after } => {
                 write!(f, "no {waited_for} within {:.1} s", after.as_secs_f64())
@@ -206,17 +209,6 @@ impl fmt::Display for Fault {
             }
             Self::BadAnswer(reason) => write!(f, "answered what was not agreed: {reason}"),
         }
-    }
-}
-
-impl WorkerError {
-    /// The `type` of the worker's error object, where it has one.
-    pub(crate) fn kind(&self) -> Option<String> {
-        let value: Value = serde_json::from_slice(&self.body).ok()?;
-        let kind = value
-            .get("type")
-            .or_else(|| value.get("error")?.get("type"))?;
-        kind.as_str().map(str::to_owned)
     }
 }
 

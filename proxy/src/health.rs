@@ -9,6 +9,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use tokio::time::{sleep, timeout};
 
+use crate::clock_sync;
 use crate::error::{Fault, message_of};
 use crate::options::Timeouts;
 use crate::upstream::{self, Call};
@@ -18,14 +19,14 @@ use crate::workers::{Condition, Worker};
 const DOWN_INTERVAL_MIN: Duration = Duration::from_millis(250);
 const DOWN_INTERVAL_MAX: Duration = Duration::from_secs(3);
 /// Between any two checks, however many failed requests ask for one.
-const PROBE_GAP_MIN: Duration = Duration::from_millis(20);
+const PROBE_GAP_MIN: Duration = Duration::from_millis(100);
 /// Silent checks in a row after which a worker that was up is down.
 const SILENT_COUNT_MAX: u32 = 2;
 /// Bytes of a `/health` answer.
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
-/// Checks `worker` for ever.
-pub(crate) async fn watch(worker: Arc<Worker>, timeouts: Timeouts) {
+/// Checks `worker` for ever; sets its clock offset when it comes up, if `sets_clock`.
+pub(crate) async fn watch(worker: Arc<Worker>, timeouts: Timeouts, sets_clock: bool) {
     let mut silent_count = 0;
     let mut down_interval = DOWN_INTERVAL_MIN;
     loop {
@@ -39,6 +40,9 @@ pub(crate) async fn watch(worker: Arc<Worker>, timeouts: Timeouts) {
         };
         let is_doubtful = worker.is_up() && silent_count > 0 && silent_count < SILENT_COUNT_MAX;
         let changed = !is_doubtful && worker.report(seen);
+        if changed && worker.is_up() && sets_clock {
+            clock_sync::synchronise(&worker, timeouts.probe).await;
+        }
         let interval = if worker.is_up() {
             down_interval = DOWN_INTERVAL_MIN;
             timeouts.health_interval
@@ -77,6 +81,8 @@ async fn probe(worker: &Arc<Worker>, patience: Duration) -> Condition {
         Ok((status, _)) => Condition::NotReady(format!("answers {} to /health", status.as_u16())),
         Err(fault @ Fault::TimedOut { .. }) => Condition::Silent(fault.to_string()),
         Err(Fault::Unreachable(reason)) => Condition::Unreachable(reason),
+        // Nothing new is known.
+        Err(Fault::Exhausted(_)) => worker.condition(),
         Err(fault) => Condition::Unreachable(fault.to_string()),
     }
 }

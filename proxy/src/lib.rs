@@ -10,10 +10,13 @@
 //! drives the sockets to the workers.
 
 mod admission;
+mod book;
 mod clock;
+mod clock_sync;
 mod context_answer;
 mod endpoints;
 mod error;
+mod flow;
 mod health;
 mod ids;
 mod metrics;

@@ -79,7 +79,7 @@ impl Proxy {
     /// As [`Proxy::readiness`], as a failure of a request.
     pub(crate) fn ensure_ready(&self) -> Result<(), Failure> {
         self.readiness()
-            .map_err(|reason| Failure::NotReady(format!("not ready: {reason}")))
+            .map_err(|reason| Failure::Unavailable(format!("not ready: {reason}")))
     }
 
     /// How long a `/v1/models` answer is good for.

@@ -1,34 +1,28 @@
-//! A generation request's life, phase by phase: read, admit, context, generation, relay (COMPAT.md §8.1).
+//! A generation request's life, phase by phase: read, admit, context and generation (`flow`), relay (`stream`).
 //!
 //! The client is not answered before a generation server has written something: until then a failure costs a retry
 //! on another server, or reaches the client with its true status. What was started is ended by dropping it.
 
-use std::sync::Arc;
-
-use baton_configs::wire::{HANDOFF_ERROR_KIND, TIMELINE_HEADER, TIMELINE_REQUEST_HEADER};
+use baton_configs::wire::TIMELINE_REQUEST_HEADER;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderName,
-    HeaderValue, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HeaderMap, HeaderName, HeaderValue,
 };
-use hyper::{Method, Request, Response, StatusCode, http};
-use tokio::time::{Instant, timeout};
+use hyper::{Request, Response, StatusCode};
+use tokio::time::timeout;
 
 use crate::admission::Place;
-use crate::context_answer::{self, ContextAnswer, Ticket};
-use crate::error::{Failure, Fault, UpstreamFailure, WorkerError};
-use crate::metrics::RequestBook;
-use crate::perf::Hop;
+use crate::book::RequestBook;
+use crate::error::Failure;
+use crate::flow::{Flow, Outcome};
 use crate::proxy::Proxy;
-use crate::reply::{self, Reply, ReplyBody};
+use crate::reply::{Reply, ReplyBody};
 use crate::request_body::{Api, ClientRequest};
 use crate::retry::Retries;
 use crate::stream::{Relay, RelayParts};
-use crate::upstream::{self, Answer, AnswerBody, Call};
-use crate::workers::{Role, Worker};
-use crate::{timeline, usage};
+use crate::timeline;
 
 /// Client headers that workers get too.
 const FORWARDED: [HeaderName; 5] = [
@@ -45,17 +39,9 @@ const CONVERSATION_HEADERS: [&str; 4] = [
     "x-session-affinity",
     "x-multi-turn-session-id",
 ];
-/// Headers that belong to one connection, or that the proxy's own framing replaces.
-const NOT_RELAYED: [HeaderName; 6] = [
-    CONNECTION,
-    CONTENT_LENGTH,
-    TRANSFER_ENCODING,
-    TRAILER,
-    UPGRADE,
-    HeaderName::from_static("keep-alive"),
-];
-/// Bytes of a worker's error that are kept.
-const ERROR_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes that are set aside for a body on the word of its `content-length` alone.
+const TRUSTED_LENGTH_MAX: usize = 1 << 20;
 
 /// Serves one request to the point where its answer can be handed to the client's connection.
 pub(crate) async fn serve(proxy: &Proxy, api: Api, request: Request<Incoming>) -> Reply {
@@ -88,17 +74,6 @@ pub(crate) async fn serve(proxy: &Proxy, api: Api, request: Request<Incoming>) -
             failure.into_reply()
         }
     }
-}
-
-/// What the client gets.
-#[derive(Debug)]
-enum Outcome {
-    Whole(Reply),
-    Stream {
-        head: http::response::Parts,
-        first: Bytes,
-        rest: AnswerBody,
-    },
 }
 
 async fn answer(
@@ -171,7 +146,8 @@ async fn read_body(
     }
     let patience = proxy.timeouts.client_body;
     let read = async {
-        let mut whole = BytesMut::with_capacity(announced.unwrap_or(0).min(limit));
+        let mut whole =
+            BytesMut::with_capacity(announced.unwrap_or(0).min(limit).min(TRUSTED_LENGTH_MAX));
         let mut length = 0_usize;
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|error| {
@@ -199,336 +175,4 @@ async fn read_body(
             param: None,
         })
     })
-}
-
-/// A context phase that is done.
-#[derive(Debug)]
-struct Handed {
-    worker: Arc<Worker>,
-    ticket: Ticket,
-    timeline: Option<HeaderValue>,
-}
-
-enum Prefilled {
-    Handed(Box<Handed>),
-    Complete(Outcome),
-}
-
-/// Why an attempt ended.
-enum Stop {
-    /// No further attempt can help.
-    Final(Failure),
-    /// A worker failed; another one of the role of `blamed` might do better.
-    Upstream {
-        failure: UpstreamFailure,
-        blamed: Arc<Worker>,
-    },
-}
-
-impl From<UpstreamFailure> for Stop {
-    fn from(failure: UpstreamFailure) -> Self {
-        let blamed = failure.worker.clone();
-        Self::Upstream { failure, blamed }
-    }
-}
-
-/// One request on its way.
-struct Flow<'a> {
-    proxy: &'a Proxy,
-    api: Api,
-    request: &'a ClientRequest<'a>,
-    want_timeline: bool,
-    headers: HeaderMap,
-    retries: Retries,
-    book: &'a mut RequestBook,
-}
-
-impl Flow<'_> {
-    async fn run(mut self) -> Result<Outcome, Failure> {
-        let mut held = None;
-        loop {
-            let (failure, blamed) = match self.attempt(&mut held).await {
-                Ok(outcome) => return Ok(outcome),
-                Err(Stop::Final(failure)) => return Err(failure),
-                Err(Stop::Upstream { failure, blamed }) => (failure, blamed),
-            };
-            if !self.retries.allow(&failure, &blamed, &self.proxy.cluster) {
-                return Err(failure.into());
-            }
-            self.proxy.metrics.role(blamed.role()).retry_requests.inc();
-            tracing::debug!("trying another {} server: {failure}", blamed.role().name());
-        }
-    }
-
-    /// Both phases once. `held` keeps a finished context phase that no generation server has touched.
-    async fn attempt(&mut self, held: &mut Option<Box<Handed>>) -> Result<Outcome, Stop> {
-        if self.request.whole_because.is_some() {
-            return self.generation(None).await;
-        }
-        let handed = match held.take() {
-            Some(handed) => handed,
-            None => match self.context().await? {
-                Prefilled::Handed(handed) => handed,
-                Prefilled::Complete(outcome) => return Ok(outcome),
-            },
-        };
-        let outcome = self.generation(Some(&handed)).await;
-        if let Err(Stop::Upstream { failure, .. }) = &outcome
-            && matches!(failure.fault, Fault::Unreachable(_))
-        {
-            *held = Some(handed);
-        }
-        outcome
-    }
-
-    /// The context phase: any of its attempts has an id of its own.
-    async fn context(&self) -> Result<Prefilled, Stop> {
-        let worker = self.choose(Role::Context, None)?;
-        let id = self.proxy.ids.next();
-        let started = Instant::now();
-        let mut answer = self.call(&worker, self.request.context_body(id)).await?;
-        let limit = self.proxy.limits.max_answer_bytes;
-        let body = answer.body.collect(limit).await;
-        let body = body.map_err(|fault| self.failed(&worker, fault))?;
-        let read = context_answer::read(&body, self.request.conversation_id())
-            .map_err(|reason| self.failed(&worker, Fault::BadAnswer(reason)))?;
-        let elapsed = started.elapsed();
-        self.proxy
-            .metrics
-            .role(Role::Context)
-            .completed(Some(elapsed), elapsed);
-        let timeline = answer.head.headers.remove(TIMELINE_HEADER);
-        match read {
-            ContextAnswer::Ticket(ticket) => Ok(Prefilled::Handed(Box::new(Handed {
-                worker,
-                ticket,
-                timeline,
-            }))),
-            ContextAnswer::Complete => {
-                let reply = self.complete(&body, timeline);
-                let reply =
-                    reply.map_err(|reason| self.failed(&worker, Fault::BadAnswer(reason)))?;
-                Ok(Prefilled::Complete(Outcome::Whole(reply)))
-            }
-        }
-    }
-
-    /// The client's answer when the first token was the last.
-    fn complete(&self, body: &[u8], timeline: Option<HeaderValue>) -> Result<Reply, String> {
-        let mut reply = if self.request.stream {
-            let stream =
-                context_answer::complete_stream(self.api, body, self.request.include_usage)?;
-            reply::with_type(StatusCode::OK, "text/event-stream; charset=utf-8", stream)
-        } else {
-            reply::json(StatusCode::OK, context_answer::complete_whole(body)?)
-        };
-        if let Some(timeline) = timeline {
-            reply.headers_mut().insert(TIMELINE_HEADER, timeline);
-        }
-        Ok(reply)
-    }
-
-    /// The generation phase, or, without a ticket, all of it on one generation server.
-    async fn generation(&mut self, handed: Option<&Handed>) -> Result<Outcome, Stop> {
-        let worker = self.choose(Role::Generation, handed.map(|handed| &handed.worker))?;
-        let body = match handed {
-            Some(handed) => self.request.generation_body(&handed.ticket),
-            None => self.request.whole_body(),
-        };
-        self.book.sent();
-        let outcome = async {
-            let answer = self.call(&worker, body).await?;
-            if self.request.stream && is_event_stream(&answer.head.headers) {
-                self.open_stream(&worker, answer, handed).await
-            } else {
-                self.collect_answer(&worker, answer, handed).await
-            }
-        }
-        .await;
-        match (outcome, handed) {
-            (Ok(outcome), Some(handed)) => {
-                self.proxy.perf.record(&Hop {
-                    ctx_server: &handed.worker,
-                    gen_server: &worker,
-                    ctx_request_id: handed.ticket.ctx_request_id,
-                    since_arrival: self.book.elapsed(),
-                });
-                Ok(outcome)
-            }
-            (Err(failure), Some(handed)) if is_handoff_failure(&failure) => {
-                handed.worker.suspect();
-                Err(Stop::Upstream {
-                    failure,
-                    blamed: handed.worker.clone(),
-                })
-            }
-            (outcome, _) => outcome.map_err(Stop::from),
-        }
-    }
-
-    /// Waits for the first piece: until it is here, the request can still be tried elsewhere.
-    async fn open_stream(
-        &self,
-        worker: &Arc<Worker>,
-        mut answer: Answer,
-        handed: Option<&Handed>,
-    ) -> Result<Outcome, UpstreamFailure> {
-        let first = match answer.body.next("first piece of the stream").await {
-            Ok(Some(first)) => first,
-            Ok(None) => {
-                let reason = "the stream ended before its first piece".to_owned();
-                return Err(self.failed(worker, Fault::Lost(reason)));
-            }
-            Err(fault) => return Err(self.failed(worker, fault)),
-        };
-        let mut head = relayed_head(answer.head);
-        if let Some(timeline) = handed.and_then(|handed| handed.timeline.clone()) {
-            head.headers.insert(TIMELINE_HEADER, timeline);
-        }
-        Ok(Outcome::Stream {
-            head,
-            first,
-            rest: answer.body,
-        })
-    }
-
-    async fn collect_answer(
-        &self,
-        worker: &Arc<Worker>,
-        mut answer: Answer,
-        handed: Option<&Handed>,
-    ) -> Result<Outcome, UpstreamFailure> {
-        let limit = self.proxy.limits.max_answer_bytes;
-        let body = answer.body.collect(limit).await;
-        let mut body = body.map_err(|fault| self.failed(worker, fault))?;
-        // What answers a request for a stream without being one is not ours to interpret.
-        if !self.request.stream {
-            let usage = handed.and_then(|handed| handed.ticket.usage.as_ref());
-            body = usage::rewrite(&body, usage)
-                .map_err(|reason| self.failed(worker, Fault::BadAnswer(reason)))?;
-        }
-        let elapsed = self.book.sent_at().elapsed();
-        self.proxy
-            .metrics
-            .role(Role::Generation)
-            .completed(None, elapsed);
-        let mut head = relayed_head(answer.head);
-        if self.want_timeline
-            && let Some(timeline) = self.merged_timeline(&head.headers, handed)
-        {
-            head.headers.insert(TIMELINE_HEADER, timeline);
-        }
-        Ok(Outcome::Whole(Response::from_parts(
-            head,
-            ReplyBody::Whole(body.into()),
-        )))
-    }
-
-    fn merged_timeline(
-        &self,
-        generation: &HeaderMap,
-        handed: Option<&Handed>,
-    ) -> Option<HeaderValue> {
-        let mut context = HeaderMap::new();
-        context.insert(TIMELINE_HEADER, handed?.timeline.clone()?);
-        let before = self.book.sent_at() - self.book.arrived();
-        let before_us = u64::try_from(before.as_micros()).unwrap_or(u64::MAX);
-        let merged = timeline::merge(
-            timeline::of(&context)?,
-            timeline::of(generation)?,
-            before_us,
-        );
-        timeline::header(&merged)
-    }
-
-    /// A server of `role` that has not failed this request; not the one that wrote the ticket if there is another.
-    fn choose(&self, role: Role, context: Option<&Arc<Worker>>) -> Result<Arc<Worker>, Stop> {
-        let group = self.proxy.cluster.group(role);
-        let excluded = self.retries.excluded();
-        let apart = context.and_then(|context| {
-            let mut excluded = excluded.to_vec();
-            excluded.push(context.clone());
-            group.choose(&excluded)
-        });
-        apart.or_else(|| group.choose(excluded)).ok_or_else(|| {
-            let reason = self.proxy.readiness().err();
-            let reason = reason.unwrap_or_else(|| format!("no other {} server is up", role.name()));
-            Stop::Final(Failure::NotReady(format!("not ready: {reason}")))
-        })
-    }
-
-    /// One upstream call. An answer that is not a success becomes a failure with the worker's own words.
-    async fn call(&self, worker: &Arc<Worker>, body: Bytes) -> Result<Answer, UpstreamFailure> {
-        let timeouts = &self.proxy.timeouts;
-        let call = Call {
-            method: Method::POST,
-            path: self.api.path(),
-            headers: self.headers.clone(),
-            body,
-            connect: timeouts.connect,
-            total: timeouts.request,
-            fresh: false,
-        };
-        let role = self.proxy.metrics.role(worker.role());
-        role.total_requests.inc();
-        let answer = upstream::call(worker, &call).await;
-        let mut answer = answer.inspect_err(|_| {
-            role.error_requests.inc();
-        })?;
-        let status = answer.head.status;
-        if status.is_success() {
-            return Ok(answer);
-        }
-        let fault = match answer.body.collect(ERROR_BYTES_MAX).await {
-            Err(fault) => fault,
-            Ok(body) if status.is_client_error() || status.is_server_error() => {
-                let header = |name: HeaderName| answer.head.headers.get(name).cloned();
-                Fault::Status(Box::new(WorkerError {
-                    status,
-                    content_type: header(CONTENT_TYPE),
-                    retry_after: header(hyper::header::RETRY_AFTER),
-                    body,
-                }))
-            }
-            Ok(_) => Fault::BadAnswer(format!("status {}", status.as_u16())),
-        };
-        Err(self.failed(worker, fault))
-    }
-
-    fn failed(&self, worker: &Arc<Worker>, fault: Fault) -> UpstreamFailure {
-        self.proxy.metrics.role(worker.role()).error_requests.inc();
-        let is_clients = matches!(&fault, Fault::Status(error) if error.status.is_client_error());
-        if !is_clients {
-            worker.suspect();
-        }
-        UpstreamFailure {
-            worker: worker.clone(),
-            fault,
-        }
-    }
-}
-
-/// The generation server is well; what it was to fetch is not there.
-fn is_handoff_failure(failure: &UpstreamFailure) -> bool {
-    match &failure.fault {
-        Fault::Status(error) => error.kind().as_deref() == Some(HANDOFF_ERROR_KIND),
-        Fault::Unreachable(_) | Fault::Lost(_) | Fault::TimedOut { .. } | Fault::BadAnswer(_) => {
-            false
-        }
-    }
-}
-
-fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers
-        .get(CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"))
-}
-
-fn relayed_head(mut head: http::response::Parts) -> http::response::Parts {
-    for name in NOT_RELAYED {
-        head.headers.remove(name);
-    }
-    head.version = http::Version::HTTP_11;
-    head.extensions.clear();
-    head
 }

@@ -102,7 +102,12 @@ where
     let proxy = Arc::new(Proxy::new(&options));
     let mut tasks = JoinSet::new();
     for worker in proxy.cluster.workers() {
-        tasks.spawn(health::watch(worker.clone(), proxy.timeouts.clone()));
+        let sets_clock = options.config.perf_metrics_max_requests > 0;
+        tasks.spawn(health::watch(
+            worker.clone(),
+            proxy.timeouts.clone(),
+            sets_clock,
+        ));
     }
     if let Some(period) = options
         .metrics_log_interval

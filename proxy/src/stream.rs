@@ -15,8 +15,8 @@ use hyper::body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::admission::Place;
+use crate::book::RequestBook;
 use crate::error::{Fault, UpstreamFailure};
-use crate::metrics::RequestBook;
 use crate::reply;
 use crate::upstream::AnswerBody;
 

@@ -22,7 +22,7 @@ pub(crate) fn of(headers: &HeaderMap) -> Option<RequestTimeline> {
 /// Context and generation part as one. `before_generation_us` is the time from the request's arrival at the proxy
 /// to the generation call.
 pub(crate) fn merge(
-    context: RequestTimeline,
+    context: &RequestTimeline,
     generation: RequestTimeline,
     before_generation_us: u64,
 ) -> RequestTimeline {
@@ -62,7 +62,7 @@ mod tests {
             decode_tokens: 6,
             ..RequestTimeline::default()
         };
-        let merged = merge(context, generation.clone(), 100);
+        let merged = merge(&context, generation.clone(), 100);
         assert_eq!(
             merged,
             RequestTimeline {

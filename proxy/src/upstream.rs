@@ -45,6 +45,9 @@ impl Link {
         let address = (endpoint.host.as_str(), endpoint.port);
         let stream = match timeout(connect, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => stream,
+            Ok(Err(error)) if is_exhausted(&error) => {
+                return Err(Fault::Exhausted(io_text(&error)));
+            }
             Ok(Err(error)) => return Err(Fault::Unreachable(io_text(&error))),
             Err(_) => {
                 let waited = connect.as_secs_f64();
@@ -193,7 +196,10 @@ pub(crate) async fn call(worker: &Arc<Worker>, call: &Call) -> Result<Answer, Up
     outcome.map_err(|fault| {
         match &fault {
             Fault::Unreachable(reason) => worker.mark_unreachable(reason),
-            _ => worker.suspect(),
+            Fault::Exhausted(_) => {}
+            Fault::Lost(_) | Fault::TimedOut { .. } | Fault::Status(_) | Fault::BadAnswer(_) => {
+                worker.suspect();
+            }
         }
         UpstreamFailure {
             worker: worker.clone(),
@@ -214,14 +220,11 @@ pub(crate) async fn exchange(worker: &Arc<Worker>, call: &Call) -> Result<Answer
             Some(link) => link,
             None => Link::open(worker, call.connect.min(call.total)).await?,
         };
-        let answer = match timeout_at(deadline, send(&mut link, request)).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                return Err(Fault::TimedOut {
-                    waited_for: "answer",
-                    after: started.elapsed(),
-                });
-            }
+        let Ok(answer) = timeout_at(deadline, send(&mut link, request)).await else {
+            return Err(Fault::TimedOut {
+                waited_for: "answer",
+                after: started.elapsed(),
+            });
         };
         match answer {
             Ok(response) => return Ok(Answer::new(worker.clone(), link, response, deadline)),
@@ -379,6 +382,16 @@ impl fmt::Debug for AnswerBody {
     }
 }
 
+/// Whether the error is about this process or machine: no descriptor or no local port is left.
+fn is_exhausted(error: &std::io::Error) -> bool {
+    use nix::errno::Errno;
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(
+        errno,
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::EADDRNOTAVAIL | Errno::ENOBUFS)
+    )
+}
+
 /// A hyper error with its cause, which holds what the operating system said.
 fn error_text(error: &hyper::Error) -> String {
     let source = std::error::Error::source(error);
@@ -399,5 +412,22 @@ fn io_text(error: &std::io::Error) -> String {
     match chars.next() {
         Some(first) => first.to_lowercase().chain(chars).collect(),
         None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn lack_of_descriptors_is_not_the_workers_fault() {
+        assert!(is_exhausted(&Error::from_raw_os_error(24)));
+        assert!(!is_exhausted(&Error::from(ErrorKind::ConnectionRefused)));
+        assert_eq!(
+            io_text(&Error::from_raw_os_error(24)),
+            "too many open files"
+        );
     }
 }

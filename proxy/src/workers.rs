@@ -149,11 +149,12 @@ impl Worker {
     /// Takes note of what was seen. Logs when the kind of condition changes. Returns whether it did.
     pub(crate) fn report(&self, seen: Condition) -> bool {
         let up = seen == Condition::Up;
+        let text = seen.to_string();
         let (changed, was_up) = {
             let mut condition = self.lock();
             let changed = !condition.is_same_kind(&seen);
             let was_up = *condition == Condition::Up;
-            *condition = seen.clone();
+            *condition = seen;
             self.up.store(up, Ordering::Release);
             (changed, was_up)
         };
@@ -164,9 +165,9 @@ impl Worker {
             tracing::info!("{} is up", self.name);
         } else if was_up {
             self.pool.clear();
-            tracing::warn!("{} is down: {seen}", self.name);
+            tracing::warn!("{} is down: {text}", self.name);
         } else {
-            tracing::info!("{}: {seen}", self.name);
+            tracing::info!("{}: {text}", self.name);
         }
         self.changed.send_replace(());
         true

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::client::{exchange, get, post, request};
+use crate::client::{eventually, exchange, get, post, request};
 use crate::harness::{prompt, streamed, trio, trio_with};
 use crate::mock::{ticket, written};
 
@@ -110,6 +110,12 @@ async fn perf_metrics_join_what_three_processes_saw() {
     })
     .await;
     let address = trio.proxy.address;
+    for mock in [&trio.context, &trio.generation] {
+        eventually("the worker knows its offset", async || {
+            mock.clock_offset().is_some()
+        })
+        .await;
+    }
     trio.proxy.complete(prompt()).await;
     assert_eq!(get(address, "/perf_metrics").await.json(), json!([]));
     // The generation part comes later than the context part.
@@ -133,6 +139,11 @@ async fn perf_metrics_join_what_three_processes_saw() {
     );
     let time = |name: &str| joined[0][name].as_f64().unwrap();
     assert!(time("disagg_server_arrival_time") > 0.0);
+    // The workers' clocks stand at 5 s, and are told how to read the proxy's.
+    for mock in [&trio.context, &trio.generation] {
+        let worker_time = mock.clock_offset().unwrap() + 5.0;
+        assert!((time("disagg_server_arrival_time") - worker_time).abs() < 30.0);
+    }
     assert!(time("disagg_server_first_token_time") >= time("disagg_server_arrival_time"));
     assert_eq!(get(address, "/perf_metrics").await.json(), json!([]));
     assert_eq!(post(address, "/perf_metrics", "").await.status, 405);

@@ -4,8 +4,8 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::client::{exchange, post, request};
-use crate::harness::{prompt, streamed, trio, trio_with};
-use crate::mock::{Script, Step, WHOLE, bytes_of, events, ticket, written};
+use crate::harness::{Running, options, prompt, streamed, trio, trio_with};
+use crate::mock::{Mock, Script, Step, WHOLE, bytes_of, events, ticket, written};
 
 #[tokio::test]
 async fn completion_is_prefilled_here_and_written_there() {
@@ -303,4 +303,21 @@ async fn connections_to_workers_are_used_again() {
     }
     assert_eq!(trio.context.connection_count(), 1);
     assert_eq!(trio.generation.connection_count(), 1);
+}
+
+#[tokio::test]
+async fn server_of_both_roles_does_not_hand_off_to_itself() {
+    let both = |seen: &crate::mock::Seen| match seen.params()["request_type"] == "context_only" {
+        true => ticket(seen),
+        false => written(seen),
+    };
+    let mocks = [Mock::start(both).await, Mock::start(both).await];
+    let addresses = mocks.each_ref().map(|mock| mock.address);
+    let proxy = Running::ready(options(&addresses, &addresses)).await;
+    for _ in 0..6 {
+        let before = mocks.each_ref().map(|mock| mock.seen().len());
+        assert_eq!(proxy.complete(prompt()).await.text(), WHOLE);
+        let after = mocks.each_ref().map(|mock| mock.seen().len());
+        assert_eq!(after, before.map(|count| count + 1));
+    }
 }

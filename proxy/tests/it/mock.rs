@@ -50,7 +50,7 @@ pub(crate) enum Script {
     /// Break the connection without an answer.
     Drop,
     /// Wait for the test, then go on.
-    After(Arc<Notify>, Box<Script>),
+    After(Arc<Notify>, Box<Self>),
 }
 
 impl Script {
@@ -115,6 +115,8 @@ struct State {
     abandoned: watch::Sender<usize>,
     arrived: watch::Sender<usize>,
     perf: Mutex<Value>,
+    /// What the proxy said is to be added to this worker's clock.
+    clock_offset: Mutex<Option<f64>>,
 }
 
 /// A scripted worker.
@@ -153,6 +155,7 @@ impl Mock {
             abandoned: watch::Sender::new(0),
             arrived: watch::Sender::new(0),
             perf: Mutex::new(json!([])),
+            clock_offset: Mutex::default(),
         });
         let server = tokio::spawn(accept(listener, state.clone()));
         Self {
@@ -168,6 +171,10 @@ impl Mock {
 
     pub(crate) fn set_perf(&self, value: Value) {
         *self.state.perf.lock().unwrap() = value;
+    }
+
+    pub(crate) fn clock_offset(&self) -> Option<f64> {
+        *self.state.clock_offset.lock().unwrap()
     }
 
     pub(crate) fn models_count(&self) -> usize {
@@ -255,6 +262,14 @@ async fn answer(
         "/v1/models" => {
             state.models.fetch_add(1, Ordering::SeqCst);
             Script::json(200, &json!({"object": "list", "data": [{"id": "mock"}]}))
+        }
+        "/steady_clock_offset" if head.method == "POST" => {
+            let value: Value = serde_json::from_slice(&body).unwrap();
+            *state.clock_offset.lock().unwrap() = value["offset"].as_f64();
+            Script::json(200, &value)
+        }
+        "/steady_clock_offset" => {
+            Script::json(200, &json!({"receive_ts": 5.0, "transmit_ts": 5.0}))
         }
         "/perf_metrics" => Script::json(200, &state.perf.lock().unwrap().take()),
         path => {

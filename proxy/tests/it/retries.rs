@@ -263,7 +263,7 @@ async fn failed_handoff_is_blamed_on_the_context_server() {
     let generation = Mock::start(move |seen| match calls.fetch_add(1, Ordering::SeqCst) {
         0 => Script::json(
             502,
-            &json!({"object": "error", "message": "context server went away", "type": "HandoffError"}),
+            &json!({"object": "error", "message": "context server went away"}),
         ),
         _ => written(seen),
     })
