@@ -8,3 +8,4 @@ pub mod handoff;
 pub mod model;
 pub mod page;
 pub mod request;
+pub mod tokenizer;
