@@ -49,6 +49,7 @@ struct Vocabulary<'a> {
 
 pub(super) fn load(metadata: &HashMap<String, Value>) -> Result<Tokenizer, TokenizerError> {
     let metadata = Metadata::new(metadata);
+    let refused = |error: tokenizers::Error| TokenizerError::vocabulary(error.to_string());
     let mut vocabulary = Vocabulary::read(&metadata)?;
     let control = vocabulary.control_tokens(&metadata)?;
     vocabulary.mark_control(&control);
@@ -64,6 +65,9 @@ pub(super) fn load(metadata: &HashMap<String, Value>) -> Result<Tokenizer, Token
                 .boolean("tokenizer.ggml.add_space_prefix")?
                 .unwrap_or(true);
             encoder.with_normalizer(Some(sentence_piece::normalizer(add_space_prefix)));
+            encoder
+                .with_normalizer(Some(sentence_piece::normalizer(add_space_prefix)))
+                .map_err(refused)?;
             leading_strip = LeadingStrip {
                 character: ' ',
                 count: usize::from(add_space_prefix),
@@ -71,6 +75,9 @@ pub(super) fn load(metadata: &HashMap<String, Value>) -> Result<Tokenizer, Token
         }
     }
     encoder.add_tokens(&vocabulary.added_tokens());
+    encoder
+        .add_tokens(vocabulary.added_tokens())
+        .map_err(refused)?;
 
     Ok(Tokenizer {
         encoder,

@@ -28,6 +28,7 @@ pub(super) fn load(directory: &Path) -> Result<Tokenizer, TokenizerError> {
     let config = HfConfig::read(directory)?;
     let mut encoder = parse(&path, &bytes)?;
     add_tokens(&mut encoder, &config);
+    add_tokens(&mut encoder, &config)?;
 
     let rule = decode_rule(&encoder)?;
     let control = control_tokens(&encoder, &config);
@@ -68,6 +69,19 @@ fn add_tokens(encoder: &mut tokenizers::Tokenizer, config: &HfConfig) {
             // The crate gives new tokens the next free id; another one would mean another row of the model.
             None if *id as usize == encoder.get_vocab_size(true) => {
                 encoder.add_tokens(std::slice::from_ref(token));
+fn add_tokens(
+    encoder: &mut tokenizers::Tokenizer,
+    config: &HfConfig,
+) -> Result<(), TokenizerError> {
+    let refused = |error: tokenizers::Error| TokenizerError::vocabulary(error.to_string());
+    let mut known = Vec::new();
+    for (id, token) in &config.added {
+        match encoder.token_to_id(&token.content) {
+            Some(found) if found == *id => known.push(token.clone()),
+            Some(_) => {}
+            // The crate gives new tokens the next free id; another one would mean another row of the model.
+            None if *id as usize == encoder.get_vocab_size(true) => {
+                encoder.add_tokens([token.clone()]).map_err(refused)?;
             }
             None => tracing::warn!(
                 "token `{}` is left out: tokenizer_config.json gives it id {id}, which tokenizer.json leaves no room for",
@@ -76,6 +90,7 @@ fn add_tokens(encoder: &mut tokenizers::Tokenizer, config: &HfConfig) {
         }
     }
     encoder.add_tokens(&missing);
+    encoder.add_tokens(known).map_err(refused)?;
 
     let named = [&config.bos, &config.eos, &config.pad, &config.unknown];
     let special: Vec<AddedToken> = named
@@ -87,6 +102,8 @@ fn add_tokens(encoder: &mut tokenizers::Tokenizer, config: &HfConfig) {
         .map(|content| AddedToken::from(content.clone(), true))
         .collect();
     encoder.add_special_tokens(&special);
+    encoder.add_special_tokens(special).map_err(refused)?;
+    Ok(())
 }
 
 fn decode_rule(encoder: &tokenizers::Tokenizer) -> Result<DecodeRule, TokenizerError> {

@@ -1,5 +1,7 @@
 //! What each token stands for: its bytes, and whether it is shown. One arena, so that a lookup is two loads.
 
+use std::fmt;
+
 use super::error::TokenizerError;
 use crate::backend::TokenId;
 
@@ -23,10 +25,17 @@ pub(super) enum TokenKind {
 
 /// The bytes and kind of every token.
 #[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct TokenTable {
     arena: Vec<u8>,
     ends: Vec<u32>,
     kinds: Vec<TokenKind>,
+}
+
+impl fmt::Debug for TokenTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TokenTable({} tokens)", self.len())
+    }
 }
 
 impl TokenTable {

@@ -163,6 +163,22 @@ fn refusal(base: HashMap<String, Value>, changes: Vec<(&str, Value)>) -> String 
 #[test]
 fn unsound_metadata_is_refused_in_one_line() {
     for (key, value, expected) in [
+#[track_caller]
+fn refuses(cases: Vec<(&str, Value, &str)>) {
+    for (key, value, expected) in cases {
+        let error = refusal(byte_level("gpt-2"), vec![(key, value)]);
+        assert_eq!(
+            error.trim_start_matches("gguf metadata `tokenizer."),
+            expected
+        );
+    }
+}
+
+#[test]
+fn unsound_vocabularies_are_refused_in_one_line() {
+    let long = texts(&["x".repeat(1 << 15)]);
+    let one_boolean = Value::Array(vec![Value::Bool(true)]);
+    refuses(vec![
         (
             "model",
             text("bert"),
@@ -182,26 +198,42 @@ fn unsound_metadata_is_refused_in_one_line() {
             "tokens",
             Value::Array(vec![Value::Bool(true)]),
             "gguf metadata `tokenizer.ggml.tokens`: element 0: expected a string, found true",
+            "ggml.model`: expected a string, found 1",
+        ),
+        ("tokens", texts::<&str>(&[]), "ggml.tokens`: no tokens"),
+        (
+            "tokens",
+            one_boolean,
+            "ggml.tokens`: element 0: expected a string, found true",
+        ),
+        (
+            "tokens",
+            long,
+            "ggml.tokens`: token 0 is longer than 16384 bytes",
         ),
         (
             "tokens",
             texts(&["a"]),
             "gguf metadata `tokenizer.ggml.token_type`: 265 elements for 1 tokens",
+            "ggml.token_type`: 265 elements for 1 tokens",
         ),
         (
             "token_type",
             numbers(&[9; 265]),
             "gguf metadata `tokenizer.ggml.token_type`: element 0: expected a type from 0 to 6, found 9",
+            "ggml.token_type`: element 0: expected a type from 0 to 6, found 9",
         ),
         (
             "merges",
             texts(&["nothing"]),
             "gguf metadata `tokenizer.ggml.merges`: merge 0 `nothing`: is not two parts",
+            "ggml.merges`: merge 0 `nothing`: is not two parts",
         ),
         (
             "merges",
             texts(&["h e", "x yz"]),
             "gguf metadata `tokenizer.ggml.merges`: merge 1 `x yz`: a part or the whole is not in the vocabulary",
+            "ggml.merges`: merge 1 `x yz`: a part or the whole is not in the vocabulary",
         ),
         (
             "merges",
@@ -212,21 +244,36 @@ fn unsound_metadata_is_refused_in_one_line() {
             "bos_token_id",
             Value::U32(265),
             "gguf metadata `tokenizer.ggml.bos_token_id`: 265 is outside the vocabulary of 265 tokens",
+            "ggml.merges`: expected an array, found a string",
+        ),
+    ]);
+}
+
+#[test]
+fn unsound_control_tokens_are_refused_in_one_line() {
+    refuses(vec![
+        (
+            "bos_token_id",
+            Value::U32(265),
+            "ggml.bos_token_id`: 265 is outside the vocabulary of 265 tokens",
         ),
         (
             "eos_token_id",
             Value::I32(-2),
             "gguf metadata `tokenizer.ggml.eos_token_id`: -2 is outside the vocabulary of 265 tokens",
+            "ggml.eos_token_id`: -2 is outside the vocabulary of 265 tokens",
         ),
         (
             "eot_token_id",
             Value::F32(1.5),
             "gguf metadata `tokenizer.ggml.eot_token_id`: expected a token id, found 1.5",
+            "ggml.eot_token_id`: expected a token id, found 1.5",
         ),
         (
             "add_bos_token",
             text("yes"),
             "gguf metadata `tokenizer.ggml.add_bos_token`: expected a boolean, found a string",
+            "ggml.add_bos_token`: expected a boolean, found a string",
         ),
         (
             "chat_template",
@@ -255,6 +302,17 @@ fn unsound_metadata_is_refused_in_one_line() {
         long,
         "gguf metadata `tokenizer.ggml.tokens`: token 0 is longer than 16384 bytes"
     );
+            "chat_template`: expected a string, found true",
+        ),
+    ]);
+    let unnamed = vec![
+        ("bos_token_id", Value::I32(-1)),
+        ("add_bos_token", Value::Bool(true)),
+    ];
+    assert_eq!(
+        refusal(byte_level("gpt-2"), unnamed),
+        "gguf metadata `tokenizer.ggml.add_bos_token`: true, but the file names no such token"
+    );
 }
 
 #[test]
@@ -279,6 +337,36 @@ fn unsound_sentence_piece_metadata_is_refused() {
     ]);
     let error = Tokenizer::from_gguf(&no_bytes).expect_err("nothing for unknown text");
     assert!(matches!(error, TokenizerError::Metadata { .. }), "{error}");
+}
+
+/// SentencePiece's algorithm as its paper has it: join the best-scored neighbours, leftmost first, until none are left.
+fn joined_by_score(vocabulary: &HashMap<String, Value>, text: &str) -> Vec<TokenId> {
+    let (Value::Array(tokens), Value::Array(scores)) = (
+        &vocabulary["tokenizer.ggml.tokens"],
+        &vocabulary["tokenizer.ggml.scores"],
+    ) else {
+        panic!("tokens and scores are arrays");
+    };
+    let found = |piece: &str| {
+        let id = tokens
+            .iter()
+            .position(|token| matches!(token, Value::String(text) if text == piece))?;
+        let score = scores[id].to_f32().expect("a score");
+        Some((score, TokenId::try_from(id).expect("few tokens")))
+    };
+    let mut parts: Vec<String> = text.chars().map(String::from).collect();
+    loop {
+        let best = (1..parts.len())
+            .filter_map(|at| Some((at, found(&parts[at - 1..=at].concat())?.0)))
+            .reduce(|best, next| if next.1 > best.1 { next } else { best });
+        let Some((at, _)) = best else { break };
+        let right = parts.remove(at);
+        parts[at - 1] += &right;
+    }
+    parts
+        .iter()
+        .map(|part| found(part).expect("letters are pieces").1)
+        .collect()
 }
 
 fn any_value() -> impl Strategy<Value = Value> {
@@ -324,6 +412,13 @@ proptest! {
                 prop_assert!(ids.is_ok_and(|ids| ids.iter().all(|id| (*id as usize) < tokenizer.vocab_size())));
             }
         }
+    }
+
+    #[test]
+    fn merges_from_scores_join_as_sentence_piece_does(probe in "[the cat]{0,16}") {
+        let expected = joined_by_score(&sentence_piece(), &format!(" {probe}").replace(' ', "▁"));
+        let expected = if probe.is_empty() { Vec::new() } else { expected };
+        prop_assert_eq!(ids(&SENTENCE_PIECE, &probe, false), expected);
     }
 
     #[test]
