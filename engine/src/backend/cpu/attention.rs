@@ -47,8 +47,8 @@ pub(super) fn attention(
         .iter()
         .map(|span| span.rows.len().div_ceil(tokens_per_task))
         .sum();
-    // With few tasks, the heads of a group go apart: their KV is decoded more than once, but no thread idles.
-    let apart = tiles * shape.kv_heads < 2 * team.threads();
+    // The heads of a group share decoded KV. They go apart only where threads would idle.
+    let apart = tiles * shape.kv_heads < team.threads();
     let heads_per_task = if apart { 1 } else { group };
     let mut tasks = Vec::with_capacity(tiles * spec.heads / heads_per_task);
     let mut rest = out.values_mut();
