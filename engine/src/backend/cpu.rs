@@ -239,3 +239,6 @@ impl Backend for CpuBackend {
         self.pages_mut().give_back(block, page);
     }
 }
+
+#[cfg(test)]
+mod tests;

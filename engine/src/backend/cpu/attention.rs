@@ -47,8 +47,8 @@ pub(super) fn attention(
         .iter()
         .map(|span| span.rows.len().div_ceil(tokens_per_task))
         .sum();
-    // With few tasks, the heads of a group go apart: their KV is decoded more than once, but no thread idles.
-    let apart = tiles * shape.kv_heads < 2 * team.threads();
+    // The heads of a group share decoded KV. They go apart only where threads would idle.
+    let apart = tiles * shape.kv_heads < team.threads();
     let heads_per_task = if apart { 1 } else { group };
     let mut tasks = Vec::with_capacity(tiles * spec.heads / heads_per_task);
     let mut rest = out.values_mut();
@@ -144,8 +144,11 @@ impl Kernel for Work<'_, '_> {
                 task.advance::<L, 4>(lanes, base, first, scratch);
                 first += 4;
             }
-            for first in first..scratch.rows.len() {
-                task.advance::<L, 1>(lanes, base, first, scratch);
+            match scratch.rows.len() - first {
+                0 => {}
+                1 => task.advance::<L, 1>(lanes, base, first, scratch),
+                2 => task.advance::<L, 2>(lanes, base, first, scratch),
+                _ => task.advance::<L, 3>(lanes, base, first, scratch),
             }
         }
         let dim = task.pages.shape().head_dim;
@@ -292,7 +295,7 @@ fn scores<L: Lanes, const R: usize>(
     let mut scores = [[0.0; GRANULE]; R];
     for (index, keys) in keys.chunks_exact(4 * padded).enumerate() {
         let keys: [&[f32]; 4] = std::array::from_fn(|key| &keys[key * padded..(key + 1) * padded]);
-        let sums = dot_tile(lanes, keys, queries);
+        let sums = dot_tile(lanes, keys, queries, None);
         for (scores, sums) in scores.iter_mut().zip(sums) {
             scores[4 * index..4 * index + 4].copy_from_slice(&lanes.sum4(sums));
         }

@@ -43,3 +43,63 @@ pub(super) fn silu<L: Lanes>(lanes: L, x: L::V) -> L::V {
     let denominator = lanes.add(one, exp(lanes, lanes.sub(lanes.splat(0.0), x)));
     lanes.div(x, denominator)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::{Isa, Kernel};
+    use super::*;
+
+    struct Exp([f32; 16]);
+
+    impl Kernel for Exp {
+        type Output = [f32; 16];
+
+        fn run<L: Lanes>(self, lanes: L) -> [f32; 16] {
+            lanes.array(exp(lanes, lanes.load(&self.0)))
+        }
+    }
+
+    #[test]
+    fn exp_is_accurate_to_two_units_in_the_last_place() {
+        for isa in Isa::detected() {
+            let mut x = -87.29_f32;
+            while x < 88.2 {
+                let found = isa.run(Exp([x; 16]))[7];
+                let expected = f64::from(x).exp();
+                let error = (f64::from(found) / expected - 1.0).abs();
+                assert!(
+                    error < 2.4e-7,
+                    "{}: exp({x}) is {expected}, not {found}",
+                    isa.name()
+                );
+                x += 0.003_7;
+            }
+        }
+    }
+
+    #[test]
+    fn exp_at_the_edges() {
+        for isa in Isa::detected() {
+            let edges = [
+                0.0,
+                -0.0,
+                f32::NEG_INFINITY,
+                -88.0,
+                f32::MIN,
+                f32::INFINITY,
+                f32::NAN,
+                1000.0,
+            ];
+            let mut x = [0.0; 16];
+            x[..8].copy_from_slice(&edges);
+            let found = isa.run(Exp(x));
+            assert_eq!(found[..5], [1.0, 1.0, 0.0, 0.0, 0.0], "{}", isa.name());
+            assert!(
+                found[5] > 1e38 && found[7] > 1e38,
+                "{}: {found:?}",
+                isa.name()
+            );
+            assert!(found[6].is_nan(), "{}: {found:?}", isa.name());
+        }
+    }
+}

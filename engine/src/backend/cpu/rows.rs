@@ -245,17 +245,8 @@ impl Kernel for RotateRows<'_> {
             let sines = &self.angles.sines[at..at + half];
             for head in row.chunks_exact_mut(2 * half) {
                 match self.angles.table.pairing {
-                    RopePairing::Halves => {
-                        let (low, high) = head.split_at_mut(half);
-                        for i in 0..half {
-                            rotate(&mut low[i], &mut high[i], cosines[i], sines[i]);
-                        }
-                    }
-                    RopePairing::Adjacent => {
-                        for (i, [a, b]) in head.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                            rotate(a, b, cosines[i], sines[i]);
-                        }
-                    }
+                    RopePairing::Halves => rotate_halves(head, cosines, sines),
+                    RopePairing::Adjacent => rotate_adjacent(head, cosines, sines),
                 }
             }
         }
@@ -263,6 +254,19 @@ impl Kernel for RotateRows<'_> {
 }
 
 #[inline(always)]
-fn rotate(a: &mut f32, b: &mut f32, cosine: f32, sine: f32) {
-    (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+fn rotate_halves(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+    let (low, high) = head.split_at_mut(cosines.len());
+    let angles = cosines.iter().zip(sines);
+    for ((a, b), (cosine, sine)) in low.iter_mut().zip(high).zip(angles) {
+        (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+    }
+}
+
+#[inline(always)]
+fn rotate_adjacent(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+    let (pairs, _) = head.as_chunks_mut::<2>();
+    let angles = cosines.iter().zip(sines);
+    for ([a, b], (cosine, sine)) in pairs.iter_mut().zip(angles) {
+        (*a, *b) = (*a * cosine - *b * sine, *b * cosine + *a * sine);
+    }
 }

@@ -127,6 +127,16 @@ impl Isa {
         }
     }
 
+    /// Whether `fma` rounds once.
+    #[cfg(test)]
+    pub(super) const fn rounds_once(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) | Self::Avx2(_) => true,
+            Self::Portable(_) => cfg!(any(target_arch = "aarch64", target_feature = "fma")),
+        }
+    }
+
     /// Runs a kernel compiled for these instructions.
     #[inline]
     pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -222,6 +232,20 @@ const fn to_m512(values: [f32; 16]) -> std::arch::x86_64::__m512 {
 const fn from_m512(v: std::arch::x86_64::__m512) -> [f32; 16] {
     // SAFETY: both types are 64 bytes of `f32` in lane order, and every bit pattern is valid.
     unsafe { std::mem::transmute(v) }
+}
+
+/// Asks for the cache line that is `offset` bytes after the beginning of `bytes`, which may be past their end.
+#[inline(always)]
+pub(super) fn prefetch(bytes: &[u8], offset: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = bytes.as_ptr().wrapping_add(offset);
+        // SAFETY: SSE is part of x86-64, and a prefetch is a hint that accesses nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, offset);
 }
 
 #[cfg(test)]

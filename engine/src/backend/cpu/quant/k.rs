@@ -102,7 +102,7 @@ impl Format<144> for Q4K {
         let table = lanes.sub(lanes.mul(scale, lanes.load(&NIBBLES)), minimum);
         let at = 16 + part / 2 * 32;
         let (low, high) = (bytes16(block, at), bytes16(block, at + 16));
-        if part % 2 == 0 {
+        if part.is_multiple_of(2) {
             [lanes.lookup_low(low, table), lanes.lookup_low(high, table)]
         } else {
             [
