@@ -8,3 +8,5 @@ pub mod handoff;
 pub mod model;
 pub mod page;
 pub mod request;
+pub mod transceiver;
+pub mod transport;
