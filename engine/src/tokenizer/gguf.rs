@@ -64,7 +64,6 @@ pub(super) fn load(metadata: &HashMap<String, Value>) -> Result<Tokenizer, Token
             let add_space_prefix = metadata
                 .boolean("tokenizer.ggml.add_space_prefix")?
                 .unwrap_or(true);
-            encoder.with_normalizer(Some(sentence_piece::normalizer(add_space_prefix)));
             encoder
                 .with_normalizer(Some(sentence_piece::normalizer(add_space_prefix)))
                 .map_err(refused)?;
@@ -74,7 +73,6 @@ pub(super) fn load(metadata: &HashMap<String, Value>) -> Result<Tokenizer, Token
             };
         }
     }
-    encoder.add_tokens(&vocabulary.added_tokens());
     encoder
         .add_tokens(vocabulary.added_tokens())
         .map_err(refused)?;

@@ -27,7 +27,6 @@ pub(super) fn load(directory: &Path) -> Result<Tokenizer, TokenizerError> {
     })?;
     let config = HfConfig::read(directory)?;
     let mut encoder = parse(&path, &bytes)?;
-    add_tokens(&mut encoder, &config);
     add_tokens(&mut encoder, &config)?;
 
     let rule = decode_rule(&encoder)?;
@@ -60,15 +59,6 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerEr
 }
 
 /// Special tokens that only the files beside `tokenizer.json` know.
-fn add_tokens(encoder: &mut tokenizers::Tokenizer, config: &HfConfig) {
-    let mut missing = Vec::new();
-    for (id, token) in &config.added {
-        match encoder.token_to_id(&token.content) {
-            Some(found) if found == *id => missing.push(token.clone()),
-            Some(_) => {}
-            // The crate gives new tokens the next free id; another one would mean another row of the model.
-            None if *id as usize == encoder.get_vocab_size(true) => {
-                encoder.add_tokens(std::slice::from_ref(token));
 fn add_tokens(
     encoder: &mut tokenizers::Tokenizer,
     config: &HfConfig,
@@ -89,7 +79,6 @@ fn add_tokens(
             ),
         }
     }
-    encoder.add_tokens(&missing);
     encoder.add_tokens(known).map_err(refused)?;
 
     let named = [&config.bos, &config.eos, &config.pad, &config.unknown];
@@ -101,7 +90,6 @@ fn add_tokens(
         .filter(|content| !encoder.get_added_vocabulary().is_special_token(content))
         .map(|content| AddedToken::from(content.clone(), true))
         .collect();
-    encoder.add_special_tokens(&special);
     encoder.add_special_tokens(special).map_err(refused)?;
     Ok(())
 }

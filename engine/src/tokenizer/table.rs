@@ -24,7 +24,6 @@ pub(super) enum TokenKind {
 }
 
 /// The bytes and kind of every token.
-#[derive(Debug, Default)]
 #[derive(Default)]
 pub(super) struct TokenTable {
     arena: Vec<u8>,

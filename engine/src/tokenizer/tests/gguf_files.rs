@@ -160,9 +160,6 @@ fn refusal(base: HashMap<String, Value>, changes: Vec<(&str, Value)>) -> String 
         .to_string()
 }
 
-#[test]
-fn unsound_metadata_is_refused_in_one_line() {
-    for (key, value, expected) in [
 #[track_caller]
 fn refuses(cases: Vec<(&str, Value, &str)>) {
     for (key, value, expected) in cases {
@@ -187,17 +184,6 @@ fn unsound_vocabularies_are_refused_in_one_line() {
         (
             "model",
             Value::U32(1),
-            "gguf metadata `tokenizer.ggml.model`: expected a string, found 1",
-        ),
-        (
-            "tokens",
-            texts::<&str>(&[]),
-            "gguf metadata `tokenizer.ggml.tokens`: no tokens",
-        ),
-        (
-            "tokens",
-            Value::Array(vec![Value::Bool(true)]),
-            "gguf metadata `tokenizer.ggml.tokens`: element 0: expected a string, found true",
             "ggml.model`: expected a string, found 1",
         ),
         ("tokens", texts::<&str>(&[]), "ggml.tokens`: no tokens"),
@@ -214,36 +200,26 @@ fn unsound_vocabularies_are_refused_in_one_line() {
         (
             "tokens",
             texts(&["a"]),
-            "gguf metadata `tokenizer.ggml.token_type`: 265 elements for 1 tokens",
             "ggml.token_type`: 265 elements for 1 tokens",
         ),
         (
             "token_type",
             numbers(&[9; 265]),
-            "gguf metadata `tokenizer.ggml.token_type`: element 0: expected a type from 0 to 6, found 9",
             "ggml.token_type`: element 0: expected a type from 0 to 6, found 9",
         ),
         (
             "merges",
             texts(&["nothing"]),
-            "gguf metadata `tokenizer.ggml.merges`: merge 0 `nothing`: is not two parts",
             "ggml.merges`: merge 0 `nothing`: is not two parts",
         ),
         (
             "merges",
             texts(&["h e", "x yz"]),
-            "gguf metadata `tokenizer.ggml.merges`: merge 1 `x yz`: a part or the whole is not in the vocabulary",
             "ggml.merges`: merge 1 `x yz`: a part or the whole is not in the vocabulary",
         ),
         (
             "merges",
             text("h e"),
-            "gguf metadata `tokenizer.ggml.merges`: expected an array, found a string",
-        ),
-        (
-            "bos_token_id",
-            Value::U32(265),
-            "gguf metadata `tokenizer.ggml.bos_token_id`: 265 is outside the vocabulary of 265 tokens",
             "ggml.merges`: expected an array, found a string",
         ),
     ]);
@@ -260,48 +236,21 @@ fn unsound_control_tokens_are_refused_in_one_line() {
         (
             "eos_token_id",
             Value::I32(-2),
-            "gguf metadata `tokenizer.ggml.eos_token_id`: -2 is outside the vocabulary of 265 tokens",
             "ggml.eos_token_id`: -2 is outside the vocabulary of 265 tokens",
         ),
         (
             "eot_token_id",
             Value::F32(1.5),
-            "gguf metadata `tokenizer.ggml.eot_token_id`: expected a token id, found 1.5",
             "ggml.eot_token_id`: expected a token id, found 1.5",
         ),
         (
             "add_bos_token",
             text("yes"),
-            "gguf metadata `tokenizer.ggml.add_bos_token`: expected a boolean, found a string",
             "ggml.add_bos_token`: expected a boolean, found a string",
         ),
         (
             "chat_template",
             Value::Bool(true),
-            "gguf metadata `tokenizer.chat_template`: expected a string, found true",
-        ),
-    ] {
-        assert_eq!(refusal(byte_level("gpt-2"), vec![(key, value)]), expected);
-    }
-    let unnamed = refusal(
-        byte_level("gpt-2"),
-        vec![
-            ("bos_token_id", Value::I32(-1)),
-            ("add_bos_token", Value::Bool(true)),
-        ],
-    );
-    assert_eq!(
-        unnamed,
-        "gguf metadata `tokenizer.ggml.add_bos_token`: true, but the file names no such token"
-    );
-    let long = refusal(
-        byte_level("gpt-2"),
-        vec![("tokens", texts(&["x".repeat(1 << 15)]))],
-    );
-    assert_eq!(
-        long,
-        "gguf metadata `tokenizer.ggml.tokens`: token 0 is longer than 16384 bytes"
-    );
             "chat_template`: expected a string, found true",
         ),
     ]);
