@@ -95,11 +95,12 @@ impl Worker {
 
 /// Gauges of held blocks that are not zero.
 fn held_blocks(metrics: &str) -> Vec<&str> {
-    const HELD: [&str; 4] = [
+    const HELD: [&str; 5] = [
         "baton_kv_blocks_used ",
-        "baton_kv_blocks_leased ",
+        "baton_kv_blocks_pinned ",
         "baton_kv_blocks_lent ",
         "baton_kv_blocks_quarantined ",
+        "baton_kv_leases ",
     ];
     let held: Vec<&str> = metrics
         .lines()

@@ -256,7 +256,7 @@ async fn a_flipped_byte_never_gives_a_wrong_answer() {
         .body;
     let failed = metrics
         .lines()
-        .find(|line| line.starts_with("baton_kv_transfers_failed_total"));
+        .find(|line| line.starts_with("baton_handoffs_failed_total"));
     assert!(
         failed.is_some_and(|line| !line.ends_with(" 0")),
         "the fault never struck:\n{metrics}"

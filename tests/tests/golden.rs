@@ -163,7 +163,7 @@ async fn the_deployment_gives_the_golden_answers() {
         .body;
     let moved = state
         .lines()
-        .find(|line| line.starts_with("baton_kv_transfer_bytes_total"));
+        .find(|line| line.starts_with("baton_kv_received_bytes_total"));
     assert!(
         moved.is_some_and(|line| !line.ends_with(" 0")),
         "no KV has travelled:\n{state}"

@@ -152,7 +152,7 @@ async fn an_instance_that_cannot_start_ends_it_with_the_first_cause() {
         .collect::<Vec<_>>()
         .join("\n");
     assert!(
-        cause.contains("ctx") && cause.contains("broken.gguf"),
+        cause.contains("exit code 69") && cause.contains("broken.gguf"),
         "{stderr}"
     );
 }
