@@ -3,7 +3,16 @@
 //! Each document goes from a raw form, in which every field may be missing, to a resolved type whose
 //! fields all have a value. This crate reads text and returns values; it opens no socket and starts nothing.
 
+pub mod check;
+pub mod cluster;
 pub mod disagg;
+pub mod error;
+pub mod explain;
+pub mod layout;
 pub mod llm;
+pub mod metadata;
+pub mod schema;
+mod section;
 pub mod transceiver;
 pub mod wire;
+pub mod yaml;
