@@ -4,7 +4,14 @@
 //! side and the transceiver talk to it over bounded channels. This crate knows nothing of the proxy.
 
 pub mod backend;
+mod blocks;
+pub mod engine;
 pub mod handoff;
+pub mod metrics;
 pub mod model;
 pub mod page;
+mod prefix;
 pub mod request;
+mod sampler;
+mod scheduler;
+mod sequence;

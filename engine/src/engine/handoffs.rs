@@ -1,0 +1,246 @@
+//! The engine's half of the hand-off: pinning and offering, lending and fetching, and what follows when either ends.
+
+use std::time::Instant;
+
+use crate::backend::BlockId;
+use crate::handoff::{
+    Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer,
+};
+use crate::page::Page;
+use crate::request::{FinishReason, RequestFailure, RequestId, TokenLogprobs};
+use crate::sequence::{Role, Sequence};
+
+use super::clients::Publisher;
+use super::core::Core;
+use super::leases::Lease;
+
+impl Core {
+    /// What the transceiver reports.
+    pub(super) fn handoff_event(&mut self, event: HandoffEvent) {
+        match event {
+            HandoffEvent::LeaseEnded {
+                ctx_request_id,
+                end,
+            } => self.lease_ended(ctx_request_id, end),
+            HandoffEvent::FetchEnded { request, outcome } => match outcome {
+                Ok(stats) => self.fetched(request, stats),
+                Err(error) => self.fetch_failed(request, &error),
+            },
+            HandoffEvent::PagesReturned { pages } => self.pages_returned(pages),
+        }
+    }
+
+    /// Whether a generation-only request's ticket fits this instance and this prompt.
+    pub(super) fn check_ticket(&self, sequence: &Sequence) -> Result<(), RequestFailure> {
+        let (
+            Role::Generation {
+                ticket: Some(ticket),
+            },
+            Some(handoff),
+        ) = (&sequence.role, &self.handoff)
+        else {
+            return Ok(());
+        };
+        let held = handoff.check(ticket).map_err(|error| refusal(&error))?;
+        if held != sequence.prompt_len {
+            return Err(RequestFailure::Unservable(format!(
+                "the hand-off holds kv of {held} tokens, but the prompt has {}",
+                sequence.prompt_len
+            )));
+        }
+        Ok(())
+    }
+
+    /// Gives a lease up before its time; `LeaseEnded` comes later and frees it.
+    pub(super) fn withdraw(&mut self, ctx_request_id: u64) {
+        if let Some(handoff) = &mut self.handoff {
+            handoff.withdraw(ctx_request_id);
+        }
+    }
+
+    /// Ends a context-only request: its blocks go under a lease.
+    pub(super) fn offer(&mut self, id: RequestId, logprobs: Option<TokenLogprobs>) {
+        let Some(sequence) = self.scheduler.take(id) else {
+            return;
+        };
+        let ctx_request_id = self.leases.next_id();
+        let pages = sequence.blocks.iter();
+        let offer = Offer {
+            ctx_request_id,
+            token_count: sequence.prompt_len,
+            pages: pages.map(|&block| self.model.share_page(block)).collect(),
+        };
+        let offered = match &mut self.handoff {
+            Some(handoff) => handoff.offer(offer),
+            None => Err(HandoffError::Refused("there is no transceiver".to_owned())),
+        };
+        let opaque_state = match offered {
+            Ok(state) => state,
+            Err(error) => {
+                self.scheduler.pool.release(&sequence.blocks);
+                self.stats.handoffs_failed_total += 1;
+                self.fail(id, RequestFailure::Handoff(error.to_string()));
+                return;
+            }
+        };
+        self.scheduler.pool.pin(&sequence.blocks);
+        self.stats.handoffs_offered_total += 1;
+        self.leases.insert(
+            ctx_request_id,
+            Lease {
+                request: id,
+                blocks: sequence.blocks.clone(),
+            },
+        );
+        let ticket = HandoffTicket {
+            ctx_request_id,
+            disagg_request_id: match sequence.role {
+                Role::Context { disagg_request_id } => disagg_request_id,
+                Role::Aggregated | Role::Generation { .. } => None,
+            },
+            opaque_state,
+            first_tokens: sequence.answer().to_vec(),
+            first_logprobs: logprobs
+                .map(|logprobs| [vec![logprobs.chosen], logprobs.top].concat())
+                .into_iter()
+                .collect(),
+        };
+        self.finish(&sequence, FinishReason::NotFinished, Some(ticket));
+    }
+
+    /// Lends a sequence's pages to the transceiver, to be filled.
+    pub(super) fn begin_fetch(&mut self, id: RequestId) {
+        let (Some(sequence), Some(handoff)) = (self.scheduler.fetching_mut(id), &mut self.handoff)
+        else {
+            return;
+        };
+        let Some(ticket) = sequence.take_ticket() else {
+            return;
+        };
+        let blocks = sequence.blocks.iter();
+        handoff.fetch(Fetch {
+            request: id,
+            ticket,
+            token_count: sequence.prompt_len,
+            pages: blocks
+                .map(|&block| (block, self.model.lend_page(block)))
+                .collect(),
+        });
+    }
+
+    fn lease_ended(&mut self, ctx_request_id: u64, end: LeaseEnd) {
+        let Some(lease) = self.leases.remove(ctx_request_id) else {
+            tracing::warn!(ctx_request_id, "a lease that is not held has ended");
+            return;
+        };
+        self.scheduler.pool.unpin(&lease.blocks);
+        match end {
+            LeaseEnd::Delivered => self.stats.handoffs_delivered_total += 1,
+            LeaseEnd::Expired => self.stats.handoffs_expired_total += 1,
+            LeaseEnd::Cancelled => self.stats.handoffs_cancelled_total += 1,
+        }
+    }
+
+    fn pages_returned(&mut self, pages: Vec<(BlockId, Page)>) {
+        for (block, page) in pages {
+            if self.scheduler.pool.is_lent(block) {
+                self.model.return_page(block, page);
+                self.scheduler.pool.page_back(block);
+            } else {
+                tracing::error!(block, "a page came back that was not lent");
+            }
+        }
+    }
+
+    /// The KV is here: the prompt counts as computed.
+    fn fetched(&mut self, id: RequestId, stats: HandoffStats) {
+        let Some(sequence) = self.scheduler.fetching_mut(id) else {
+            return;
+        };
+        let blocks = sequence.blocks.clone();
+        if blocks
+            .iter()
+            .any(|&block| self.scheduler.pool.is_lent(block))
+        {
+            let error = HandoffError::Transport("the fetch ended before its pages".to_owned());
+            self.fetch_failed(id, &error);
+            return;
+        }
+        self.stats.handoffs_fetched_total += 1;
+        self.stats.handoffs_fetched_bytes_total += stats.bytes;
+        let Some(sequence) = self.scheduler.fetching_mut(id) else {
+            return;
+        };
+        sequence.handoff = Some(stats);
+        if sequence.prompt_logprobs.is_none() {
+            sequence.computed = sequence.prompt_len;
+            self.scheduler.cache_fetched(id);
+            if !self.publish_forced(id) {
+                return;
+            }
+        }
+        // Else the prompt is computed once more over the same blocks, because its logits do not travel.
+        self.scheduler.fetched(id);
+    }
+
+    /// The KV will not come: the prompt is read again, with the tokens that the context server chose.
+    fn fetch_failed(&mut self, id: RequestId, error: &HandoffError) {
+        let Some(sequence) = self.scheduler.fetching_mut(id) else {
+            return;
+        };
+        self.stats.handoffs_failed_total += 1;
+        match error {
+            HandoffError::Layout(_) | HandoffError::State(_) | HandoffError::Cancelled => {
+                self.fail(id, refusal(error));
+                return;
+            }
+            HandoffError::Refused(_)
+            | HandoffError::Checksum(_)
+            | HandoffError::Transport(_)
+            | HandoffError::TimedOut(_) => {}
+        }
+        tracing::warn!(request_id = id.0, %error, "kv hand-off failed, reading the prompt again");
+        sequence.prefilled_again = true;
+        let publish_now = sequence.prompt_logprobs.is_none();
+        self.stats.handoffs_prefilled_again_total += 1;
+        if !publish_now || self.publish_forced(id) {
+            self.scheduler.fetch_failed(id);
+        }
+    }
+
+    /// Publishes the context server's tokens. False when the request ended with them.
+    fn publish_forced(&mut self, id: RequestId) -> bool {
+        let (Some(sequence), Some(client)) =
+            (self.scheduler.fetching_mut(id), self.clients.get(&id))
+        else {
+            return false;
+        };
+        let mut publisher = Publisher {
+            client,
+            stats: &mut self.stats,
+            eos: &self.config.eos_token_ids,
+            now: Instant::now(),
+        };
+        match publisher.forced(sequence) {
+            Some(end) => {
+                self.end(id, end);
+                false
+            }
+            None => true,
+        }
+    }
+}
+
+/// A hand-off error that reading the prompt again does not mend.
+fn refusal(error: &HandoffError) -> RequestFailure {
+    match error {
+        HandoffError::Layout(_) | HandoffError::State(_) => {
+            RequestFailure::Unservable(error.to_string())
+        }
+        HandoffError::Refused(_)
+        | HandoffError::Checksum(_)
+        | HandoffError::Transport(_)
+        | HandoffError::TimedOut(_)
+        | HandoffError::Cancelled => RequestFailure::Handoff(error.to_string()),
+    }
+}

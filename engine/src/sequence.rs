@@ -1,0 +1,282 @@
+//! One request on its way through the engine: its tokens, its blocks, and how much of it is computed.
+//!
+//! There is no "prefill" or "decode" state: tokens that are not computed yet are computed next, and when none is
+//! left the next token is chosen. So a long prompt, a pre-empted answer and a handed-off prompt are the same thing.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::backend::{BlockId, TokenId};
+use crate::handoff::{HandoffStats, HandoffTicket};
+use crate::request::{
+    FinishReason, GenerateRequest, RequestCosts, RequestId, RequestKind, SamplingParams,
+    TokenLogprobs,
+};
+
+/// Most prompt rows per step whose logits are asked for: they are `V` wide and live on the host.
+const PROMPT_LOGPROB_ROWS: usize = 64;
+
+/// What is done with the first token, and where the KV comes from.
+#[derive(Debug)]
+pub(crate) enum Role {
+    Aggregated,
+    /// Hands off after the first token.
+    Context {
+        disagg_request_id: Option<u64>,
+    },
+    /// Fetches its prompt's KV with this ticket; `None` once it need not or must not be fetched (any more).
+    Generation {
+        ticket: Option<Box<HandoffTicket>>,
+    },
+}
+
+/// Log-probabilities of the prompt, collected chunk by chunk.
+#[derive(Debug)]
+pub(crate) struct PromptLogprobs {
+    pub(crate) top: u32,
+    /// For positions `1..`, so far; empty again once published.
+    pub(crate) collected: Vec<TokenLogprobs>,
+    /// How many have been collected: outlives pre-emption and publication.
+    pub(crate) count: usize,
+    pub(crate) published: bool,
+}
+
+/// When things happened.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    pub(crate) submitted: Instant,
+    pub(crate) scheduled: Option<Instant>,
+    pub(crate) first_token: Option<Instant>,
+    pub(crate) last_token: Option<Instant>,
+}
+
+/// A request on its way.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    /// Rises with submission, so it is the age as well.
+    pub(crate) id: RequestId,
+    /// Prompt and answer so far.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) prompt_len: usize,
+    pub(crate) sampling: SamplingParams,
+    pub(crate) salt: Option<Arc<str>>,
+    pub(crate) role: Role,
+    /// Blocks held, in order.
+    pub(crate) blocks: Vec<BlockId>,
+    /// Tokens whose KV is in `blocks`.
+    pub(crate) computed: usize,
+    /// Leading blocks that the prefix cache knows.
+    pub(crate) cached_blocks: usize,
+    /// Tokens that another server chose and that are not in `tokens` yet.
+    pub(crate) forced: VecDeque<(TokenId, Option<TokenLogprobs>)>,
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
+    pub(crate) times: Times,
+    pub(crate) handoff: Option<HandoffStats>,
+    pub(crate) prefilled_again: bool,
+    pub(crate) cached_tokens: usize,
+    pub(crate) blocks_allocated: usize,
+    pub(crate) blocks_reused: usize,
+    /// Tokens that prompt and answer may have together.
+    token_limit: usize,
+}
+
+impl Sequence {
+    /// A request that nothing has been done for. `max_len` bounds prompt and answer together.
+    pub(crate) fn new(
+        id: RequestId,
+        request: GenerateRequest,
+        max_len: usize,
+        submitted: Instant,
+    ) -> Self {
+        let mut forced = VecDeque::new();
+        let role = match request.kind {
+            RequestKind::Aggregated => Role::Aggregated,
+            RequestKind::ContextOnly { disagg_request_id } => Role::Context { disagg_request_id },
+            RequestKind::GenerationOnly(ticket) => {
+                forced = forced_tokens(&ticket);
+                Role::Generation {
+                    ticket: Some(Box::new(ticket)),
+                }
+            }
+        };
+        let prompt_len = request.prompt.len();
+        let max_tokens = request.sampling.max_tokens as usize;
+        Self {
+            id,
+            tokens: request.prompt,
+            prompt_len,
+            salt: request.cache_salt.map(Into::into),
+            role,
+            blocks: Vec::new(),
+            computed: 0,
+            cached_blocks: 0,
+            forced,
+            prompt_logprobs: request.sampling.prompt_logprobs.map(|top| PromptLogprobs {
+                top,
+                collected: Vec::new(),
+                count: 0,
+                published: false,
+            }),
+            times: Times {
+                submitted,
+                scheduled: None,
+                first_token: None,
+                last_token: None,
+            },
+            handoff: None,
+            prefilled_again: false,
+            cached_tokens: 0,
+            blocks_allocated: 0,
+            blocks_reused: 0,
+            token_limit: max_len.min(prompt_len.saturating_add(max_tokens)),
+            sampling: request.sampling,
+        }
+    }
+
+    pub(crate) fn prompt(&self) -> &[TokenId] {
+        &self.tokens[..self.prompt_len]
+    }
+
+    pub(crate) fn answer(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// Tokens to compute before the next one can be chosen.
+    pub(crate) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Whether the next step computes one token of a begun answer.
+    pub(crate) fn is_decoding(&self) -> bool {
+        self.remaining() == 1 && self.tokens.len() > self.prompt_len
+    }
+
+    pub(crate) fn needs_fetch(&self) -> bool {
+        matches!(self.role, Role::Generation { ticket: Some(_) })
+    }
+
+    /// From now on the prompt is computed here.
+    pub(crate) fn skip_fetch(&mut self) {
+        self.take_ticket();
+    }
+
+    /// Takes the ticket to fetch with; there is one fetch at most.
+    pub(crate) fn take_ticket(&mut self) -> Option<HandoffTicket> {
+        match &mut self.role {
+            Role::Generation { ticket } => ticket.take().map(|ticket| *ticket),
+            Role::Aggregated | Role::Context { .. } => None,
+        }
+    }
+
+    /// Whether log-probabilities of the prompt are still to be collected: then no prompt token may be skipped.
+    pub(crate) fn wants_prompt_logits(&self) -> bool {
+        self.prompt_logprobs
+            .as_ref()
+            .is_some_and(|wanted| wanted.count + 1 < self.prompt_len)
+    }
+
+    /// Most rows of this sequence in one step.
+    pub(crate) fn rows_max(&self) -> usize {
+        if self.wants_prompt_logits() {
+            self.remaining().min(PROMPT_LOGPROB_ROWS)
+        } else {
+            self.remaining()
+        }
+    }
+
+    /// Positions among the next `rows` whose logits are wanted.
+    pub(crate) fn logit_positions(&self, rows: usize) -> impl Iterator<Item = usize> + use<> {
+        let end = self.computed + rows;
+        let prompt = match &self.prompt_logprobs {
+            Some(wanted) => wanted.count.max(self.computed)..(self.prompt_len - 1).min(end),
+            None => 0..0,
+        };
+        let last = (end == self.tokens.len() && self.forced.is_empty()).then(|| end - 1);
+        prompt.chain(last)
+    }
+
+    /// Appends a token to the answer. Returns why the answer ends with it, if it does.
+    pub(crate) fn accept(
+        &mut self,
+        token: TokenId,
+        eos: &[TokenId],
+        now: Instant,
+    ) -> Option<FinishReason> {
+        self.tokens.push(token);
+        self.times.first_token.get_or_insert(now);
+        self.times.last_token = Some(now);
+        if let Some(reason) = self.end_by(token, eos) {
+            Some(reason)
+        } else if self.tokens.len() >= self.token_limit {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// Whether the tokens chosen elsewhere end the answer, so that no KV is needed.
+    pub(crate) fn forced_complete(&self, eos: &[TokenId]) -> bool {
+        let length = self.tokens.len() + self.forced.len();
+        !self.forced.is_empty()
+            && (length >= self.token_limit
+                || self
+                    .forced
+                    .iter()
+                    .any(|&(token, _)| self.end_by(token, eos).is_some()))
+    }
+
+    /// Forgets everything computed; the caller has given the blocks back.
+    pub(crate) fn restart(&mut self) {
+        self.blocks.clear();
+        self.computed = 0;
+        self.cached_blocks = 0;
+    }
+
+    pub(crate) fn costs(&self) -> RequestCosts {
+        let times = &self.times;
+        let between = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from),
+            _ => Duration::ZERO,
+        };
+        RequestCosts {
+            cached_tokens: saturate(self.cached_tokens),
+            queue: between(Some(times.submitted), times.scheduled),
+            prefill: between(times.scheduled, times.first_token),
+            decode: between(times.first_token, times.last_token),
+            handoff: self.handoff.clone(),
+            prefilled_again: self.prefilled_again,
+            blocks_allocated: saturate(self.blocks_allocated),
+            blocks_reused: saturate(self.blocks_reused),
+        }
+    }
+
+    fn end_by(&self, token: TokenId, eos: &[TokenId]) -> Option<FinishReason> {
+        if !self.sampling.ignore_eos && eos.contains(&token) {
+            Some(FinishReason::Eos)
+        } else if self.sampling.stop_token_ids.contains(&token) {
+            Some(FinishReason::StopToken(token))
+        } else {
+            None
+        }
+    }
+}
+
+fn forced_tokens(ticket: &HandoffTicket) -> VecDeque<(TokenId, Option<TokenLogprobs>)> {
+    let logprobs = ticket.first_logprobs.iter().map(|list| {
+        list.split_first().map(|(&chosen, top)| TokenLogprobs {
+            chosen,
+            top: top.to_vec(),
+        })
+    });
+    ticket
+        .first_tokens
+        .iter()
+        .copied()
+        .zip(logprobs.chain(std::iter::repeat(None)))
+        .collect()
+}
+
+fn saturate(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
