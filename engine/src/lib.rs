@@ -15,3 +15,4 @@ pub mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
+pub mod tokenizer;
