@@ -1,9 +1,27 @@
 //! What the engine thread needs to know of a model: its shape, one forward pass, and its pages.
 
+mod checkpoint;
+mod config;
+mod decoder;
+mod dummy;
+mod error;
+mod gguf;
+pub mod load;
+mod mmap;
+mod safetensors;
+mod source;
+mod special_tokens;
+mod weights;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::backend::{BackendError, BlockId, StepBatch};
+pub use crate::model::error::{ModelError, ModelErrorKind};
+pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
 
 /// A model's outside dimensions.
