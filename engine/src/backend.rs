@@ -8,6 +8,10 @@
 //! order that the number of rows, their order and the chunking of the prompt do not change. So greedy output is
 //! bit-equal alone, batched, chunked, and from run to run.
 
+#[cfg(test)]
+mod conformance;
+pub mod cpu;
+
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;

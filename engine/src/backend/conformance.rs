@@ -1,0 +1,203 @@
+//! One suite for every backend: each operation against a naive reference, and the bit-equality that
+//! [`super::Backend`] promises.
+//!
+//! A backend runs it by naming a constructor: `conformance_tests!(MyBackend::new())`. References are written in
+//! `f64` from the definitions and share no code with any backend; stored formats are compared with candle's decoder.
+
+mod attention;
+mod dense;
+mod pages;
+mod rows;
+
+pub(crate) use attention::*;
+pub(crate) use dense::*;
+pub(crate) use pages::*;
+pub(crate) use rows::*;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Backend, WeightBytes, WeightDtype, WeightSource};
+
+/// Numbers of rows or columns around vector and tile widths.
+pub(crate) const SIZES: [usize; 9] = [1, 2, 3, 7, 15, 16, 17, 33, 70];
+
+pub(crate) const DTYPES: [WeightDtype; 13] = [
+    WeightDtype::F32,
+    WeightDtype::F16,
+    WeightDtype::Bf16,
+    WeightDtype::Q4_0,
+    WeightDtype::Q4_1,
+    WeightDtype::Q5_0,
+    WeightDtype::Q5_1,
+    WeightDtype::Q8_0,
+    WeightDtype::Q2_K,
+    WeightDtype::Q3_K,
+    WeightDtype::Q4_K,
+    WeightDtype::Q5_K,
+    WeightDtype::Q6_K,
+];
+
+/// Makes a test of every function of the suite.
+macro_rules! conformance_tests {
+    ($make:expr) => {
+        $crate::backend::conformance::conformance_tests!(@ $make;
+            embed_decodes_every_dtype_exactly,
+            linear_matches_the_reference,
+            linear_of_stored_formats_matches_the_reference,
+            linear_rows_are_bit_equal_in_any_batch,
+            weights_of_the_wrong_size_are_refused,
+            rms_norm_matches_the_reference,
+            head_norm_matches_the_reference,
+            add_and_silu_mul_match_the_reference,
+            rope_matches_the_reference,
+            rows_are_selected_and_copied,
+            attention_matches_the_reference,
+            attention_is_bit_equal_alone_batched_and_chunked,
+            attention_ignores_what_it_must_not_see,
+            written_kv_is_rounded_to_nearest_even,
+            pages_are_shared_lent_and_returned,
+            misused_pages_panic,
+            a_pool_that_cannot_fit_is_refused,
+        );
+    };
+    (@ $make:expr; $($name:ident,)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $crate::backend::conformance::$name(&mut $make);
+            }
+        )*
+    };
+}
+pub(crate) use conformance_tests;
+
+/// Numbers in `-1..1`, the same for the same seed.
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
+}
+
+/// A weight of `f32`.
+pub(crate) fn plain<B: Backend>(backend: &mut B, cols: usize, values: &[f32]) -> B::Weight {
+    let rows = values.len().checked_div(cols).unwrap_or(1);
+    let bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
+    let source = WeightSource {
+        name: "plain".to_owned(),
+        rows,
+        cols,
+        dtype: WeightDtype::F32,
+        bytes: WeightBytes::Owned(bytes.into()),
+    };
+    backend.load_weight(source).expect("sizes fit")
+}
+
+/// Activations, by way of an embedding: the trait has no other entrance.
+pub(crate) fn upload<B: Backend>(backend: &mut B, cols: usize, values: &[f32]) -> B::Tensor {
+    let rows = values.len() / cols;
+    let mut out = backend.tensor(rows, cols);
+    if rows > 0 {
+        let table = plain(backend, cols, values);
+        let tokens: Vec<u32> = (0..).take(rows).collect();
+        backend.embed(&table, &tokens, &mut out);
+    }
+    out
+}
+
+/// Noise stored as `dtype`, and what candle reads from it.
+pub(crate) fn stored(
+    dtype: WeightDtype,
+    rows: usize,
+    cols: usize,
+    seed: u64,
+) -> (WeightSource, Vec<f32>) {
+    let values = Tensor::from_vec(noise(seed, rows * cols), (rows, cols), &Device::Cpu);
+    let stored = QTensor::quantize(&values.expect("shape fits"), ggml(dtype)).expect("it fits");
+    let source = WeightSource {
+        name: format!("{dtype:?}"),
+        rows,
+        cols,
+        dtype,
+        bytes: WeightBytes::Owned(stored.data().expect("data is on the host").to_vec().into()),
+    };
+    (source, decoded(&stored))
+}
+
+/// Candle's reading of a stored tensor.
+pub(crate) fn decoded(stored: &QTensor) -> Vec<f32> {
+    let values = stored
+        .dequantize(&Device::Cpu)
+        .and_then(|tensor| tensor.flatten_all());
+    values
+        .and_then(|tensor| tensor.to_vec1())
+        .expect("a decoder for every format")
+}
+
+pub(crate) const fn ggml(dtype: WeightDtype) -> GgmlDType {
+    match dtype {
+        WeightDtype::F32 => GgmlDType::F32,
+        WeightDtype::F16 => GgmlDType::F16,
+        WeightDtype::Bf16 => GgmlDType::BF16,
+        WeightDtype::Q4_0 => GgmlDType::Q4_0,
+        WeightDtype::Q4_1 => GgmlDType::Q4_1,
+        WeightDtype::Q5_0 => GgmlDType::Q5_0,
+        WeightDtype::Q5_1 => GgmlDType::Q5_1,
+        WeightDtype::Q8_0 => GgmlDType::Q8_0,
+        WeightDtype::Q2_K => GgmlDType::Q2K,
+        WeightDtype::Q3_K => GgmlDType::Q3K,
+        WeightDtype::Q4_K => GgmlDType::Q4K,
+        WeightDtype::Q5_K => GgmlDType::Q5K,
+        WeightDtype::Q6_K => GgmlDType::Q6K,
+    }
+}
+
+/// Columns of the smallest row of a dtype: a block, or something odd where any length goes.
+pub(crate) const fn columns(dtype: WeightDtype) -> usize {
+    match dtype {
+        WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => 37,
+        WeightDtype::Q4_0
+        | WeightDtype::Q4_1
+        | WeightDtype::Q5_0
+        | WeightDtype::Q5_1
+        | WeightDtype::Q8_0 => 32,
+        WeightDtype::Q2_K
+        | WeightDtype::Q3_K
+        | WeightDtype::Q4_K
+        | WeightDtype::Q5_K
+        | WeightDtype::Q6_K => 256,
+    }
+}
+
+/// Asserts that each pair differs by at most `tolerance` times the second's scale.
+#[track_caller]
+pub(crate) fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    let scale = expected
+        .iter()
+        .fold(1.0_f64, |scale, value| scale.max(value.abs()));
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(*found) - expected).abs();
+        assert!(
+            error <= tolerance * scale,
+            "{what}: element {index} is {found}, not {expected}"
+        );
+    }
+}
+
+/// Asserts equality to the last bit.
+#[track_caller]
+pub(crate) fn assert_same_bits(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(
+            found.to_bits(),
+            expected.to_bits(),
+            "{what}: element {index} is {found}, not {expected}"
+        );
+    }
+}

@@ -1,0 +1,137 @@
+//! Weights and products with them.
+
+use super::*;
+use crate::backend::BackendError;
+
+/// `f32` sums of some hundred products of numbers below 1, relative to the largest result.
+const TOLERANCE: f64 = 2e-5;
+
+pub(crate) fn embed_decodes_every_dtype_exactly<B: Backend>(backend: &mut B) {
+    for dtype in DTYPES {
+        let cols = 3 * columns(dtype);
+        let (source, expected) = stored(dtype, 5, cols, 1);
+        let table = backend.load_weight(source).expect("sizes fit");
+        let tokens = [4, 0, 3, 3];
+        let mut out = backend.tensor(tokens.len(), cols);
+        backend.embed(&table, &tokens, &mut out);
+        let expected: Vec<f32> = tokens
+            .iter()
+            .flat_map(|token| expected[*token as usize * cols..][..cols].to_vec())
+            .collect();
+        assert_same_bits(&backend.to_host(&out), &expected, &format!("{dtype:?}"));
+        let mut nothing = backend.tensor(0, cols);
+        backend.embed(&table, &[], &mut nothing);
+        assert!(backend.to_host(&nothing).is_empty());
+    }
+}
+
+/// `x · weightᵀ + bias` by definition.
+fn product(x: &[f32], weight: &[f32], bias: Option<&[f32]>, cols: usize) -> Vec<f64> {
+    let rows = weight.len() / cols;
+    let mut out = Vec::new();
+    for x in x.chunks_exact(cols) {
+        for (row, weight) in weight.chunks_exact(cols).enumerate() {
+            let sum: f64 = x
+                .iter()
+                .zip(weight)
+                .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                .sum();
+            out.push(sum + bias.map_or(0.0, |bias| f64::from(bias[row % rows])));
+        }
+    }
+    out
+}
+
+/// Runs the operation on some rows of x.
+fn run<B: Backend>(
+    backend: &mut B,
+    (x, cols): (&[f32], usize),
+    weight: &B::Weight,
+    bias: Option<&B::Weight>,
+    rows: usize,
+) -> Vec<f32> {
+    let x = upload(backend, cols, x);
+    let mut out = backend.tensor(backend.to_host(&x).len() / cols, rows);
+    backend.linear(&x, weight, bias, &mut out);
+    backend.to_host(&out)
+}
+
+pub(crate) fn linear_matches_the_reference<B: Backend>(backend: &mut B) {
+    let shapes = SIZES
+        .into_iter()
+        .flat_map(|rows| SIZES.into_iter().map(move |cols| (rows, cols)))
+        .chain([(130, 577), (301, 1536)]);
+    for (rows, cols) in shapes {
+        let values = noise(2, rows * cols);
+        let bias_values = noise(3, rows);
+        let weight = plain(backend, cols, &values);
+        let bias = plain(backend, rows, &bias_values);
+        for tokens in [0, 1, 2, 5, 6, 16, 17, 33] {
+            let x = noise(tokens as u64, tokens * cols);
+            let what = format!("[{rows}, {cols}] with {tokens} tokens");
+            let found = run(backend, (&x, cols), &weight, None, rows);
+            assert_close(&found, &product(&x, &values, None, cols), TOLERANCE, &what);
+            let found = run(backend, (&x, cols), &weight, Some(&bias), rows);
+            let expected = product(&x, &values, Some(&bias_values), cols);
+            assert_close(&found, &expected, TOLERANCE, &what);
+        }
+    }
+}
+
+pub(crate) fn linear_of_stored_formats_matches_the_reference<B: Backend>(backend: &mut B) {
+    for dtype in DTYPES {
+        for (rows, blocks) in [(1, 1), (5, 3), (70, 2)] {
+            let cols = blocks * columns(dtype);
+            let (source, values) = stored(dtype, rows, cols, 4);
+            let weight = backend.load_weight(source).expect("sizes fit");
+            for tokens in [1, 2, 9] {
+                let x = noise(5, tokens * cols);
+                let found = run(backend, (&x, cols), &weight, None, rows);
+                let expected = product(&x, &values, None, cols);
+                let what = format!("{dtype:?} [{rows}, {cols}] with {tokens} tokens");
+                assert_close(&found, &expected, TOLERANCE, &what);
+            }
+        }
+    }
+}
+
+pub(crate) fn linear_rows_are_bit_equal_in_any_batch<B: Backend>(backend: &mut B) {
+    for dtype in DTYPES {
+        let (rows, cols, tokens) = (45, 2 * columns(dtype), 150);
+        let (source, _) = stored(dtype, rows, cols, 6);
+        let weight = backend.load_weight(source).expect("sizes fit");
+        let x = noise(7, tokens * cols);
+        let all = run(backend, (&x, cols), &weight, None, rows);
+        for count in [1, 2, 3, 4, 5, 7, 64] {
+            let start = tokens / 2 - count / 2;
+            let some = &x[start * cols..(start + count) * cols];
+            let found = run(backend, (some, cols), &weight, None, rows);
+            let expected = &all[start * rows..(start + count) * rows];
+            assert_same_bits(&found, expected, &format!("{dtype:?}, {count} of {tokens}"));
+        }
+    }
+}
+
+pub(crate) fn weights_of_the_wrong_size_are_refused<B: Backend>(backend: &mut B) {
+    for dtype in DTYPES {
+        let (source, _) = stored(dtype, 2, columns(dtype), 8);
+        for (rows, cols) in [
+            (3, source.cols),
+            (1, source.cols),
+            (2, source.cols + 1),
+            (usize::MAX, source.cols),
+            (2, usize::MAX / 256 * 256),
+        ] {
+            let wrong = WeightSource {
+                rows,
+                cols,
+                ..source.clone()
+            };
+            let refused = backend.load_weight(wrong).expect_err("sizes do not fit");
+            let BackendError::Weight { name, .. } = refused else {
+                panic!("{refused} is another error");
+            };
+            assert_eq!(name, format!("{dtype:?}"));
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Operations that treat each row by itself.
+
+use super::*;
+use crate::backend::{RopePairing, RopeTable};
+
+const TOLERANCE: f64 = 1e-6;
+const ROWS: [usize; 4] = [0, 1, 3, 40];
+const EPSILON: f32 = 1e-5;
+
+fn norm(x: &[f32], weight: &[f32]) -> Vec<f64> {
+    let mut out = Vec::new();
+    for row in x.chunks_exact(weight.len()) {
+        let squares: f64 = row.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let scale = (squares / weight.len() as f64 + f64::from(EPSILON)).sqrt();
+        let values = row.iter().zip(weight);
+        out.extend(values.map(|(x, weight)| f64::from(*x) / scale * f64::from(*weight)));
+    }
+    out
+}
+
+pub(crate) fn rms_norm_matches_the_reference<B: Backend>(backend: &mut B) {
+    for cols in SIZES.into_iter().chain([576, 2049]) {
+        let weight_values = noise(1, cols);
+        let weight = plain(backend, cols, &weight_values);
+        for rows in ROWS {
+            let values = noise(2, rows * cols);
+            let x = upload(backend, cols, &values);
+            let mut out = backend.tensor(rows, cols);
+            backend.rms_norm(&x, &weight, EPSILON, &mut out);
+            let expected = norm(&values, &weight_values);
+            assert_close(
+                &backend.to_host(&out),
+                &expected,
+                TOLERANCE,
+                &format!("{cols}"),
+            );
+        }
+    }
+}
+
+pub(crate) fn head_norm_matches_the_reference<B: Backend>(backend: &mut B) {
+    for dim in [8, 64, 80] {
+        let weight_values = noise(1, dim);
+        let weight = plain(backend, dim, &weight_values);
+        for rows in ROWS {
+            let values = noise(2, rows * 3 * dim);
+            let mut x = upload(backend, 3 * dim, &values);
+            backend.head_norm(&mut x, &weight, EPSILON);
+            let expected = norm(&values, &weight_values);
+            assert_close(
+                &backend.to_host(&x),
+                &expected,
+                TOLERANCE,
+                &format!("{dim}"),
+            );
+        }
+    }
+}
+
+pub(crate) fn add_and_silu_mul_match_the_reference<B: Backend>(backend: &mut B) {
+    for cols in SIZES.into_iter().chain([1536]) {
+        for rows in ROWS {
+            let y_values = noise(2, rows * cols);
+            // Arguments up to 100: the exponential must neither overflow nor lose its tail.
+            let x_values: Vec<f32> = noise(1, rows * cols)
+                .iter()
+                .map(|x| x.powi(3) * 100.0)
+                .collect();
+            let (mut x, y) = (
+                upload(backend, cols, &x_values),
+                upload(backend, cols, &y_values),
+            );
+            let pairs = || {
+                x_values
+                    .iter()
+                    .zip(&y_values)
+                    .map(|(x, y)| (f64::from(*x), f64::from(*y)))
+            };
+            backend.add(&mut x, &y);
+            let sums: Vec<f64> = pairs().map(|(x, y)| x + y).collect();
+            assert_close(&backend.to_host(&x), &sums, TOLERANCE, "add");
+            let mut gate = upload(backend, cols, &x_values);
+            backend.silu_mul(&mut gate, &y);
+            for (found, (x, y)) in backend.to_host(&gate).into_iter().zip(pairs()) {
+                let expected = x / (1.0 + (-x).exp()) * y;
+                let error = (f64::from(found) - expected).abs();
+                let allowed = TOLERANCE * expected.abs() + 1e-30;
+                assert!(
+                    error <= allowed,
+                    "silu({x}) * {y} is {expected}, not {found}"
+                );
+            }
+        }
+    }
+}
+
+pub(crate) fn rope_matches_the_reference<B: Backend>(backend: &mut B) {
+    for half in [4, 10, 32] {
+        let dim = 2 * half;
+        let cols = 3 * dim;
+        for (pairing, magnitude) in [(RopePairing::Halves, 1.0), (RopePairing::Adjacent, 1.25)] {
+            let exponents = (0..half).map(|i| -(i as f32) / half as f32);
+            let table = RopeTable {
+                inverse_frequencies: exponents
+                    .map(|exponent| 10_000_f32.powf(exponent))
+                    .collect(),
+                pairing,
+                magnitude,
+            };
+            // Twice, with other positions: a cache of the first angles must not serve the second.
+            for positions in [
+                &[0, 1, 2, 17, 4095, 131_071][..],
+                &[5, 1, 9, 2, 77, 100_000],
+                &[],
+            ] {
+                let values = noise(1, positions.len() * cols);
+                let mut x = upload(backend, cols, &values);
+                backend.rope(&mut x, positions, &table);
+                let mut expected: Vec<f64> = values.iter().map(|x| f64::from(*x)).collect();
+                for (row, position) in expected.chunks_exact_mut(cols).zip(positions) {
+                    let heads = row.chunks_exact_mut(dim);
+                    heads.for_each(|head| rotate(head, *position, &table));
+                }
+                assert_close(
+                    &backend.to_host(&x),
+                    &expected,
+                    TOLERANCE,
+                    &format!("{pairing:?}"),
+                );
+            }
+        }
+    }
+}
+
+/// The angle is an `f32` product, as in the models' reference; all else is `f64`.
+fn rotate(head: &mut [f64], position: u32, table: &RopeTable) {
+    let half = head.len() / 2;
+    for (i, frequency) in table.inverse_frequencies.iter().enumerate() {
+        let (a, b) = match table.pairing {
+            RopePairing::Halves => (i, i + half),
+            RopePairing::Adjacent => (2 * i, 2 * i + 1),
+        };
+        let (sine, cosine) = f64::from(position as f32 * frequency).sin_cos();
+        let magnitude = f64::from(table.magnitude);
+        let (x, y) = (head[a] * magnitude, head[b] * magnitude);
+        head[a] = x * cosine - y * sine;
+        head[b] = y * cosine + x * sine;
+    }
+}
+
+pub(crate) fn rows_are_selected_and_copied<B: Backend>(backend: &mut B) {
+    let values = noise(1, 5 * 7);
+    let x = upload(backend, 7, &values);
+    assert_same_bits(&backend.to_host(&x), &values, "a copy");
+    let mut out = backend.tensor(3, 7);
+    backend.select_rows(&x, &[0, 3, 4], &mut out);
+    let expected = [&values[..7], &values[21..28], &values[28..]].concat();
+    assert_same_bits(&backend.to_host(&out), &expected, "rows 0, 3, 4");
+    let mut none = backend.tensor(0, 7);
+    backend.select_rows(&x, &[], &mut none);
+    assert!(backend.to_host(&none).is_empty());
+}
