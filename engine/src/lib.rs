@@ -16,3 +16,5 @@ mod sampler;
 mod scheduler;
 mod sequence;
 pub mod tokenizer;
+pub mod transceiver;
+pub mod transport;

@@ -1,0 +1,291 @@
+//! The desk: one thread, one loop, one closed set of inputs; it owns every lease, fetch and timer.
+//!
+//! It never waits on a peer: transports and checksum threads report into its inbox, and the clock wakes it for
+//! what is due. [`lending`] is the context side, [`fetching`] the generation side. Each way out of either ends in
+//! one place that gives back what was held.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::checksum::ChecksumThreads;
+use super::inbox::{Command, Happening, Inbox, Input};
+use super::info::TransceiverInfo;
+use super::message::Message;
+use super::state::LayoutRecord;
+use super::timers::{Due, Timers};
+use crate::backend::BlockId;
+use crate::handoff::{HandoffError, HandoffEvent, HandoffSink, LeaseEnd};
+use crate::request::RequestId;
+use crate::transport::{
+    EndpointRecord, PeerId, RegionId, Submission, TransferId, Transport, TransportEvent,
+};
+use fetching::FetchTask;
+use lending::Lease;
+
+mod fetching;
+mod lending;
+
+/// How long shutting down waits after it has cut every connection.
+const LAST_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What does not change while the desk works.
+#[derive(Debug)]
+pub(super) struct Terms {
+    pub(super) layout: LayoutRecord,
+    pub(super) page_bytes: u64,
+    pub(super) tokens_per_block: u64,
+    /// This rank within its instance; it trades with the same rank of the other.
+    pub(super) rank: u32,
+    pub(super) epoch: u64,
+    /// `kv_transfer_timeout_ms`.
+    pub(super) transfer_timeout: Duration,
+    /// How long shutting down waits for senders before it cuts connections.
+    pub(super) settle_timeout: Duration,
+    /// Pieces of one transfer that a transport may hold at once.
+    pub(super) window: usize,
+    /// Fetches that may be under way at once; more wait their turn.
+    pub(super) fetches_running_max: usize,
+    /// A test's fault: pieces carry another epoch.
+    pub(super) stale_epoch: bool,
+    /// A test's fault: requests carry another nonce.
+    pub(super) forged_nonce: bool,
+}
+
+/// Whom the desk works with.
+pub(super) struct Surroundings {
+    pub(super) inbox: Arc<Inbox>,
+    pub(super) sink: HandoffSink,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) checksums: ChecksumThreads,
+    pub(super) info: TransceiverInfo,
+}
+
+/// See the module.
+pub(super) struct Desk {
+    terms: Terms,
+    around: Surroundings,
+    timers: Timers,
+    leases: HashMap<u64, Lease>,
+    /// Whose lease a running transfer sends.
+    sending: HashMap<(PeerId, TransferId), u64>,
+    /// Per peer, the leases with pieces left, in turn.
+    turns: HashMap<PeerId, VecDeque<u64>>,
+    fetches: HashMap<TransferId, FetchTask>,
+    by_request: HashMap<RequestId, TransferId>,
+    /// Fetches that wait until others end.
+    waiting: VecDeque<TransferId>,
+    running: usize,
+    /// Pages of ended fetches that are not back yet.
+    quarantine: HashMap<RegionId, BlockId>,
+    /// Connections that we opened.
+    peers: HashMap<EndpointRecord, PeerId>,
+    /// Every connection that we know of.
+    known: HashSet<PeerId>,
+    stopping: bool,
+    /// Shutting down has cut every connection.
+    cut: bool,
+    out_of_patience: bool,
+}
+
+impl Desk {
+    pub(super) fn new(terms: Terms, around: Surroundings) -> Self {
+        Self {
+            terms,
+            around,
+            timers: Timers::default(),
+            leases: HashMap::new(),
+            sending: HashMap::new(),
+            turns: HashMap::new(),
+            fetches: HashMap::new(),
+            by_request: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: 0,
+            quarantine: HashMap::new(),
+            peers: HashMap::new(),
+            known: HashSet::new(),
+            stopping: false,
+            cut: false,
+            out_of_patience: false,
+        }
+    }
+
+    /// Works until stopped and settled.
+    pub(super) fn run(mut self) {
+        while !self.is_settled() {
+            match self.around.inbox.next(self.timers.next_deadline()) {
+                Some(Input::Command(command)) => self.on_command(command),
+                Some(Input::Happening(happening)) => self.on_happening(happening),
+                None => {}
+            }
+            while let Some(due) = self.timers.take_due(Instant::now()) {
+                self.on_due(due);
+            }
+            self.start_waiting();
+            self.around.info.set_serving(self.sending.len());
+        }
+        if self.out_of_patience {
+            tracing::error!(
+                leases = self.leases.len(),
+                pages = self.quarantine.len(),
+                "the kv transceiver stopped before its transport let go of everything"
+            );
+        }
+        // First the inbox, so that no thread of the transport or the checksums waits for room while it is joined.
+        for command in self.around.inbox.close() {
+            self.on_command(command);
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        self.stopping
+            && (self.out_of_patience
+                || (self.leases.is_empty()
+                    && self.fetches.is_empty()
+                    && self.quarantine.is_empty()))
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Offer { offer, nonce } => self.on_offer(offer, nonce),
+            Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
+            Command::Fetch(fetch) => self.on_fetch(fetch),
+            Command::CancelFetch(request) => self.on_cancel_fetch(request),
+            Command::Stop => self.on_stop(),
+        }
+    }
+
+    fn on_happening(&mut self, happening: Happening) {
+        match happening {
+            Happening::Transport(event) => self.on_transport_event(event),
+            Happening::Hashed {
+                ctx_request_id,
+                checksum,
+            } => self.on_hashed(ctx_request_id, checksum),
+            Happening::HashingEnded { ctx_request_id } => self.on_hashing_ended(ctx_request_id),
+            Happening::Checked(checked) => self.on_checked(checked),
+        }
+    }
+
+    fn on_transport_event(&mut self, event: TransportEvent) {
+        match event {
+            TransportEvent::Message { peer, message } => {
+                self.known.insert(peer);
+                self.on_message(peer, &message);
+            }
+            TransportEvent::Landed {
+                peer,
+                region,
+                range,
+                transfer,
+                note,
+            } => {
+                self.known.insert(peer);
+                self.on_landed(peer, region, transfer, range, &note);
+            }
+            TransportEvent::WriteDone {
+                peer,
+                transfer,
+                outcome,
+            } => self.on_write_done(peer, transfer, outcome),
+            TransportEvent::PageReleased { region, page } => self.on_page_released(region, page),
+            TransportEvent::PeerLost { peer, reason } => {
+                self.known.remove(&peer);
+                self.peers.retain(|_, known| *known != peer);
+                self.lending_peer_lost(peer);
+                self.fetching_peer_lost(peer, &reason);
+            }
+        }
+    }
+
+    fn on_message(&mut self, peer: PeerId, bytes: &[u8]) {
+        let message = match Message::decode(bytes) {
+            Ok(message) => message,
+            Err(error) => {
+                tracing::debug!(%peer, %error, "a peer's message was not understood; disconnecting");
+                self.around.transport.disconnect(peer);
+                return;
+            }
+        };
+        match message {
+            Message::Request(request) => self.on_request(peer, request),
+            Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
+            Message::Cancel { transfer, claim } => self.on_cancel(peer, transfer, &claim),
+            Message::Refused { transfer, reason } | Message::Aborted { transfer, reason } => {
+                self.on_refused(peer, transfer, &reason);
+            }
+            Message::Done {
+                transfer,
+                bytes,
+                pieces,
+            } => self.on_done(peer, transfer, (bytes, pieces)),
+        }
+    }
+
+    fn on_due(&mut self, due: Due) {
+        match due {
+            Due::Lease(lease) => self.on_lease_due(lease),
+            Due::Fetch(transfer) => self.on_fetch_due(transfer),
+            Due::Patience => self.on_patience_due(),
+        }
+    }
+
+    /// Sends a control message. A peer that does not even take those is given up.
+    fn tell(&mut self, peer: PeerId, message: &Message) -> Submission {
+        let submission = self.around.transport.notify(peer, message.encode());
+        if submission == Submission::Busy {
+            tracing::debug!(%peer, "a peer takes no messages; disconnecting");
+            self.around.transport.disconnect(peer);
+        }
+        submission
+    }
+
+    /// Sends what helps the other side but decides nothing here.
+    fn tell_in_passing(&mut self, peer: PeerId, message: &Message) {
+        let submission = self.tell(peer, message);
+        if submission != Submission::Accepted {
+            tracing::debug!(%peer, ?submission, "a message in passing did not go out");
+        }
+    }
+
+    fn emit(&self, event: HandoffEvent) {
+        (self.around.sink)(event);
+    }
+
+    fn on_stop(&mut self) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
+        let transfers: Vec<_> = self.fetches.keys().copied().collect();
+        for transfer in transfers {
+            self.fail(transfer, HandoffError::Cancelled);
+        }
+        let leases: Vec<_> = self.leases.keys().copied().collect();
+        for lease in leases {
+            self.withdraw(lease, "the context server shuts down");
+        }
+        self.around.transport.close();
+        let patience = Instant::now() + self.terms.settle_timeout;
+        self.timers.set(patience, Due::Patience);
+    }
+
+    fn on_patience_due(&mut self) {
+        if std::mem::replace(&mut self.cut, true) {
+            self.out_of_patience = true;
+            return;
+        }
+        for peer in self.known.drain() {
+            self.around.transport.disconnect(peer);
+        }
+        self.timers
+            .set(Instant::now() + LAST_PATIENCE, Due::Patience);
+    }
+
+    fn lease_ended(&self, ctx_request_id: u64, end: LeaseEnd) {
+        tracing::debug!(ctx_request_id, ?end, "kv lease ended");
+        self.emit(HandoffEvent::LeaseEnded {
+            ctx_request_id,
+            end,
+        });
+    }
+}

@@ -1,0 +1,162 @@
+//! The one queue into the desk: commands from the engine thread, events from transports and checksum threads.
+//!
+//! Commands never wait; the caller's permits bound them. Events wait for room, so that a peer that floods us is
+//! slowed by its own connection. Commands go first: a lease is known before anyone can ask for it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+use crate::handoff::{Fetch, Offer};
+use crate::page::Page;
+use crate::request::RequestId;
+use crate::transport::{RegionId, TransferId, TransportEvent};
+
+use super::state::Nonce;
+
+/// Events that wait for the desk at most.
+const EVENTS_MAX: usize = 4096;
+
+/// What the engine thread asks for.
+#[derive(Debug)]
+pub(super) enum Command {
+    Offer { offer: Offer, nonce: Nonce },
+    Withdraw(u64),
+    Fetch(Fetch),
+    CancelFetch(RequestId),
+    Stop,
+}
+
+/// A landed page with the checksum that it has.
+#[derive(Debug)]
+pub(super) struct Checked {
+    pub(super) transfer: TransferId,
+    pub(super) region: RegionId,
+    pub(super) piece: usize,
+    pub(super) page: Page,
+    pub(super) expected: u64,
+    pub(super) found: u64,
+}
+
+/// What happens elsewhere.
+#[derive(Debug)]
+pub(super) enum Happening {
+    Transport(TransportEvent),
+    /// The checksum of a lease's next page.
+    Hashed {
+        ctx_request_id: u64,
+        checksum: u64,
+    },
+    /// The checksum threads hold no page of this lease any more.
+    HashingEnded {
+        ctx_request_id: u64,
+    },
+    Checked(Checked),
+}
+
+/// One thing for the desk to do.
+#[derive(Debug)]
+pub(super) enum Input {
+    Command(Command),
+    Happening(Happening),
+}
+
+#[derive(Debug, Default)]
+struct Lanes {
+    commands: VecDeque<Command>,
+    happenings: VecDeque<Happening>,
+    closed: bool,
+}
+
+/// The queue.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    lanes: Mutex<Lanes>,
+    filled: Condvar,
+    room: Condvar,
+}
+
+impl Inbox {
+    /// Hands a command over; it comes back when the desk is gone.
+    pub(super) fn command(&self, command: Command) -> Result<(), Box<Command>> {
+        let mut lanes = self.lock();
+        if lanes.closed {
+            return Err(Box::new(command));
+        }
+        lanes.commands.push_back(command);
+        drop(lanes);
+        self.filled.notify_one();
+        Ok(())
+    }
+
+    /// Reports something; waits for room, and forgets it when the desk is gone.
+    pub(super) fn happened(&self, happening: Happening) {
+        let waited = self.room.wait_while(self.lock(), |lanes| {
+            !lanes.closed && lanes.happenings.len() >= EVENTS_MAX
+        });
+        let mut lanes = waited.unwrap_or_else(|e| e.into_inner());
+        if lanes.closed {
+            return;
+        }
+        lanes.happenings.push_back(happening);
+        drop(lanes);
+        self.filled.notify_one();
+    }
+
+    /// The next thing to do, or nothing by the deadline.
+    pub(super) fn next(&self, deadline: Option<Instant>) -> Option<Input> {
+        let mut lanes = self.lock();
+        loop {
+            if let Some(command) = lanes.commands.pop_front() {
+                return Some(Input::Command(command));
+            }
+            if let Some(happening) = lanes.happenings.pop_front() {
+                drop(lanes);
+                self.room.notify_one();
+                return Some(Input::Happening(happening));
+            }
+            let Some(deadline) = deadline else {
+                lanes = self.filled.wait(lanes).unwrap_or_else(|e| e.into_inner());
+                continue;
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            lanes = match self.filled.wait_timeout(lanes, left) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Takes nothing more; returns the commands that nobody will carry out.
+    pub(super) fn close(&self) -> Vec<Command> {
+        let mut lanes = self.lock();
+        lanes.closed = true;
+        let left = lanes.commands.drain(..).collect();
+        lanes.happenings.clear();
+        drop(lanes);
+        self.room.notify_all();
+        left
+    }
+
+    /// Closes it when dropped: nobody waits for a desk that is gone.
+    pub(super) const fn closing(self: Arc<Self>) -> ClosingInbox {
+        ClosingInbox(self)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// See [`Inbox::closing`].
+#[derive(Debug)]
+pub(super) struct ClosingInbox(Arc<Inbox>);
+
+impl Drop for ClosingInbox {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

@@ -1,0 +1,153 @@
+//! What the two transceivers say to each other, over any transport's messages and notes.
+//!
+//! Generation to context: request, acknowledge, cancel. Context to generation: refuse, done, abort. Messages
+//! are JSON, bounded by the transport; a piece's note is 28 fixed bytes, as it comes with every page.
+
+use serde::{Deserialize, Serialize};
+
+use super::state::{LayoutRecord, Nonce};
+use crate::transport::{RemoteRegion, TransferId};
+
+/// Proves that the sender holds a lease's ticket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Claim {
+    pub(super) ctx_request_id: u64,
+    pub(super) epoch: u64,
+    pub(super) nonce: Nonce,
+}
+
+/// Asks for a lease's KV.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Request {
+    /// Another version is refused by name.
+    pub(super) version: u32,
+    pub(super) claim: Claim,
+    pub(super) transfer: TransferId,
+    pub(super) layout: LayoutRecord,
+    pub(super) token_count: u64,
+    /// Where each page goes, in order.
+    pub(super) regions: Vec<RemoteRegion>,
+}
+
+/// A control message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Message {
+    /// Generation: send it here.
+    Request(Request),
+    /// Generation: everything came and is verified.
+    Acknowledge { transfer: TransferId },
+    /// Generation: not wanted any more.
+    Cancel { transfer: TransferId, claim: Claim },
+    /// Context: not served.
+    Refused {
+        transfer: TransferId,
+        reason: String,
+    },
+    /// Context: all pieces were handed to the transport.
+    Done {
+        transfer: TransferId,
+        bytes: u64,
+        pieces: u64,
+    },
+    /// Context: given up on the way.
+    Aborted {
+        transfer: TransferId,
+        reason: String,
+    },
+}
+
+impl Message {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("messages have string keys and no failing field")
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+/// What comes with each piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PieceNote {
+    pub(super) ctx_request_id: u64,
+    pub(super) epoch: u64,
+    /// Index of the page.
+    pub(super) piece: u32,
+    /// XXH3-64 of the payload.
+    pub(super) checksum: u64,
+}
+
+/// Bytes of an encoded note.
+const NOTE_BYTES: usize = 28;
+
+impl PieceNote {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(NOTE_BYTES);
+        out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
+        out.extend_from_slice(&self.epoch.to_le_bytes());
+        out.extend_from_slice(&self.checksum.to_le_bytes());
+        out.extend_from_slice(&self.piece.to_le_bytes());
+        out
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; NOTE_BYTES] = bytes.try_into().ok()?;
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(word)
+        };
+        Some(Self {
+            ctx_request_id: word(0),
+            epoch: word(8),
+            checksum: word(16),
+            piece: u32::from_le_bytes([bytes[24], bytes[25], bytes[26], bytes[27]]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_note_survives_the_wire() {
+        let note = PieceNote {
+            ctx_request_id: 1,
+            epoch: u64::MAX,
+            piece: 7,
+            checksum: 0xdead_beef,
+        };
+        let bytes = note.encode();
+        assert_eq!(PieceNote::decode(&bytes), Some(note));
+        assert_eq!(PieceNote::decode(&bytes[1..]), None);
+    }
+
+    #[test]
+    fn a_message_survives_the_wire_and_a_truncated_one_does_not() {
+        let message = Message::Cancel {
+            transfer: TransferId(u64::MAX),
+            claim: Claim {
+                ctx_request_id: 3,
+                epoch: 4,
+                nonce: Nonce::random(),
+            },
+        };
+        let bytes = message.encode();
+        assert_eq!(Message::decode(&bytes).unwrap(), message);
+        for length in 0..bytes.len() {
+            assert!(Message::decode(&bytes[..length]).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_fail(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            prop_assert!(Message::decode(&bytes).is_err());
+            prop_assert_eq!(PieceNote::decode(&bytes).is_some(), bytes.len() == NOTE_BYTES);
+        }
+    }
+}

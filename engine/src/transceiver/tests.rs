@@ -1,0 +1,266 @@
+//! Hand-offs between two transceivers of one process, over every transport: what goes well, what goes wrong, and
+//! that all pages are back and no lease is held after each of them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use baton_configs::transceiver::TransceiverConfig;
+
+use super::*;
+use crate::backend::BlockId;
+use crate::handoff::{HandoffStats, LeaseEnd};
+use crate::page::{KvDtype, Page, PageShape};
+use crate::transport::{Capability, memory};
+
+mod adversity;
+mod life;
+
+/// How long a test waits for an event that must come.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const SHAPE: PageShape = PageShape {
+    layers: 2,
+    kv_heads: 3,
+    tokens_per_block: 32,
+    head_dim: 20,
+    dtype: KvDtype::F32,
+};
+
+/// Which transport a test runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wire {
+    Tcp,
+    Memory,
+}
+
+const WIRES: [Wire; 2] = [Wire::Tcp, Wire::Memory];
+
+fn layout(page: PageShape) -> KvLayout {
+    KvLayout {
+        model_fingerprint: 7,
+        page,
+        tensor_parallel: 1,
+        pipeline_parallel: 1,
+    }
+}
+
+fn params(instance: &str) -> TransceiverParams {
+    let config = TransceiverConfig {
+        kv_transfer_timeout: PATIENCE * 2,
+        ..TransceiverConfig::default()
+    };
+    TransceiverParams {
+        instance: instance.to_owned(),
+        ..TransceiverParams::new(config, layout(SHAPE), "127.0.0.1")
+    }
+}
+
+/// As `params`, with a short time-out.
+fn brief(instance: &str) -> TransceiverParams {
+    let mut params = params(instance);
+    params.config.kv_transfer_timeout = Duration::from_millis(300);
+    params
+}
+
+/// An instance: a transceiver, and what an engine would keep about it.
+struct Instance {
+    events: Receiver<HandoffEvent>,
+    transceiver: Transceiver,
+    shape: PageShape,
+    /// Leases not ended, with their pages.
+    lent: BTreeMap<u64, Vec<Arc<Page>>>,
+    /// Blocks handed over and not back.
+    out: BTreeMap<BlockId, u64>,
+    /// Pages that came back, by block, with the fetch that they were for.
+    back: BTreeMap<BlockId, Page>,
+    decided: BTreeMap<u64, Result<HandoffStats, HandoffError>>,
+    ended: BTreeMap<u64, LeaseEnd>,
+    next_block: BlockId,
+}
+
+impl Instance {
+    fn start(wire: Wire, params: TransceiverParams) -> Self {
+        let (sender, events) = channel();
+        let sink: HandoffSink = Arc::new(move |event| drop(sender.send(event)));
+        let shape = params.layout.page;
+        let transceiver = match wire {
+            Wire::Tcp => Transceiver::start(params, sink).unwrap(),
+            Wire::Memory => {
+                let probe = memory::start_for_tests(Arc::new(|_| {}));
+                let available: [Capability; 1] = [probe.capability().clone()];
+                Transceiver::start_over(params, sink, &available, |_, events| {
+                    Ok(memory::start_for_tests(events))
+                })
+                .unwrap()
+            }
+        };
+        Self {
+            events,
+            transceiver,
+            shape,
+            lent: BTreeMap::new(),
+            out: BTreeMap::new(),
+            back: BTreeMap::new(),
+            decided: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            next_block: 0,
+        }
+    }
+
+    /// Offers pages whose content depends on `id`.
+    fn offer(&mut self, id: u64, pages: usize) -> HandoffTicket {
+        let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
+        let pages: Vec<_> = (0..pages)
+            .map(|index| Arc::new(filled(self.shape, id, index)))
+            .collect();
+        let opaque_state = self
+            .transceiver
+            .offer(Offer {
+                ctx_request_id: id,
+                token_count,
+                pages: pages.clone(),
+            })
+            .unwrap();
+        self.lent.insert(id, pages);
+        HandoffTicket {
+            ctx_request_id: id,
+            disagg_request_id: Some(1 << 41),
+            opaque_state,
+            first_tokens: vec![5],
+            first_logprobs: Vec::new(),
+        }
+    }
+
+    fn fetch(&mut self, request: u64, ticket: &HandoffTicket, pages: usize) {
+        let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
+        let pages = (0..pages)
+            .map(|_| {
+                let block = self.next_block;
+                self.next_block += 1;
+                self.out.insert(block, request);
+                (block, Page::zeroed(self.shape))
+            })
+            .collect();
+        self.transceiver.fetch(Fetch {
+            request: RequestId(request),
+            ticket: ticket.clone(),
+            token_count,
+            pages,
+        });
+    }
+
+    /// Books the next event; false when none comes within the patience.
+    fn step(&mut self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(event) = self.events.recv_timeout(left) else {
+            return false;
+        };
+        match event {
+            HandoffEvent::LeaseEnded {
+                ctx_request_id,
+                end,
+            } => {
+                let pages = self.lent.remove(&ctx_request_id).expect("ends once");
+                for page in pages {
+                    assert!(Arc::into_inner(page).is_some(), "a page has a reader left");
+                }
+                self.ended.insert(ctx_request_id, end);
+            }
+            HandoffEvent::FetchEnded { request, outcome } => {
+                if outcome.is_ok() {
+                    assert!(!self.out.values().any(|of| *of == request.0));
+                }
+                assert!(self.decided.insert(request.0, outcome).is_none());
+            }
+            HandoffEvent::PagesReturned { pages } => {
+                for (block, page) in pages {
+                    assert!(
+                        self.out.remove(&block).is_some(),
+                        "block {block} is back twice"
+                    );
+                    self.back.insert(block, page);
+                }
+            }
+        }
+        true
+    }
+
+    fn wait(&mut self, what: &str, until: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !until(self) {
+            assert!(self.step(deadline), "nothing came while waiting for {what}");
+        }
+    }
+
+    fn outcome(&mut self, request: u64) -> Result<HandoffStats, HandoffError> {
+        self.wait("a fetch's end", |node| node.decided.contains_key(&request));
+        self.decided.remove(&request).unwrap()
+    }
+
+    fn lease_end(&mut self, id: u64) -> LeaseEnd {
+        self.wait("a lease's end", |node| node.ended.contains_key(&id));
+        self.ended.remove(&id).unwrap()
+    }
+
+    /// Everything is back and nothing is held.
+    fn assert_clean(&mut self) {
+        self.wait("pages and leases", |node| {
+            node.out.is_empty() && node.lent.is_empty()
+        });
+        let stats = self.transceiver.info().stats();
+        assert_eq!(
+            (
+                stats.leases_held,
+                stats.fetches_held,
+                stats.pages_quarantined
+            ),
+            (0, 0, 0)
+        );
+        assert!(self.events.try_recv().is_err(), "an event too many");
+    }
+
+    /// The pages that came back hold what was offered under `id`, from block `first` on.
+    fn assert_content(&self, first: BlockId, id: u64, pages: usize) {
+        for (index, block) in (0..pages).zip(first..) {
+            assert_eq!(
+                self.back[&block].as_bytes(),
+                filled(self.shape, id, index).as_bytes(),
+                "page {index} of {id}"
+            );
+        }
+    }
+}
+
+fn filled(shape: PageShape, id: u64, index: usize) -> Page {
+    let mut page = Page::zeroed(shape);
+    let seed = id.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
+    for (at, byte) in page.as_bytes_mut().iter_mut().enumerate() {
+        *byte = u8::try_from((seed + at as u64 * 13 + at as u64 / 251) % 255).unwrap() + 1;
+    }
+    page
+}
+
+/// A context and a generation instance over one wire.
+fn two(wire: Wire) -> (Instance, Instance) {
+    (
+        Instance::start(wire, params("ctx-0")),
+        Instance::start(wire, params("gen-0")),
+    )
+}
+
+fn assert_both_clean(context: &mut Instance, generation: &mut Instance) {
+    context.assert_clean();
+    generation.assert_clean();
+}
+
+/// The state inside a ticket, changed.
+fn tamper(ticket: &HandoffTicket, change: impl FnOnce(&mut OpaqueState)) -> HandoffTicket {
+    let mut state = OpaqueState::decode(&ticket.opaque_state).unwrap();
+    change(&mut state);
+    HandoffTicket {
+        opaque_state: state.encode().unwrap(),
+        ..ticket.clone()
+    }
+}

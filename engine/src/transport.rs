@@ -1,0 +1,319 @@
+//! What moves bytes between instances: one trait that fits a two-sided stream and a one-sided fabric alike.
+//!
+//! The life cycle is that of one-sided libraries (register, connect, write, notify, complete, deregister); a
+//! stream plays it by naming the remote region in each frame. A transport knows nothing of leases, checksums or
+//! requests: those belong to [`crate::transceiver`]. It moves pages that it owns and never copies them.
+//!
+//! Invariant: a page that a peer may still write is inside the transport and nowhere else.
+
+use std::fmt::{self, Debug, Display};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::page::Page;
+
+pub mod fault;
+pub mod tcp;
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+pub(crate) mod memory;
+
+/// Where pages may live for a transport to move them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Ordinary memory of the process.
+    Host,
+    /// Memory of an accelerator.
+    Device,
+}
+
+/// Who takes part in a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sides {
+    /// The fabric writes remote memory; the remote process only hears of it.
+    One,
+    /// The remote process reads a stream into the region.
+    Two,
+}
+
+/// Which peers a transport reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Peers of the same host only.
+    SameHost,
+    /// Any host that the network reaches.
+    AnyHost,
+}
+
+/// What a transport can do. Selection and tests look at this, never at a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capability {
+    /// Name in configs, logs and metrics.
+    pub name: &'static str,
+    /// Memory that it moves without a detour.
+    pub memory: &'static [MemoryKind],
+    /// Who takes part in a write.
+    pub sides: Sides,
+    /// Which peers it reaches.
+    pub reach: Reach,
+    /// What one peer may expect, in bytes a second; ranks the candidates, promises nothing.
+    pub bandwidth_estimate: u64,
+    /// Longest message that [`Transport::notify`] takes.
+    pub message_bytes_max: usize,
+    /// Longest note that a [`Write`] may carry.
+    pub note_bytes_max: usize,
+}
+
+/// How a peer is reached over one transport; travels inside the hand-off's ticket.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndpointRecord {
+    /// [`Capability::name`] of the transport that can use it.
+    pub transport: String,
+    /// For people and for stream transports: `host:port`.
+    pub address: String,
+    /// What else the transport needs (agent metadata, worker addresses), hexadecimal; empty for streams.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub metadata: String,
+}
+
+/// A connection to a peer, unique within this process's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerId(pub u64);
+
+/// A registered page, unique within this process's life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionId(pub u64);
+
+/// Groups the writes of one hand-off, so that they can be cancelled together. Chosen by the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TransferId(pub u64);
+
+impl Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "peer {}", self.0)
+    }
+}
+
+impl Display for TransferId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// What a peer must know to write a region; meaningless to anyone but the transport that made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoteRegion {
+    /// The region's size.
+    pub bytes: u64,
+    /// Address and key in the transport's own form, hexadecimal. Nobody can guess it.
+    pub token: String,
+}
+
+/// A registration.
+#[derive(Debug)]
+pub struct Region {
+    /// Names it in later calls and events.
+    pub id: RegionId,
+    /// For the peer that shall write it.
+    pub remote: RemoteRegion,
+}
+
+/// A page that could not be registered, given back.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct RegisterRefused {
+    /// The page, untouched.
+    pub page: Page,
+    /// What stood against it.
+    pub reason: String,
+}
+
+/// What became of a page whose region was given up.
+#[derive(Debug)]
+pub enum Deregistered {
+    /// Nothing can write it any more.
+    Now(Page),
+    /// A write may be under way. The page comes with [`TransportEvent::PageReleased`] when the transport is sure.
+    Later,
+    /// There is no such region: never registered, or given up before.
+    Unknown,
+}
+
+/// One piece on its way: a range of a shared page, to a range of a remote region.
+#[derive(Debug, Clone)]
+pub struct Write {
+    /// To whom.
+    pub peer: PeerId,
+    /// Part of which transfer.
+    pub transfer: TransferId,
+    /// Read until [`TransportEvent::WriteDone`]; a reference is dropped before that event.
+    pub source: Arc<Page>,
+    /// Which bytes of the source.
+    pub range: Range<usize>,
+    /// Where to.
+    pub target: RemoteRegion,
+    /// Offset within the target.
+    pub offset: u64,
+    /// Given to the peer with [`TransportEvent::Landed`], once the bytes are in place.
+    pub note: Vec<u8>,
+}
+
+/// Whether a transport took something over. Back-pressure is a status, not an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Submission {
+    /// It will be carried out, or completed with a failure.
+    Accepted,
+    /// The peer's queue is full. Nothing was kept; for a write, a [`TransportEvent::WriteDone`] of this peer will come.
+    Busy,
+    /// The peer is not connected. Nothing was kept; its [`TransportEvent::PeerLost`] comes or came.
+    Gone,
+    /// The caller broke the contract (range outside the page, note too long). Nothing was kept.
+    Invalid,
+}
+
+/// How a write ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteOutcome {
+    /// The source is no longer needed. Whether the bytes landed is for the peer to say.
+    Sent,
+    /// [`Transport::cancel`] came first.
+    Cancelled,
+    /// The peer was lost first.
+    Lost,
+}
+
+/// What a transport reports. Per peer, in the order in which it happened.
+#[derive(Debug)]
+pub enum TransportEvent {
+    /// A message came. The peer may be one that connected to us; it can be answered.
+    Message {
+        /// From whom.
+        peer: PeerId,
+        /// What.
+        message: Vec<u8>,
+    },
+    /// A peer's write is in place; the transport no longer touches those bytes.
+    Landed {
+        /// Whose write.
+        peer: PeerId,
+        /// Into which region.
+        region: RegionId,
+        /// Which bytes.
+        range: Range<u64>,
+        /// The writer's transfer.
+        transfer: TransferId,
+        /// The writer's note.
+        note: Vec<u8>,
+    },
+    /// A write of ours is over and its source is not referenced any more.
+    WriteDone {
+        /// To whom.
+        peer: PeerId,
+        /// Its transfer.
+        transfer: TransferId,
+        /// How.
+        outcome: WriteOutcome,
+    },
+    /// A page given up earlier is free: the end of its quarantine.
+    PageReleased {
+        /// The region that it was.
+        region: RegionId,
+        /// The page; its content is in doubt.
+        page: Page,
+    },
+    /// A peer is gone: all its writes are done, none of its writes is under way, no event of it follows.
+    PeerLost {
+        /// Which.
+        peer: PeerId,
+        /// What was observed.
+        reason: String,
+    },
+}
+
+/// Where events go: called from the transport's threads, never from within a call of [`Transport`].
+pub type TransportSink = Arc<dyn Fn(TransportEvent) + Send + Sync>;
+
+/// Why an endpoint cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The record is for another transport or not well-formed.
+    #[error("endpoint `{0}` is not one of this transport")]
+    Record(String),
+    /// As many peers as are allowed are connected.
+    #[error("already connected to {0} peers")]
+    TooMany(usize),
+    /// The transport was closed.
+    #[error("the transport is closed")]
+    Closed,
+    /// The system gives no more threads.
+    #[error("cannot start a thread: {0}")]
+    Thread(String),
+}
+
+/// Moves pages between processes.
+///
+/// The contract, which `conformance` holds every implementation to:
+///
+/// - *No call waits on a peer.* What takes time ends in an event. Every wait inside has a deadline.
+/// - *Pages.* [`register`](Self::register) takes a page in. It comes out exactly once: at
+///   [`deregister`](Self::deregister) when no write of it is under way, otherwise in
+///   [`TransportEvent::PageReleased`], at the latest when the writing peer is lost. A writer whose region is
+///   gone writes nowhere; it is not told. Writes to one region are carried out one after the other.
+/// - *Peers.* [`connect`](Self::connect) starts; what is submitted meanwhile waits, bounded. It fails as it
+///   ends: with exactly one `PeerLost`. A peer that connects to us shows itself by its first event, and its
+///   [`PeerId`] can be written to and notified: the connecting side brings what the transport needs for that.
+///   A peer that stops taking or sending bytes is lost after a bounded silence, not only when the system says so.
+/// - *Writes.* Each accepted write gets exactly one `WriteDone`, after the source was let go. Writes of a peer
+///   are carried out in order. Messages may overtake writes, so nobody infers from a message that bytes landed.
+/// - *Trust.* Nothing that a peer sends panics, allocates more than it sent plus a small constant, or reaches
+///   memory outside the region whose token it holds.
+pub trait Transport: Debug + Send + Sync {
+    /// What it can do.
+    fn capability(&self) -> &Capability;
+
+    /// How peers reach this process.
+    fn endpoint(&self) -> EndpointRecord;
+
+    /// Starts connecting; gives up at the deadline.
+    ///
+    /// # Errors
+    /// When the record is not usable at all; what the network says comes as `PeerLost`.
+    fn connect(&self, endpoint: &EndpointRecord, deadline: Instant)
+    -> Result<PeerId, ConnectError>;
+
+    /// Ends a connection now, whatever is under way. `PeerLost` follows.
+    fn disconnect(&self, peer: PeerId);
+
+    /// Takes a page in, to be written by the peer that learns its token.
+    ///
+    /// # Errors
+    /// With the page, when it cannot be registered.
+    fn register(&self, page: Page) -> Result<Region, RegisterRefused>;
+
+    /// Gives a region up.
+    fn deregister(&self, region: RegionId) -> Deregistered;
+
+    /// Submits a piece.
+    fn write(&self, write: Write) -> Submission;
+
+    /// Submits a message.
+    fn notify(&self, peer: PeerId, message: Vec<u8>) -> Submission;
+
+    /// Drops a transfer's writes that have not started; one that has is finished. Each still gets its `WriteDone`.
+    fn cancel(&self, peer: PeerId, transfer: TransferId);
+
+    /// Ends every connection and stops listening, without waiting. Messages submitted before still go out, to peers
+    /// that take them; writes that have not started do not. All pages that are being written and all `WriteDone`
+    /// and `PeerLost` follow; idle regions stay until given up.
+    fn close(&self);
+}

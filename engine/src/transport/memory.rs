@@ -1,0 +1,367 @@
+//! A one-sided transport within this process, for tests: shows that the trait fits a fabric that writes by itself.
+//!
+//! One progress thread a node carries out what was submitted: it writes the remote page in place and the remote
+//! process only hears of it. Peers are found by address in a table of the process.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, Weak};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::*;
+
+const QUEUE_MAX: usize = 32;
+
+static NODES: LazyLock<Mutex<HashMap<u64, Weak<Shared>>>> = LazyLock::new(Mutex::default);
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+const CAPABILITY: Capability = Capability {
+    name: "memory",
+    memory: &[MemoryKind::Host],
+    sides: Sides::One,
+    reach: Reach::SameHost,
+    bandwidth_estimate: 5_000_000_000,
+    message_bytes_max: 1 << 20,
+    note_bytes_max: 64,
+};
+
+fn fresh() -> u64 {
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
+    let shared = Arc::new(Shared {
+        id: fresh(),
+        sink,
+        regions: Mutex::default(),
+        state: Mutex::default(),
+        wake: Condvar::new(),
+    });
+    lock(&NODES).insert(shared.id, Arc::downgrade(&shared));
+    let progress = std::thread::spawn({
+        let shared = Arc::clone(&shared);
+        move || shared.progress()
+    });
+    Arc::new(MemoryTransport {
+        shared,
+        progress: Some(progress),
+    })
+}
+
+/// One submission, in order with its peer's others.
+#[derive(Debug)]
+enum Work {
+    Message(PeerId, Vec<u8>),
+    Write(Write),
+    /// Reports a write that was dropped.
+    Dropped(PeerId, TransferId, WriteOutcome),
+    Lost(PeerId, String),
+    /// Ends a connection once what was submitted before is out.
+    HangUp(PeerId),
+}
+
+/// The other end of a connection.
+#[derive(Debug, Clone)]
+struct Link {
+    remote: Weak<Shared>,
+    /// What this connection is called there.
+    remote_peer: PeerId,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    links: HashMap<PeerId, Link>,
+    work: VecDeque<Work>,
+    closed: bool,
+    stopped: bool,
+}
+
+struct Shared {
+    id: u64,
+    sink: TransportSink,
+    /// Key and page; writers hold the lock while they write, so a region is never half gone.
+    regions: Mutex<HashMap<RegionId, (u64, Page)>>,
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Debug)]
+struct MemoryTransport {
+    shared: Arc<Shared>,
+    progress: Option<JoinHandle<()>>,
+}
+
+impl Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "memory:{}", self.id)
+    }
+}
+
+impl Shared {
+    fn submit(&self, work: Work) {
+        lock(&self.state).work.push_back(work);
+        self.wake.notify_all();
+    }
+
+    fn progress(&self) {
+        loop {
+            let waited = self.wake.wait_while(lock(&self.state), |state| {
+                state.work.is_empty() && !state.stopped
+            });
+            let mut state = waited.unwrap_or_else(|e| e.into_inner());
+            let Some(work) = state.work.pop_front() else {
+                return;
+            };
+            let link = match &work {
+                Work::Message(peer, _) | Work::Write(Write { peer, .. }) => {
+                    state.links.get(peer).cloned()
+                }
+                Work::Dropped(..) | Work::Lost(..) | Work::HangUp(_) => None,
+            };
+            drop(state);
+            self.carry_out(work, link);
+        }
+    }
+
+    fn carry_out(&self, work: Work, link: Option<Link>) {
+        let remote = link.and_then(|link| Some((link.remote.upgrade()?, link.remote_peer)));
+        match work {
+            Work::Message(_, message) => {
+                if let Some((remote, peer)) = remote {
+                    (remote.sink)(TransportEvent::Message { peer, message });
+                }
+            }
+            Work::Write(write) => {
+                let outcome = match remote {
+                    Some((remote, peer)) => self.put(&write, &remote, peer),
+                    None => WriteOutcome::Lost,
+                };
+                let (peer, transfer) = (write.peer, write.transfer);
+                drop(write);
+                (self.sink)(TransportEvent::WriteDone {
+                    peer,
+                    transfer,
+                    outcome,
+                });
+            }
+            Work::Dropped(peer, transfer, outcome) => (self.sink)(TransportEvent::WriteDone {
+                peer,
+                transfer,
+                outcome,
+            }),
+            Work::Lost(peer, reason) => (self.sink)(TransportEvent::PeerLost { peer, reason }),
+            Work::HangUp(peer) => self.hang_up(peer),
+        }
+    }
+
+    fn put(&self, write: &Write, remote: &Arc<Self>, there: PeerId) -> WriteOutcome {
+        let Some((region, key)) = write
+            .target
+            .token
+            .split_once(':')
+            .and_then(|(id, key)| Some((RegionId(id.parse().ok()?), key.parse::<u64>().ok()?)))
+        else {
+            return WriteOutcome::Sent;
+        };
+        let payload = &write.source.as_bytes()[write.range.clone()];
+        let end = write.offset + payload.len() as u64;
+        let mut regions = lock(&remote.regions);
+        let Some((_, page)) = regions.get_mut(&region).filter(|(known, _)| *known == key) else {
+            return WriteOutcome::Sent;
+        };
+        if end > page.as_bytes().len() as u64 {
+            drop(regions);
+            remote.unlink(there, "write outside the region");
+            self.unlink(write.peer, "write outside the region");
+            return WriteOutcome::Lost;
+        }
+        let start = usize::try_from(write.offset).unwrap();
+        page.as_bytes_mut()[start..start + payload.len()].copy_from_slice(payload);
+        drop(regions);
+        (remote.sink)(TransportEvent::Landed {
+            peer: there,
+            region,
+            range: write.offset..end,
+            transfer: write.transfer,
+            note: write.note.clone(),
+        });
+        WriteOutcome::Sent
+    }
+
+    /// Drops a connection here; what waits for it is reported lost, then the loss itself.
+    fn unlink(&self, peer: PeerId, reason: &str) -> Option<Link> {
+        let mut state = lock(&self.state);
+        let link = state.links.remove(&peer)?;
+        let (mine, others): (Vec<_>, _) =
+            std::mem::take(&mut state.work)
+                .into_iter()
+                .partition(|work| match work {
+                    Work::Message(of, _)
+                    | Work::Dropped(of, ..)
+                    | Work::Lost(of, _)
+                    | Work::HangUp(of) => *of == peer,
+                    Work::Write(write) => write.peer == peer,
+                });
+        state.work = VecDeque::from(others);
+        for work in mine {
+            match work {
+                Work::Write(write) => {
+                    state
+                        .work
+                        .push_back(Work::Dropped(peer, write.transfer, WriteOutcome::Lost))
+                }
+                dropped @ Work::Dropped(..) => state.work.push_back(dropped),
+                Work::Message(..) | Work::Lost(..) | Work::HangUp(_) => {}
+            }
+        }
+        state.work.push_back(Work::Lost(peer, reason.to_owned()));
+        drop(state);
+        self.wake.notify_all();
+        Some(link)
+    }
+
+    fn close(&self) {
+        lock(&NODES).remove(&self.id);
+        let mut state = lock(&self.state);
+        state.closed = true;
+        let peers: Vec<_> = state.links.keys().copied().collect();
+        state.work.extend(peers.into_iter().map(Work::HangUp));
+        drop(state);
+        self.wake.notify_all();
+    }
+
+    fn hang_up(&self, peer: PeerId) {
+        if let Some(link) = self.unlink(peer, "disconnected by this side")
+            && let Some(remote) = link.remote.upgrade()
+        {
+            remote.unlink(link.remote_peer, "closed by the peer");
+        }
+    }
+}
+
+impl Transport for MemoryTransport {
+    fn capability(&self) -> &Capability {
+        &CAPABILITY
+    }
+
+    fn endpoint(&self) -> EndpointRecord {
+        EndpointRecord {
+            transport: CAPABILITY.name.to_owned(),
+            address: format!("memory:{}", self.shared.id),
+            metadata: String::new(),
+        }
+    }
+
+    fn connect(&self, endpoint: &EndpointRecord, _: Instant) -> Result<PeerId, ConnectError> {
+        let wrong = || ConnectError::Record(format!("{endpoint:?}"));
+        if endpoint.transport != CAPABILITY.name {
+            return Err(wrong());
+        }
+        let id = endpoint.address.strip_prefix("memory:").ok_or_else(wrong)?;
+        let id: u64 = id.parse().map_err(|_| wrong())?;
+        let (here, there) = (PeerId(fresh()), PeerId(fresh()));
+        let remote = lock(&NODES).get(&id).and_then(Weak::upgrade);
+        let mut state = lock(&self.shared.state);
+        if state.closed {
+            return Err(ConnectError::Closed);
+        }
+        let Some(remote) = remote else {
+            let reason = "cannot be connected to: nobody there".to_owned();
+            state.work.push_back(Work::Lost(here, reason));
+            drop(state);
+            self.shared.wake.notify_all();
+            return Ok(here);
+        };
+        let link = |remote: &Arc<Shared>, remote_peer| Link {
+            remote: Arc::downgrade(remote),
+            remote_peer,
+        };
+        state.links.insert(here, link(&remote, there));
+        drop(state);
+        lock(&remote.state)
+            .links
+            .insert(there, link(&self.shared, here));
+        Ok(here)
+    }
+
+    fn disconnect(&self, peer: PeerId) {
+        self.shared.hang_up(peer);
+    }
+
+    fn register(&self, page: Page) -> Result<Region, RegisterRefused> {
+        if lock(&self.shared.state).closed {
+            let reason = "closed".to_owned();
+            return Err(RegisterRefused { page, reason });
+        }
+        let (id, key) = (RegionId(fresh()), uuid::Uuid::new_v4().as_u64_pair().0);
+        let remote = RemoteRegion {
+            bytes: page.as_bytes().len() as u64,
+            token: format!("{}:{key}", id.0),
+        };
+        lock(&self.shared.regions).insert(id, (key, page));
+        Ok(Region { id, remote })
+    }
+
+    fn deregister(&self, region: RegionId) -> Deregistered {
+        match lock(&self.shared.regions).remove(&region) {
+            Some((_, page)) => Deregistered::Now(page),
+            None => Deregistered::Unknown,
+        }
+    }
+
+    fn write(&self, write: Write) -> Submission {
+        if write.range.end > write.source.as_bytes().len() || write.note.len() > 64 {
+            return Submission::Invalid;
+        }
+        let mut state = lock(&self.shared.state);
+        if !state.links.contains_key(&write.peer) {
+            return Submission::Gone;
+        }
+        if state.work.len() >= QUEUE_MAX {
+            return Submission::Busy;
+        }
+        state.work.push_back(Work::Write(write));
+        drop(state);
+        self.shared.wake.notify_all();
+        Submission::Accepted
+    }
+
+    fn notify(&self, peer: PeerId, message: Vec<u8>) -> Submission {
+        if message.len() > CAPABILITY.message_bytes_max {
+            return Submission::Invalid;
+        }
+        if !lock(&self.shared.state).links.contains_key(&peer) {
+            return Submission::Gone;
+        }
+        self.shared.submit(Work::Message(peer, message));
+        Submission::Accepted
+    }
+
+    fn cancel(&self, peer: PeerId, transfer: TransferId) {
+        for work in &mut lock(&self.shared.state).work {
+            if matches!(work, Work::Write(w) if w.peer == peer && w.transfer == transfer) {
+                *work = Work::Dropped(peer, transfer, WriteOutcome::Cancelled);
+            }
+        }
+    }
+
+    fn close(&self) {
+        self.shared.close();
+    }
+}
+
+impl Drop for MemoryTransport {
+    fn drop(&mut self) {
+        self.shared.close();
+        lock(&self.shared.state).stopped = true;
+        self.shared.wake.notify_all();
+        if let Some(progress) = self.progress.take() {
+            assert!(progress.join().is_ok());
+        }
+    }
+}

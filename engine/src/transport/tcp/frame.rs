@@ -1,0 +1,217 @@
+//! The frame that everything on a TCP connection begins with. Pure: bytes to values and back, no I/O.
+//!
+//! 48 bytes, little-endian: magic, kind, version, note length, payload length, transfer, region, key, offset. A
+//! note (writes only) and the payload follow. Lengths are checked here against what each kind may have, so
+//! that no later step trusts a peer's number.
+
+use super::super::TransferId;
+
+/// `BKVT`, so that a connection from anything else is told apart by its first bytes.
+const MAGIC: [u8; 4] = *b"BKVT";
+
+/// Of the frames and of what they mean; both sides must have the same.
+pub(super) const VERSION: u8 = 1;
+
+/// Bytes of a header.
+pub(super) const HEADER_BYTES: usize = 48;
+
+/// Longest greeting.
+const HELLO_BYTES_MAX: u64 = 1024;
+
+/// Longest message: the regions of a million-token request.
+pub(super) const MESSAGE_BYTES_MAX: usize = 8 << 20;
+
+/// Longest note of a write.
+pub(super) const NOTE_BYTES_MAX: usize = 256;
+
+/// What a frame is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The first frame in each direction: the sender's address for people.
+    Hello,
+    /// A message for the transceiver.
+    Message,
+    /// Bytes for a region.
+    Write,
+    /// Nothing: the sender lives.
+    Ping,
+}
+
+/// A frame's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) kind: Kind,
+    pub(super) note_bytes: u16,
+    pub(super) payload_bytes: u64,
+    pub(super) transfer: TransferId,
+    pub(super) region: u64,
+    pub(super) key: u64,
+    pub(super) offset: u64,
+}
+
+/// What is wrong with a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum FrameError {
+    #[error("not a kv transport frame: begins with {0:02x?}")]
+    Magic([u8; 4]),
+    #[error("frame version {0} here {VERSION}")]
+    Version(u8),
+    #[error("unknown frame kind {0}")]
+    Kind(u8),
+    #[error("{kind:?} frame of {bytes} bytes, at most {limit} allowed")]
+    Length { kind: Kind, bytes: u64, limit: u64 },
+    #[error("{kind:?} frame with a note of {bytes} bytes, at most {limit} allowed")]
+    Note {
+        kind: Kind,
+        bytes: u16,
+        limit: usize,
+    },
+}
+
+impl Header {
+    /// A header without region, for everything but writes.
+    pub(super) const fn plain(kind: Kind, payload_bytes: u64) -> Self {
+        Self {
+            kind,
+            note_bytes: 0,
+            payload_bytes,
+            transfer: TransferId(0),
+            region: 0,
+            key: 0,
+            offset: 0,
+        }
+    }
+
+    pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut out = [0; HEADER_BYTES];
+        out[..4].copy_from_slice(&MAGIC);
+        out[4] = match self.kind {
+            Kind::Hello => 1,
+            Kind::Message => 2,
+            Kind::Write => 3,
+            Kind::Ping => 4,
+        };
+        out[5] = VERSION;
+        out[6..8].copy_from_slice(&self.note_bytes.to_le_bytes());
+        let words = [
+            self.payload_bytes,
+            self.transfer.0,
+            self.region,
+            self.key,
+            self.offset,
+        ];
+        for (slot, word) in out[8..].chunks_exact_mut(8).zip(words) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+        out
+    }
+
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, FrameError> {
+        let magic = [bytes[0], bytes[1], bytes[2], bytes[3]];
+        if magic != MAGIC {
+            return Err(FrameError::Magic(magic));
+        }
+        if bytes[5] != VERSION {
+            return Err(FrameError::Version(bytes[5]));
+        }
+        let (kind, payload_limit, note_limit) = match bytes[4] {
+            1 => (Kind::Hello, HELLO_BYTES_MAX, 0),
+            2 => (Kind::Message, MESSAGE_BYTES_MAX as u64, 0),
+            3 => (Kind::Write, u64::MAX, NOTE_BYTES_MAX),
+            4 => (Kind::Ping, 0, 0),
+            other => return Err(FrameError::Kind(other)),
+        };
+        let word = |index: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[8 + index * 8..16 + index * 8]);
+            u64::from_le_bytes(word)
+        };
+        let header = Self {
+            kind,
+            note_bytes: u16::from_le_bytes([bytes[6], bytes[7]]),
+            payload_bytes: word(0),
+            transfer: TransferId(word(1)),
+            region: word(2),
+            key: word(3),
+            offset: word(4),
+        };
+        if header.payload_bytes > payload_limit {
+            return Err(FrameError::Length {
+                kind,
+                bytes: header.payload_bytes,
+                limit: payload_limit,
+            });
+        }
+        if usize::from(header.note_bytes) > note_limit {
+            return Err(FrameError::Note {
+                kind,
+                bytes: header.note_bytes,
+                limit: note_limit,
+            });
+        }
+        Ok(header)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn write_header() -> Header {
+        Header {
+            kind: Kind::Write,
+            note_bytes: 32,
+            payload_bytes: 737_280,
+            transfer: TransferId(0xfeed),
+            region: 7,
+            key: u64::MAX,
+            offset: 4096,
+        }
+    }
+
+    #[test]
+    fn a_header_survives_the_wire() {
+        let header = write_header();
+        assert_eq!(Header::decode(&header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn what_is_no_frame_is_told_apart() {
+        let mut http = [b' '; HEADER_BYTES];
+        http[..14].copy_from_slice(b"GET / HTTP/1.1");
+        assert_eq!(Header::decode(&http), Err(FrameError::Magic(*b"GET ")));
+        let mut newer = write_header().encode();
+        newer[5] = VERSION + 1;
+        assert_eq!(
+            Header::decode(&newer),
+            Err(FrameError::Version(VERSION + 1))
+        );
+        let oversize = Header::plain(Kind::Message, MESSAGE_BYTES_MAX as u64 + 1).encode();
+        assert!(matches!(
+            Header::decode(&oversize),
+            Err(FrameError::Length { .. })
+        ));
+        let mut long_note = write_header();
+        long_note.note_bytes = 257;
+        assert!(matches!(
+            Header::decode(&long_note.encode()),
+            Err(FrameError::Note { .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_fail(bytes in proptest::array::uniform32(any::<u8>()), magic in any::<bool>()) {
+            let mut frame = [0; HEADER_BYTES];
+            frame[..32].copy_from_slice(&bytes);
+            if magic {
+                frame[..4].copy_from_slice(&MAGIC);
+                frame[5] = VERSION;
+            }
+            if let Ok(header) = Header::decode(&frame) {
+                prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
+            }
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The receiving half of a connection: frames in, bytes straight into registered pages, events out.
+//!
+//! Nothing a peer says is believed before it is checked: a length buys no memory until the bytes are there, and a
+//! write whose region is gone is read into a scratch buffer and forgotten. Every read has a deadline.
+
+use std::io::{ErrorKind, Read};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use super::connection::Connection;
+use super::frame::{FrameError, HEADER_BYTES, Header, Kind};
+use super::regions::{Regions, Taken};
+use super::{TcpTuning, TransportEvent};
+use crate::transport::{RegionId, TransportSink};
+
+/// Most that is read, or allocated, before the bytes before it have come.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// Why a connection's reading ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReadEnd {
+    #[error("closed by the peer")]
+    ByPeer,
+    #[error("closed by the peer within a frame")]
+    Truncated,
+    #[error("no byte for {0:?} within a frame")]
+    Stalled(Duration),
+    #[error("silent for {0:?}")]
+    Silent(Duration),
+    #[error("no greeting within {0:?}")]
+    NoGreeting(Duration),
+    #[error("{0}")]
+    Frame(#[from] FrameError),
+    #[error("{0:?} frame where a greeting was expected")]
+    NotGreeted(Kind),
+    #[error("second greeting")]
+    GreetedTwice,
+    #[error("write of {length} bytes at {offset} into a region of {bytes}")]
+    OutOfRange {
+        offset: u64,
+        length: u64,
+        bytes: u64,
+    },
+    #[error("region still written by another peer after {0:?}")]
+    Occupied(Duration),
+    #[error("{0}")]
+    Io(std::io::Error),
+}
+
+/// When a read gives up.
+#[derive(Debug, Clone, Copy)]
+enum Patience {
+    /// Between frames: pings are due.
+    Idle,
+    /// Within a frame: bytes are due.
+    Frame,
+    /// The greeting as a whole is due.
+    Greeting(Instant),
+}
+
+/// Reads one connection.
+#[derive(Debug)]
+pub(super) struct Reader<'a> {
+    stream: &'a TcpStream,
+    tuning: &'a TcpTuning,
+}
+
+impl<'a> Reader<'a> {
+    /// Takes the socket's receiving half.
+    pub(super) fn new(stream: &'a TcpStream, tuning: &'a TcpTuning) -> Result<Self, ReadEnd> {
+        stream
+            .set_read_timeout(Some(tuning.tick()))
+            .map_err(ReadEnd::Io)?;
+        Ok(Self { stream, tuning })
+    }
+
+    /// The peer's greeting: its address, for people.
+    pub(super) fn greeting(&self) -> Result<String, ReadEnd> {
+        let patience = Patience::Greeting(Instant::now() + self.tuning.handshake_timeout);
+        let header = self.header(patience)?;
+        if header.kind != Kind::Hello {
+            return Err(ReadEnd::NotGreeted(header.kind));
+        }
+        let text = self.payload(header.payload_bytes, patience)?;
+        Ok(String::from_utf8_lossy(&text)
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect())
+    }
+
+    /// Carries frames until the end.
+    pub(super) fn run(
+        &self,
+        connection: &Connection,
+        regions: &Regions,
+        sink: &TransportSink,
+    ) -> Result<(), ReadEnd> {
+        loop {
+            let header = self.header(Patience::Idle)?;
+            match header.kind {
+                Kind::Ping => {}
+                Kind::Hello => return Err(ReadEnd::GreetedTwice),
+                Kind::Message => {
+                    let message = self.payload(header.payload_bytes, Patience::Frame)?;
+                    sink(TransportEvent::Message {
+                        peer: connection.id,
+                        message,
+                    });
+                }
+                Kind::Write => self.write(&header, connection, regions, sink)?,
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        header: &Header,
+        connection: &Connection,
+        regions: &Regions,
+        sink: &TransportSink,
+    ) -> Result<(), ReadEnd> {
+        let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
+        let range = (header.offset, header.payload_bytes);
+        let patience = self.tuning.stall_timeout;
+        let mut page = match regions.take(header.region, header.key, range, patience) {
+            Taken::Page(page) => page,
+            Taken::Stale => return self.discard(header.payload_bytes),
+            Taken::Occupied => return Err(ReadEnd::Occupied(patience)),
+            Taken::OutOfRange { bytes } => {
+                return Err(ReadEnd::OutOfRange {
+                    offset: header.offset,
+                    length: header.payload_bytes,
+                    bytes,
+                });
+            }
+        };
+        let bytes = page.as_bytes_mut();
+        let filled = match (usize::try_from(range.0), usize::try_from(range.1)) {
+            (Ok(start), Ok(length)) => {
+                self.fill(&mut bytes[start..start + length], Patience::Frame)
+            }
+            _ => Err(ReadEnd::Truncated),
+        };
+        let released = regions.put_back(header.region, page);
+        let region = RegionId(header.region);
+        if let Some(page) = released {
+            sink(TransportEvent::PageReleased { region, page });
+            return filled;
+        }
+        filled?;
+        sink(TransportEvent::Landed {
+            peer: connection.id,
+            region,
+            range: range.0..range.0 + range.1,
+            transfer: header.transfer,
+            note,
+        });
+        Ok(())
+    }
+
+    fn header(&self, patience: Patience) -> Result<Header, ReadEnd> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.fill(&mut bytes[..1], patience)
+            .map_err(|end| match end {
+                ReadEnd::Truncated => ReadEnd::ByPeer,
+                other => other,
+            })?;
+        let rest = match patience {
+            Patience::Idle => Patience::Frame,
+            other => other,
+        };
+        self.fill(&mut bytes[1..], rest)?;
+        Ok(Header::decode(&bytes)?)
+    }
+
+    /// A payload for us: memory grows only as bytes come.
+    fn payload(&self, bytes: u64, patience: Patience) -> Result<Vec<u8>, ReadEnd> {
+        let mut left = bytes;
+        let mut payload = Vec::new();
+        while left > 0 {
+            let chunk = usize::try_from(left).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
+            let start = payload.len();
+            payload.resize(start + chunk, 0);
+            self.fill(&mut payload[start..], patience)?;
+            left -= chunk as u64;
+        }
+        Ok(payload)
+    }
+
+    fn discard(&self, bytes: u64) -> Result<(), ReadEnd> {
+        let mut scratch = vec![0; CHUNK_BYTES];
+        let mut left = bytes;
+        while left > 0 {
+            let chunk = usize::try_from(left).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
+            self.fill(&mut scratch[..chunk], Patience::Frame)?;
+            left -= chunk as u64;
+        }
+        Ok(())
+    }
+
+    fn fill(&self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
+        let mut last_byte = Instant::now();
+        while !buffer.is_empty() {
+            let mut stream = self.stream;
+            match stream.read(buffer) {
+                Ok(0) => return Err(ReadEnd::Truncated),
+                Ok(count) => {
+                    buffer = &mut buffer[count..];
+                    last_byte = Instant::now();
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::Interrupted => {}
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                        self.check_silence(last_byte, patience)?;
+                    }
+                    _ => return Err(ReadEnd::Io(error)),
+                },
+            }
+            if let Patience::Greeting(deadline) = patience
+                && Instant::now() >= deadline
+            {
+                return Err(ReadEnd::NoGreeting(self.tuning.handshake_timeout));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_silence(&self, last_byte: Instant, patience: Patience) -> Result<(), ReadEnd> {
+        let silence = last_byte.elapsed();
+        match patience {
+            Patience::Idle if silence >= self.tuning.silence_limit => {
+                Err(ReadEnd::Silent(self.tuning.silence_limit))
+            }
+            Patience::Frame if silence >= self.tuning.stall_timeout => {
+                Err(ReadEnd::Stalled(self.tuning.stall_timeout))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! The pages that peers may write, and who writes each of them at the moment.
+//!
+//! A page is in its slot, or with the one reader thread that fills it, or gone: so a region that is given up
+//! while it is being written comes back when that reader lets go, and never before.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::super::{Deregistered, Region, RegionId, RemoteRegion};
+use crate::page::Page;
+
+#[derive(Debug)]
+enum Holder {
+    Slot(Page),
+    Reader,
+    ReaderOfClosedRegion,
+}
+
+#[derive(Debug)]
+struct Slot {
+    key: u64,
+    bytes: u64,
+    holder: Holder,
+}
+
+/// What a reader gets who wants to write a region.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// The page; give it back with [`Regions::put_back`].
+    Page(Page),
+    /// No such region any more, or another key: the bytes are to be thrown away.
+    Stale,
+    /// The range is not within the region: the peer is broken or hostile.
+    OutOfRange {
+        /// The region's size.
+        bytes: u64,
+    },
+    /// Another peer has been writing it all the time that we waited.
+    Occupied,
+}
+
+/// All regions of a transport.
+#[derive(Debug, Default)]
+pub(super) struct Regions {
+    slots: Mutex<HashMap<u64, Slot>>,
+    put_back: Condvar,
+    next: AtomicU64,
+}
+
+impl Regions {
+    pub(super) fn register(&self, page: Page) -> Region {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (key, _) = uuid::Uuid::new_v4().as_u64_pair();
+        let bytes = page.as_bytes().len() as u64;
+        let slot = Slot {
+            key,
+            bytes,
+            holder: Holder::Slot(page),
+        };
+        self.lock().insert(id, slot);
+        Region {
+            id: RegionId(id),
+            remote: RemoteRegion {
+                bytes,
+                token: format!("{id:016x}{key:016x}"),
+            },
+        }
+    }
+
+    pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
+        let mut slots = self.lock();
+        let Some(slot) = slots.remove(&region.0) else {
+            return Deregistered::Unknown;
+        };
+        match slot.holder {
+            Holder::Slot(page) => Deregistered::Now(page),
+            Holder::Reader => {
+                let holder = Holder::ReaderOfClosedRegion;
+                slots.insert(region.0, Slot { holder, ..slot });
+                Deregistered::Later
+            }
+            Holder::ReaderOfClosedRegion => {
+                slots.insert(region.0, slot);
+                Deregistered::Unknown
+            }
+        }
+    }
+
+    /// Takes a page out to write a range of it; waits its turn for at most `patience`.
+    pub(super) fn take(&self, id: u64, key: u64, range: (u64, u64), patience: Duration) -> Taken {
+        let deadline = Instant::now() + patience;
+        let mut slots = self.lock();
+        loop {
+            let Some(slot) = slots.get_mut(&id).filter(|slot| slot.key == key) else {
+                return Taken::Stale;
+            };
+            let (offset, length) = range;
+            if offset
+                .checked_add(length)
+                .is_none_or(|end| end > slot.bytes)
+            {
+                return Taken::OutOfRange { bytes: slot.bytes };
+            }
+            match std::mem::replace(&mut slot.holder, Holder::Reader) {
+                Holder::Slot(page) => return Taken::Page(page),
+                Holder::Reader => {}
+                Holder::ReaderOfClosedRegion => {
+                    slot.holder = Holder::ReaderOfClosedRegion;
+                    return Taken::Stale;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Taken::Occupied;
+            }
+            slots = match self.put_back.wait_timeout(slots, left) {
+                Ok((guard, _)) => guard,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Ends a reader's hold. The page comes back when its region was given up meanwhile.
+    pub(super) fn put_back(&self, id: u64, page: Page) -> Option<Page> {
+        let mut slots = self.lock();
+        let released = match slots.get_mut(&id) {
+            Some(slot) if matches!(slot.holder, Holder::Reader) => {
+                slot.holder = Holder::Slot(page);
+                None
+            }
+            _ => {
+                slots.remove(&id);
+                Some(page)
+            }
+        };
+        drop(slots);
+        self.put_back.notify_all();
+        released
+    }
+
+    /// Whether a reader has the page at this moment; for tests that wait for a write to begin.
+    #[cfg(test)]
+    pub(super) fn is_being_written(&self, region: RegionId) -> bool {
+        self.lock()
+            .get(&region.0)
+            .is_some_and(|slot| !matches!(slot.holder, Holder::Slot(_)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
+        self.slots.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Reads a region's token.
+pub(super) fn parse_token(token: &str) -> Option<(u64, u64)> {
+    if token.len() != 32 || !token.is_ascii() {
+        return None;
+    }
+    let (id, key) = token.split_at(16);
+    Some((
+        u64::from_str_radix(id, 16).ok()?,
+        u64::from_str_radix(key, 16).ok()?,
+    ))
+}
