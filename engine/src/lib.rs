@@ -15,6 +15,8 @@ pub mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
+pub mod serve;
+mod server;
 pub mod tokenizer;
 pub mod transceiver;
 pub mod transport;
