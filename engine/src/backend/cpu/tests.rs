@@ -152,6 +152,36 @@ fn dropped_tensors_serve_again_with_the_right_shape() {
 }
 
 #[test]
+fn a_team_does_each_task_once_in_each_of_many_regions() {
+    let team = Team::new(4);
+    for round in 0..20_000 {
+        let mut done = [0_u32; 9];
+        let tasks = done.iter_mut().take(round % 10).collect();
+        team.run(tasks, |task: &mut u32| *task += 1);
+        let (begun, rest) = done.split_at((round % 10).min(9));
+        assert!(begun.iter().all(|count| *count == 1) && rest.iter().all(|count| *count == 0));
+    }
+}
+
+#[test]
+fn a_team_serves_two_callers_at_once() {
+    let team = Team::new(3);
+    let total = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..1000 {
+                    team.run((0..10).collect(), |task: usize| {
+                        total.fetch_add(task, std::sync::atomic::Ordering::Relaxed);
+                    });
+                }
+            });
+        }
+    });
+    assert_eq!(total.into_inner(), 2 * 1000 * 45);
+}
+
+#[test]
 fn a_panic_in_a_helper_reaches_the_caller() {
     let team = Team::new(3);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
