@@ -22,6 +22,7 @@ pub(crate) mod metrics;
 pub(crate) mod perf;
 pub(crate) mod port;
 mod prompt;
+pub(crate) mod pulse;
 mod render;
 mod reply;
 mod route;

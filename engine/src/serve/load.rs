@@ -24,6 +24,7 @@ use crate::server::listener::{reachable, reachable_host};
 use crate::server::metrics::Metrics;
 use crate::server::perf::PerfRing;
 use crate::server::port::EnginePort;
+use crate::server::pulse::Pulse;
 use crate::server::sampling::Limits;
 use crate::server::service::{Service, TransportFacts};
 use crate::server::text::TextTools;
@@ -101,6 +102,7 @@ fn load_all(
         metrics: Metrics::new(Arc::clone(&port), info),
         engine: port,
         perf: PerfRing::new(perf_capacity(llm)),
+        pulse: Pulse::new(),
     });
     Ok(Started {
         service,

@@ -39,6 +39,10 @@ impl EnginePort for EngineHandle {
         Self::is_alive(self)
     }
 
+    fn queued(&self) -> usize {
+        Self::queued(self)
+    }
+
     fn stats(&self) -> EngineStats {
         Self::stats(self)
     }

@@ -21,9 +21,17 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// `GET /health`: 200 when a request would be taken now, else 503 with the reason.
 pub(super) fn health(app: &App) -> Response<ReplyBody> {
-    match app.ready() {
-        Ok(_) => reply::empty(),
-        Err(error) => error.as_text(),
+    let service = match app.ready() {
+        Ok(service) => service,
+        Err(error) => return error.as_text(),
+    };
+    match service.pulse.stuck(&*service.engine) {
+        None => reply::empty(),
+        Some(still) => ApiError::unavailable(format!(
+            "the engine has work but has made no step for {} s",
+            still.as_secs()
+        ))
+        .as_text(),
     }
 }
 

@@ -27,7 +27,10 @@ pub(crate) trait EnginePort: Debug + Send + Sync {
     /// Whether the engine thread runs.
     fn is_alive(&self) -> bool;
 
-    /// Its counters now.
+    /// Requests that wait for their first step, those included that the engine has not seen yet.
+    fn queued(&self) -> usize;
+
+    /// Its counters as of its last step.
     fn stats(&self) -> EngineStats;
 
     /// Statistics of the steps since the last call, oldest first.

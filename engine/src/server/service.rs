@@ -9,6 +9,7 @@ use crate::request::RequestCosts;
 use crate::server::metrics::Metrics;
 use crate::server::perf::{PerfRing, RequestPerf};
 use crate::server::port::EnginePort;
+use crate::server::pulse::Pulse;
 use crate::server::sampling::Limits;
 use crate::server::text::TextTools;
 
@@ -21,6 +22,7 @@ pub(crate) struct Service {
     pub(crate) engine: Arc<dyn EnginePort>,
     pub(crate) metrics: Metrics,
     pub(crate) perf: PerfRing,
+    pub(crate) pulse: Pulse,
 }
 
 /// What `/server_info` tells about this instance besides its limits.

@@ -27,6 +27,7 @@ use crate::server::listener::Listener;
 use crate::server::metrics::Metrics;
 use crate::server::perf::PerfRing;
 use crate::server::port::{EnginePort, EventSource};
+use crate::server::pulse::Pulse;
 use crate::server::sampling::Limits;
 use crate::server::service::{Facts, KvLayoutFacts, LimitFacts, Service, TransportFacts};
 use crate::server::text::TextTools;
@@ -201,6 +202,10 @@ impl EnginePort for ScriptedEngine {
         self.alive.load(Ordering::SeqCst)
     }
 
+    fn queued(&self) -> usize {
+        0
+    }
+
     fn stats(&self) -> EngineStats {
         self.stats.lock().unwrap().clone()
     }
@@ -342,6 +347,7 @@ pub(crate) fn service_over(engine: Arc<dyn EnginePort>, with_template: bool) -> 
         metrics: Metrics::new(Arc::clone(&engine), None),
         engine,
         perf: PerfRing::new(16),
+        pulse: Pulse::new(),
     })
 }
 

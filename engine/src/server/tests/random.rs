@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::harness::{ScriptedEngine, TestServer};
 
-const BODIES: usize = 2000;
+const BODIES: usize = 10_000;
 
 const NAMES: &[&str] = &[
     "model",
