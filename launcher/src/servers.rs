@@ -21,8 +21,14 @@ pub(crate) async fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
         return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE"))
             .outcome(Outcome::Usage);
     }
-    let file = args.config.as_deref().map(Document::read).transpose().outcome(Outcome::Config)?;
-    let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(&args)).outcome(Outcome::Config)?;
+    let file = args
+        .config
+        .as_deref()
+        .map(Document::read)
+        .transpose()
+        .outcome(Outcome::Config)?;
+    let (llm, warnings) =
+        llm::resolve(file.as_ref(), &overrides(&args)).outcome(Outcome::Config)?;
     files::warn(&warnings);
     let mut options = ServeOptions::new(args.model);
     options.revision = args.revision;
@@ -35,7 +41,12 @@ pub(crate) async fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
         None => "server".to_owned(),
     });
     options.llm = llm;
-    until_asked(|shutdown| async move { baton_engine::serve::serve(options, shutdown).await.map_err(of_serve) }).await
+    until_asked(|shutdown| async move {
+        baton_engine::serve::serve(options, shutdown)
+            .await
+            .map_err(of_serve)
+    })
+    .await
 }
 
 /// Runs the proxy until it is asked to end.
@@ -45,10 +56,16 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
     let mut options = ProxyOptions::new(config);
     options.timeouts.server_start = Duration::from_secs(args.server_start_timeout);
     options.timeouts.request = Duration::from_secs(args.request_timeout);
-    options.environment = Environment::from_process().map_err(anyhow::Error::msg).outcome(Outcome::Usage)?;
+    options.environment = Environment::from_process()
+        .map_err(anyhow::Error::msg)
+        .outcome(Outcome::Usage)?;
     options.report_addr = args.report_addr;
-    options.metrics_log_interval = (args.metrics_log_interval > 0).then(|| Duration::from_secs(args.metrics_log_interval));
-    until_asked(|shutdown| async move { baton_proxy::run(options, shutdown).await.map_err(of_proxy) }).await
+    options.metrics_log_interval =
+        (args.metrics_log_interval > 0).then(|| Duration::from_secs(args.metrics_log_interval));
+    until_asked(
+        |shutdown| async move { baton_proxy::run(options, shutdown).await.map_err(of_proxy) },
+    )
+    .await
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {
@@ -93,7 +110,8 @@ where
             _ = terminate.recv() => nix::libc::SIGTERM,
         };
         if asked.borrow().is_some() {
-            return Err(anyhow!("asked to end twice; what was in flight is lost")).outcome(Outcome::Signal(number));
+            return Err(anyhow!("asked to end twice; what was in flight is lost"))
+                .outcome(Outcome::Signal(number));
         }
         asked.send_replace(Some(number));
     }

@@ -63,6 +63,9 @@ pub(crate) fn read(body: &[u8], conversation_id: Option<&str>) -> Result<Context
         return Err(format!("{choice_count} choices, expected 1"));
     };
     match choice.finish_reason.as_deref() {
+        Some("length") if offers_nothing(choice.disaggregated_params.as_ref()) => {
+            return Ok(ContextAnswer::Complete);
+        }
         Some("length" | "not_finished") => {}
         Some(_) => return Ok(ContextAnswer::Complete),
         None => return Err("finish_reason is null".to_owned()),
@@ -89,6 +92,13 @@ pub(crate) fn read(body: &[u8], conversation_id: Option<&str>) -> Result<Context
         usage,
         ctx_request_id,
     }))
+}
+
+/// Whether a context server says in so many words that it holds no KV: with `max_tokens: 1` its one token is the whole
+/// answer. A field that is merely missing is a mistake, not an answer.
+fn offers_nothing(params: Option<&RawObject<'_>>) -> bool {
+    let is_null = |name| params.is_some_and(|params| params.get(name) == Some("null"));
+    is_null("ctx_request_id") && is_null("encoded_opaque_state")
 }
 
 fn id(params: &RawObject<'_>, name: &str) -> Result<u64, String> {
@@ -225,6 +235,19 @@ mod tests {
                 "ctx_usage": {"prompt_tokens": 3, "total_tokens": 4, "completion_tokens": 1,
                     "prompt_tokens_details": {"cached_tokens": 2}}})
         );
+    }
+
+    #[test]
+    fn one_token_that_was_all_is_complete() {
+        let body = TICKET
+            .replace("\"ctx_request_id\":11", "\"ctx_request_id\":null")
+            .replace("\"QUJD\"", "null");
+        assert!(matches!(
+            read(body.as_bytes(), None),
+            Ok(ContextAnswer::Complete)
+        ));
+        let more = body.replace("\"length\"", "\"not_finished\"");
+        assert!(read(more.as_bytes(), None).is_err());
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn choose(choice: TransportChoice, available: &[Capability]) -> Optio
         fell_back,
     };
     // By name, so that a choice that configs learn first still falls back here, with its warning.
-    let wish = format!("{choice:?}").to_lowercase();
+    let wish = choice.name().to_lowercase();
     if choice == TransportChoice::Default {
         let names: Vec<_> = available.iter().map(|c| c.name).collect();
         return Some(choose_best(
