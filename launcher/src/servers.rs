@@ -86,12 +86,23 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
     }
 }
 
+/// Lets this process hold as many sockets as the system allows: a request may need one to its client and two to workers.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open files; many clients at once may be turned away");
+    }
+}
+
 /// Runs a server with a shutdown that the first INT or TERM starts; a second one drops the server where it stands.
 async fn until_asked<F, R>(run: F) -> anyhow::Result<Outcome>
 where
     F: FnOnce(ShutdownFuture) -> R,
     R: Future<Output = anyhow::Result<()>>,
 {
+    raise_open_files();
     let mut interrupt = signal(SignalKind::interrupt()).outcome(Outcome::Unavailable)?;
     let mut terminate = signal(SignalKind::terminate()).outcome(Outcome::Unavailable)?;
     let (asked, mut seen) = watch::channel(None);

@@ -38,7 +38,7 @@ def main():
 def one_item(address, item, deltas, agree):
     prompt, output = item["prompt_token_ids"], item["output_token_ids"]
     body = {"model": "m", "prompt": prompt + output, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1,
-            "detokenize": False, "ignore_eos": True}
+            "ignore_eos": True}
     answer = common.post(address, "/v1/completions", body)["choices"][0]["logprobs"]
     for index, (token, logprob) in enumerate(zip(output, item["logprobs"])):
         seen = answer["token_logprobs"][len(prompt) + index]

@@ -1,8 +1,9 @@
 //! Loading, shown to people: a bar on a terminal, else a log line every tenth; and to health checks.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -10,6 +11,8 @@ use crate::server::app::App;
 
 /// Log lines are at least this far apart.
 const PERCENT_STEP: u64 = 10;
+/// And so long.
+const LOG_PERIOD_MIN: Duration = Duration::from_secs(1);
 
 const BAR: &str = "loading {msg} {wide_bar} {bytes}/{total_bytes} {percent} %";
 
@@ -20,6 +23,7 @@ pub(super) struct Progress {
     model: String,
     bar: Option<ProgressBar>,
     logged_percent: AtomicU64,
+    logged_at: Mutex<Instant>,
 }
 
 impl Progress {
@@ -38,6 +42,7 @@ impl Progress {
             model: model.to_owned(),
             bar,
             logged_percent: AtomicU64::new(0),
+            logged_at: Mutex::new(Instant::now()),
         }
     }
 
@@ -52,11 +57,24 @@ impl Progress {
             return;
         }
         let logged = self.logged_percent.load(Ordering::Relaxed);
-        if percent >= logged + PERCENT_STEP {
+        if percent >= logged + PERCENT_STEP && self.log_is_due() {
             self.logged_percent
                 .store(percent - percent % PERCENT_STEP, Ordering::Relaxed);
             tracing::info!(model = %self.model, percent, "loading");
         }
+    }
+
+    /// Whether the last line is old enough; a model that loads at once needs none.
+    fn log_is_due(&self) -> bool {
+        let mut at = self
+            .logged_at
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let due = at.elapsed() >= LOG_PERIOD_MIN;
+        if due {
+            *at = Instant::now();
+        }
+        due
     }
 
     /// The weights are there; something else is being done.
