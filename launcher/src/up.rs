@@ -203,7 +203,7 @@ impl Up {
             Event::Exited { index, status } => {
                 let outcome = status
                     .and_then(|status| status.code())
-                    .map_or(Outcome::Failure, |code| files::outcome_of_code(code));
+                    .map_or(Outcome::Failure, files::outcome_of_code);
                 Err(self.supervisor.cause(index, status)).outcome(outcome)
             }
             Event::Asked(_) => Ok(true),

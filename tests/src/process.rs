@@ -1,6 +1,7 @@
 //! A `baton` process under test: started, found by its address file, signalled by pid, ended with its handle.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -220,11 +221,8 @@ impl Drop for Baton {
             let start = (start..=log.len())
                 .find(|at| log.is_char_boundary(*at))
                 .unwrap_or(0);
-            eprintln!(
-                "--- log of `baton {}`:\n{}",
-                self.arguments.join(" "),
-                &log[start..]
-            );
+            let mut err = std::io::stderr().lock();
+            writeln!(err, "--- log of `baton {}`:\n{}", self.arguments.join(" "), &log[start..]).ok();
         }
     }
 }

@@ -23,8 +23,7 @@ async fn fails(arguments: &[&str], code: i32) -> String {
     assert!(!stderr.contains("panicked"), "{stderr}");
     stderr
         .lines()
-        .filter(|line| line.contains("error"))
-        .last()
+        .rfind(|line| line.contains("error"))
         .unwrap_or_default()
         .to_owned()
 }

@@ -199,6 +199,12 @@ async fn a_proxy_stopped_for_30_s() {
     stopped_for_30_s(|deployment| deployment.proxy.pid()).await;
 }
 
+async fn read_whole(address: &str, body: String) -> anyhow::Result<()> {
+    let mut response = client::send(address, Method::POST, "/v1/completions", body).await?.into_body();
+    while response.frame().await.transpose()?.is_some() {}
+    Ok(())
+}
+
 /// 200 clients that go away at random moments, half of them streaming.
 #[tokio::test]
 async fn clients_that_disconnect_at_random_moments() {
@@ -207,20 +213,11 @@ async fn clients_that_disconnect_at_random_moments() {
     let mut tasks = tokio::task::JoinSet::new();
     for index in 0..200_u64 {
         let address = deployment.address.clone();
-        tasks.spawn(async move {
-            // A fixed, well-spread set of moments: from before the prompt is read to deep into the answer.
-            let patience = Duration::from_millis(index.wrapping_mul(2_654_435_761) % 4000);
-            let body = long_request(index % 2 == 0).to_string();
-            let ask = async {
-                let mut response = client::send(&address, Method::POST, "/v1/completions", body)
-                    .await?
-                    .into_body();
-                while response.frame().await.transpose()?.is_some() {}
-                anyhow::Ok(())
-            };
-            // Dropping the future closes the connection.
-            drop(tokio::time::timeout(patience, ask).await);
-        });
+        // A fixed, well-spread set of moments: from before the prompt is read to deep into the answer.
+        let patience = Duration::from_millis(index.wrapping_mul(2_654_435_761) % 4000);
+        let body = long_request(index % 2 == 0).to_string();
+        // Dropping the future closes the connection.
+        tasks.spawn(async move { drop(tokio::time::timeout(patience, read_whole(&address, body)).await) });
     }
     while tasks.join_next().await.is_some() {}
     deployment.blocks_return(ALL_BACK).await;
