@@ -295,7 +295,7 @@ fn scores<L: Lanes, const R: usize>(
     let mut scores = [[0.0; GRANULE]; R];
     for (index, keys) in keys.chunks_exact(4 * padded).enumerate() {
         let keys: [&[f32]; 4] = std::array::from_fn(|key| &keys[key * padded..(key + 1) * padded]);
-        let sums = dot_tile(lanes, keys, queries, None);
+        let sums = dot_tile(lanes, keys, queries, &[]);
         for (scores, sums) in scores.iter_mut().zip(sums) {
             scores[4 * index..4 * index + 4].copy_from_slice(&lanes.sum4(sums));
         }

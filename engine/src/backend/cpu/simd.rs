@@ -6,9 +6,12 @@
 //!
 //! Invariant: every method does the same arithmetic, lane by lane, on every ISA, so results are bit-equal. The
 //! exception is `fma` on processors without it: [`Portable`] on x86 rounds twice.
-#![expect(
-    unsafe_code,
-    reason = "instructions chosen at run time can't be called from safe code; tokens made after detection are the proof"
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(
+        unsafe_code,
+        reason = "instructions chosen at run time can't be called from safe code; tokens made after detection are the proof"
+    )
 )]
 
 mod portable;
@@ -52,6 +55,8 @@ pub(super) trait Lanes: Copy {
     fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
     fn max_lane(self, v: Self::V) -> f32;
     fn u8s(self, bytes: [u8; 16]) -> Self::V;
+    /// `(byte >> shift) & mask` of each byte, as numbers.
+    fn bits(self, bytes: [u8; 16], shift: u8, mask: u8) -> Self::V;
     fn i8s(self, bytes: [i8; 16]) -> Self::V;
     fn f16s(self, bytes: [u8; 32]) -> Self::V;
     fn bf16s(self, bytes: [u8; 32]) -> Self::V;
@@ -203,6 +208,7 @@ macro_rules! through_token {
             sum4(v: [Self::V; 4]) -> [f32; 4];
             max_lane(v: Self::V) -> f32;
             u8s(bytes: [u8; 16]) -> Self::V;
+            bits(bytes: [u8; 16], shift: u8, mask: u8) -> Self::V;
             i8s(bytes: [i8; 16]) -> Self::V;
             f16s(bytes: [u8; 32]) -> Self::V;
             bf16s(bytes: [u8; 32]) -> Self::V;

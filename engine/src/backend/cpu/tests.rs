@@ -1,5 +1,7 @@
 //! The suite on the CPU, and what only the CPU promises: equality over threads and instruction sets.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 use crate::backend::conformance::{
     DTYPES, assert_close, assert_same_bits, columns, conformance_tests, noise, plain, stored,
@@ -166,17 +168,14 @@ fn a_team_does_each_task_once_in_each_of_many_regions() {
 #[test]
 fn a_team_serves_two_callers_at_once() {
     let team = Team::new(3);
-    let total = std::sync::atomic::AtomicUsize::new(0);
+    let total = AtomicUsize::new(0);
+    let count = |task| {
+        total.fetch_add(task, Ordering::Relaxed);
+    };
+    let call = || (0..1000).for_each(|_| team.run((0..10).collect(), count));
     std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                for _ in 0..1000 {
-                    team.run((0..10).collect(), |task: usize| {
-                        total.fetch_add(task, std::sync::atomic::Ordering::Relaxed);
-                    });
-                }
-            });
-        }
+        scope.spawn(call);
+        scope.spawn(call);
     });
     assert_eq!(total.into_inner(), 2 * 1000 * 45);
 }
@@ -188,9 +187,9 @@ fn a_panic_in_a_helper_reaches_the_caller() {
         team.run((0..100).collect(), |task| assert_ne!(task, 57));
     }));
     assert!(result.is_err());
-    let done = std::sync::atomic::AtomicUsize::new(0);
+    let done = AtomicUsize::new(0);
     team.run((0..100).collect(), |task: usize| {
-        done.fetch_add(task, std::sync::atomic::Ordering::Relaxed);
+        done.fetch_add(task, Ordering::Relaxed);
     });
     assert_eq!(done.into_inner(), 4950);
 }

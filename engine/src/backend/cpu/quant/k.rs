@@ -19,6 +19,18 @@ fn scaled<L: Lanes>(lanes: L, block: &[u8], at: usize, integer: f32) -> L::V {
     lanes.mul(d, lanes.splat(integer))
 }
 
+/// `low + 2^n * high`: an integer in two pieces, exact.
+#[inline(always)]
+fn joined<L: Lanes>(lanes: L, low: L::V, high: L::V, weight: f32) -> L::V {
+    lanes.add(lanes.mul(high, lanes.splat(weight)), low)
+}
+
+/// A shift of `step` bits a group.
+#[inline(always)]
+fn shift(index: usize, step: u8) -> u8 {
+    index.to_le_bytes()[0] * step
+}
+
 /// The six-bit scale and minimum of 32-weight group `part`, of eight packed in twelve bytes (Q4_K, Q5_K).
 #[inline(always)]
 fn scale_and_minimum(packed: &[u8], part: usize) -> (f32, f32) {
@@ -50,12 +62,12 @@ impl Q2K {
     /// Half `i` of group `part`.
     #[inline(always)]
     fn sixteen<L: Lanes>(lanes: L, block: &[u8; 84], part: usize, i: usize) -> L::V {
-        let (half, shift) = (part / 4, part % 4 * 2);
         let packed = block[2 * part + i];
         let scale = scaled(lanes, block, 80, f32::from(packed & 15));
         let minimum = scaled(lanes, block, 82, f32::from(packed >> 4));
-        let integers = bytes16(block, 16 + 32 * half + 16 * i).map(|byte| (byte >> shift) & 3);
-        lanes.sub(lanes.mul(scale, lanes.u8s(integers)), minimum)
+        let bytes = bytes16(block, 16 + part / 4 * 32 + 16 * i);
+        let integers = lanes.bits(bytes, shift(part % 4, 2), 3);
+        lanes.sub(lanes.mul(scale, integers), minimum)
     }
 }
 
@@ -76,17 +88,18 @@ impl Q3K {
     /// Half `i` of group `part`.
     #[inline(always)]
     fn sixteen<L: Lanes>(lanes: L, block: &[u8; 110], part: usize, i: usize) -> L::V {
-        let (half, shift) = (part / 4, part % 4 * 2);
         let group = 2 * part + i;
         let low = block[96 + group % 8] >> (group / 8 * 4) & 15;
         let high = block[104 + group % 4] >> (group / 4 * 2) & 3;
         let scale = scaled(lanes, block, 108, f32::from(low | (high << 4)) - 32.0);
-        let third = bytes16(block, 16 * i);
-        let two = bytes16(block, 32 + 32 * half + 16 * i);
-        let integers: [u8; 16] =
-            std::array::from_fn(|j| ((two[j] >> shift) & 3) | (((third[j] >> part) & 1) << 2));
-        let centred = lanes.sub(lanes.u8s(integers), lanes.splat(4.0));
-        lanes.mul(scale, centred)
+        let two = lanes.bits(
+            bytes16(block, 32 + part / 4 * 32 + 16 * i),
+            shift(part % 4, 2),
+            3,
+        );
+        let third = lanes.bits(bytes16(block, 16 * i), shift(part, 1), 1);
+        let integers = joined(lanes, two, third, 4.0);
+        lanes.mul(scale, lanes.sub(integers, lanes.splat(4.0)))
     }
 }
 
@@ -133,12 +146,11 @@ impl Q5K {
         let (scale, minimum) = scale_and_minimum(&block[4..16], part);
         let scale = scaled(lanes, block, 0, scale);
         let minimum = scaled(lanes, block, 2, minimum);
-        let shift = part % 2 * 4;
         let nibbles = bytes16(block, 48 + part / 2 * 32 + 16 * i);
-        let fifth = bytes16(block, 16 + 16 * i);
-        let integers: [u8; 16] =
-            std::array::from_fn(|j| ((nibbles[j] >> shift) & 15) | (((fifth[j] >> part) & 1) << 4));
-        lanes.sub(lanes.mul(scale, lanes.u8s(integers)), minimum)
+        let four = lanes.bits(nibbles, shift(part % 2, 4), 15);
+        let fifth = lanes.bits(bytes16(block, 16 + 16 * i), shift(part, 1), 1);
+        let integers = joined(lanes, four, fifth, 16.0);
+        lanes.sub(lanes.mul(scale, integers), minimum)
     }
 }
 
@@ -160,15 +172,16 @@ impl Q6K {
     #[inline(always)]
     fn sixteen<L: Lanes>(lanes: L, block: &[u8; 210], part: usize, i: usize) -> L::V {
         let (half, quarter) = (part / 4, part % 4);
-        let (nibble_shift, high_shift) = (quarter / 2 * 4, quarter * 2);
         let scale = i8::from_le_bytes([block[192 + 2 * part + i]]);
         let scale = scaled(lanes, block, 208, f32::from(scale));
         let nibbles = bytes16(block, 64 * half + quarter % 2 * 32 + 16 * i);
-        let high = bytes16(block, 128 + 32 * half + 16 * i);
-        let integers: [u8; 16] = std::array::from_fn(|j| {
-            ((nibbles[j] >> nibble_shift) & 15) | (((high[j] >> high_shift) & 3) << 4)
-        });
-        let centred = lanes.sub(lanes.u8s(integers), lanes.splat(32.0));
-        lanes.mul(scale, centred)
+        let four = lanes.bits(nibbles, shift(quarter / 2, 4), 15);
+        let two = lanes.bits(
+            bytes16(block, 128 + 32 * half + 16 * i),
+            shift(quarter, 2),
+            3,
+        );
+        let integers = joined(lanes, four, two, 16.0);
+        lanes.mul(scale, lanes.sub(integers, lanes.splat(32.0)))
     }
 }

@@ -75,6 +75,14 @@ functions! {
         let [low, high] = u8_indices(bytes);
         [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
     }
+    fn bits_half(wide: __m256i, shift: u8, mask: u8) -> __m256 {
+        let shifted = _mm256_srl_epi32(wide, _mm_cvtsi32_si128(i32::from(shift)));
+        _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(i32::from(mask))))
+    }
+    fn bits(bytes: [u8; 16], shift: u8, mask: u8) -> V {
+        let [low, high] = u8_indices(bytes);
+        [bits_half(low, shift, mask), bits_half(high, shift, mask)]
+    }
     fn i8s(bytes: [i8; 16]) -> V {
         let bytes = bytemuck::cast(bytes);
         let high = _mm_srli_si128::<8>(bytes);

@@ -59,6 +59,11 @@ functions! {
     fn u8s(bytes: [u8; 16]) -> V {
         _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytemuck::cast(bytes)))
     }
+    fn bits(bytes: [u8; 16], shift: u8, mask: u8) -> V {
+        let wide = _mm512_cvtepu8_epi32(bytemuck::cast(bytes));
+        let shifted = _mm512_srl_epi32(wide, _mm_cvtsi32_si128(i32::from(shift)));
+        _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(i32::from(mask))))
+    }
     fn i8s(bytes: [i8; 16]) -> V {
         _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytemuck::cast(bytes)))
     }

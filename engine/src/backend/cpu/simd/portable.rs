@@ -121,6 +121,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn bits(self, bytes: [u8; 16], shift: u8, mask: u8) -> Self::V {
+        bytes.map(|byte| f32::from((byte >> shift) & mask))
+    }
+
+    #[inline(always)]
     fn i8s(self, bytes: [i8; 16]) -> Self::V {
         bytes.map(f32::from)
     }

@@ -39,6 +39,9 @@ impl Kernel for Everything {
             lanes.f16_splat([self.bytes[0], self.bytes[1]]),
             lanes.lookup_low(half, a),
             lanes.lookup_high(half, a),
+            lanes.bits(half, 0, 15),
+            lanes.bits(half, 6, 3),
+            lanes.bits(half, 7, 255),
         ]
         .into_iter()
         .flat_map(|v| lanes.array(v))
@@ -124,8 +127,9 @@ fn lanes_mean_what_they_say() {
         );
         assert_eq!(part(15)[i], a[usize::from(bytes[i] & 15)]);
         assert_eq!(part(16)[i], a[usize::from(bytes[i] >> 4)]);
+        assert_eq!(part(18)[i], f32::from((bytes[i] >> 6) & 3));
     }
     let halves = |v: &[f32], n: usize| (0..n).map(|i| v[i] + v[i + n]).collect::<Vec<f32>>();
     let sum = halves(&halves(&halves(&halves(&a, 8), 4), 2), 1);
-    assert_eq!(found[16 * 17], sum[0]);
+    assert_eq!(found[16 * 20], sum[0]);
 }
