@@ -222,7 +222,13 @@ impl Drop for Baton {
                 .find(|at| log.is_char_boundary(*at))
                 .unwrap_or(0);
             let mut err = std::io::stderr().lock();
-            writeln!(err, "--- log of `baton {}`:\n{}", self.arguments.join(" "), &log[start..]).ok();
+            writeln!(
+                err,
+                "--- log of `baton {}`:\n{}",
+                self.arguments.join(" "),
+                &log[start..]
+            )
+            .ok();
         }
     }
 }

@@ -200,7 +200,9 @@ async fn a_proxy_stopped_for_30_s() {
 }
 
 async fn read_whole(address: &str, body: String) -> anyhow::Result<()> {
-    let mut response = client::send(address, Method::POST, "/v1/completions", body).await?.into_body();
+    let mut response = client::send(address, Method::POST, "/v1/completions", body)
+        .await?
+        .into_body();
     while response.frame().await.transpose()?.is_some() {}
     Ok(())
 }
@@ -217,7 +219,9 @@ async fn clients_that_disconnect_at_random_moments() {
         let patience = Duration::from_millis(index.wrapping_mul(2_654_435_761) % 4000);
         let body = long_request(index % 2 == 0).to_string();
         // Dropping the future closes the connection.
-        tasks.spawn(async move { drop(tokio::time::timeout(patience, read_whole(&address, body)).await) });
+        tasks.spawn(async move {
+            drop(tokio::time::timeout(patience, read_whole(&address, body)).await)
+        });
     }
     while tasks.join_next().await.is_some() {}
     deployment.blocks_return(ALL_BACK).await;

@@ -245,8 +245,18 @@ async fn hugging_face_directories_give_the_golden_answers() {
             // Where two tokens are this close, either may be chosen, and everything after it parts.
             if item.min_margin > LOGPROB_TOLERANCE {
                 let wanted = &item.output_token_ids;
-                assert_eq!(&ids(&deployment.address, &item).await, wanted, "{family} {:?}", item.prompt);
-                assert_eq!(&ids(&deployment.generation.address, &item).await, wanted, "{family} {:?}", item.prompt);
+                assert_eq!(
+                    &ids(&deployment.address, &item).await,
+                    wanted,
+                    "{family} {:?}",
+                    item.prompt
+                );
+                assert_eq!(
+                    &ids(&deployment.generation.address, &item).await,
+                    wanted,
+                    "{family} {:?}",
+                    item.prompt
+                );
             }
             check_teacher_forced(&deployment.generation.address, &family, &item).await;
         }
