@@ -1,6 +1,5 @@
 //! Context servers, a generation server and the proxy, each a process of its own that a test can hurt.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -24,26 +23,17 @@ impl Worker {
     /// When it cannot be started.
     #[must_use]
     pub fn launch(model: &str, options: &str, environment: &[(&str, &str)]) -> Baton {
-        let file = tempfile::Builder::new()
-            .suffix(".yaml")
-            .tempfile()
-            .expect("a temporary file");
-        let (_, path): (_, PathBuf) = file.keep().expect("the file is kept");
-        std::fs::write(&path, options).expect("the options are written");
-        let path = path.to_string_lossy().into_owned();
-        Baton::start(
-            &[
-                "serve",
-                model,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                "0",
-                "--config",
-                &path,
-            ],
-            environment,
-        )
+        let arguments = [
+            "serve",
+            model,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--config",
+            "@/options.yaml",
+        ];
+        Baton::start_with(&[("options.yaml", options)], &arguments, environment)
     }
 
     /// Starts a worker and waits until it can answer.
@@ -127,7 +117,7 @@ pub struct Deployment {
     pub proxy: Baton,
     /// The proxy's host:port.
     pub address: String,
-    config: PathBuf,
+    config: String,
 }
 
 /// What differs from test to test.
@@ -191,11 +181,8 @@ impl Deployment {
             process: generation,
             address,
         };
-        let config = write_config(&ready, &generation, options.proxy);
-        let path = config.to_string_lossy().into_owned();
-        let mut arguments = vec!["disaggregated", "-c", path.as_str()];
-        arguments.extend(options.proxy_arguments);
-        let mut proxy = Baton::start(&arguments, &[]);
+        let config = config_text(&ready, &generation, options.proxy);
+        let mut proxy = start_proxy(&config, options.proxy_arguments);
         let address = proxy.ready().await;
         Self {
             context: ready,
@@ -211,8 +198,7 @@ impl Deployment {
     /// # Panics
     /// When it does not become ready.
     pub async fn restart_proxy(&mut self) {
-        let path = self.config.to_string_lossy().into_owned();
-        self.proxy = Baton::start(&["disaggregated", "-c", &path], &[]);
+        self.proxy = start_proxy(&self.config, &[]);
         self.address = self.proxy.ready().await;
     }
 
@@ -227,22 +213,21 @@ impl Deployment {
     }
 }
 
-fn write_config(context: &[Worker], generation: &Worker, further: &str) -> PathBuf {
+fn start_proxy(config: &str, further: &[&str]) -> Baton {
+    let mut arguments = vec!["disaggregated", "-c", "@/disagg_config.yaml"];
+    arguments.extend(further);
+    Baton::start_with(&[("disagg_config.yaml", config)], &arguments, &[])
+}
+
+fn config_text(context: &[Worker], generation: &Worker, further: &str) -> String {
     let urls: String = context
         .iter()
         .map(|worker| format!("    - \"{}\"\n", worker.address))
         .collect();
-    let text = format!(
+    format!(
         "hostname: 127.0.0.1\nport: 0\n{further}\ncontext_servers:\n  num_instances: {}\n  urls:\n{urls}\
          generation_servers:\n  num_instances: 1\n  urls:\n    - \"{}\"\n",
         context.len(),
         generation.address
-    );
-    let file = tempfile::Builder::new()
-        .suffix(".yaml")
-        .tempfile()
-        .expect("a temporary file");
-    let (_, path) = file.keep().expect("the file is kept");
-    std::fs::write(&path, text).expect("the config is written");
-    path
+    )
 }

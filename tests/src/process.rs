@@ -52,10 +52,30 @@ impl Baton {
     /// When it cannot be started.
     #[must_use]
     pub fn start(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::start_with(&[], arguments, environment)
+    }
+
+    /// The same with files, name and text each, in the process's own folder; an argument `@/NAME` names one of them.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn start_with(
+        files: &[(&str, &str)],
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
-        arguments.push("--report-addr".to_owned());
-        arguments.push(folder.path().join("addr").to_string_lossy().into_owned());
+        for (name, text) in files {
+            std::fs::write(folder.path().join(name), text).expect("a file of the process");
+        }
+        let own = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
+        let named = |word: &&str| {
+            word.strip_prefix("@/")
+                .map_or_else(|| (*word).to_owned(), own)
+        };
+        let mut arguments: Vec<String> = arguments.iter().map(named).collect();
+        arguments.extend(["--report-addr".to_owned(), own("addr")]);
         Self {
             child: spawn(&arguments, environment, &folder.path().join("log")),
             folder,
