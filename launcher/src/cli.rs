@@ -104,10 +104,10 @@ pub(crate) struct ServeArgs {
     /// Revision of a model in the hub cache.
     #[arg(long)]
     pub(crate) revision: Option<String>,
-    #[command(flatten)]
-    pub(crate) engine: EngineArgs,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) log_level: LogLevel,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
 }
 
 /// Engine limits that the options file may override.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "baton"
@@ -22,9 +23,22 @@ def model_path():
     return subprocess.run([ROOT / "scripts" / "fetch-model", "--yes"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
+class Server(typing.NamedTuple):
+    """A running server."""
+
+    address: str
+    pid: int
+
+    def resident_bytes(self):
+        """Its resident memory, mapped files included."""
+        with open(f"/proc/{self.pid}/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+
+
 @contextlib.contextmanager
 def process(arguments, ready_timeout=120, **options):
-    """Runs the binary until the block ends; yields host:port once /health is 200."""
+    """Runs the binary until the block ends; yields a Server once /health is 200."""
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         address_file = pathlib.Path(folder) / "addr"
         log_path = pathlib.Path(folder) / "log"
@@ -34,7 +48,7 @@ def process(arguments, ready_timeout=120, **options):
         with open(log_path, "wb") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, **options)
         try:
-            yield wait_ready(child, address_file, log_path, ready_timeout)
+            yield Server(wait_ready(child, address_file, log_path, ready_timeout), child.pid)
         finally:
             child.send_signal(signal.SIGTERM)
             try:
@@ -69,6 +83,14 @@ def post(address, path, body, headers=None):
     if response.status != 200:
         sys.exit(f"{path}: status {response.status}: {text.decode(errors='replace')[:500]}")
     return json.loads(text)
+
+
+def get(address, path):
+    connection = http.client.HTTPConnection(address, timeout=10)
+    connection.request("GET", path)
+    body = json.loads(connection.getresponse().read())
+    connection.close()
+    return body
 
 
 def stream(address, body):

@@ -86,8 +86,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         config = pathlib.Path(folder) / "options.yaml"
         config.write_text(json.dumps(options))  # JSON is YAML.
-        with common.process(["serve", model, "--host", "127.0.0.1", "--port", "0", "--config", str(config)]) as address:
-            measure(Llama(model, arguments.threads), Baton(address), arguments.rounds, rng)
+        with common.process(["serve", model, "--host", "127.0.0.1", "--port", "0", "--config", str(config)]) as server:
+            measure(Llama(model, arguments.threads), Baton(server.address), arguments.rounds, rng)
 
 
 def measure(llama, baton, rounds, rng):

@@ -29,7 +29,7 @@ def main():
         layout_file.write_text(json.dumps(layout))
         serve = ["serve", model, "--host", "127.0.0.1", "--port", "0", "--config", str(config)]
         with common.process(serve) as aggregated, common.process(["up", "-c", str(layout_file)]) as deployment:
-            compare(aggregated, deployment, arguments.requests)
+            compare(aggregated.address, deployment.address, arguments.requests)
 
 
 def compare(aggregated, deployment, requests):
