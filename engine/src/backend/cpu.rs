@@ -1,6 +1,6 @@
 //! The specification backend: plain `f32` arithmetic on exactly decoded weights, on all cores, as fast as that goes.
 //!
-//! Activations are never quantised. Every sum has a fixed order (see [`linear`] and [`attention`]), so results do
+//! Activations are never quantised. Every sum has a fixed order (see `cpu/linear.rs` and `cpu/attention.rs`), so results do
 //! not depend on batch, chunking or thread count, and AVX-512, AVX2 and NEON agree to the last bit. Processors
 //! without a fused multiply-add differ in last bits. Other backends must match this one within their tolerances.
 //!
