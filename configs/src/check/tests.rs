@@ -1,3 +1,5 @@
+//! Tests of file checks: guessed kinds, golden reports, hostile text.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Tests of the `disagg_cluster` section.
+
 use super::*;
 use crate::yaml::Document;
 

@@ -1,3 +1,5 @@
+//! Tests of `disagg_config.yaml`: COMPAT.md §4.3's expectations, inheritance, refusals.
+
 use super::*;
 use crate::llm::LlmOptions;
 use crate::transceiver::{PreferredTransport, TransportChoice};

@@ -1,3 +1,5 @@
+//! Tests of explanations: every value with its source, every key with its text.
+
 use super::*;
 use crate::llm::{LlmOptions, LlmOverrides, resolve, to_yaml};
 

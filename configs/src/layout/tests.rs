@@ -1,3 +1,5 @@
+//! Tests of layouts and of the embedded quick start.
+
 use super::*;
 use crate::disagg::to_yaml as disagg_yaml;
 use crate::llm::LlmOverrides;

@@ -1,3 +1,5 @@
+//! Tests of engine options: order of sources, known and unknown keys, rendering.
+
 use std::time::Duration;
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Tests of the metadata-server file, its misspellings included.
+
 use super::*;
 use crate::section::Section;
 

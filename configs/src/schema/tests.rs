@@ -1,3 +1,5 @@
+//! Tests that the committed schemas are the generated ones.
+
 use std::path::PathBuf;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Tests of the located tree: places, duplicates, bounds.
+
 use super::*;
 
 fn parse(text: &str) -> Document {

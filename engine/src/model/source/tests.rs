@@ -1,3 +1,5 @@
+//! Tests of what a MODEL argument means: files, directories, the hub cache.
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
