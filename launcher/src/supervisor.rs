@@ -207,52 +207,74 @@ impl Supervisor {
         Ok(())
     }
 
-    fn running(&self) -> Vec<usize> {
-        let alive = |slot: &Slot| slot.child.as_ref().is_some_and(Child::is_running);
-        (0..self.slots.len())
-            .filter(|index| alive(&self.slots[*index]))
-            .collect()
+    fn is_running(&self, index: usize) -> bool {
+        self.slots[index]
+            .child
+            .as_ref()
+            .is_some_and(Child::is_running)
+    }
+
+    fn signal_one(&self, index: usize, signal: Signal) {
+        if let Some(child) = &self.slots[index].child {
+            child.signal(signal);
+        }
     }
 
     fn signal_all(&self, signal: Signal) {
-        for slot in &self.slots {
-            if let Some(child) = &slot.child {
-                child.signal(signal);
-            }
-        }
+        (0..self.slots.len()).for_each(|index| self.signal_one(index, signal));
     }
 
-    /// Ends everything: TERM to all, then KILL at the deadline or at once when asked a second time. Returns whether
-    /// all ended by themselves.
-    pub(crate) async fn drain(&mut self, timeout: Duration) -> bool {
-        let mut deadline = Instant::now() + timeout;
+    /// Ends everything: TERM to `front`, which takes the requests, then to all others once it has let go of them; KILL
+    /// at the deadline, or at once when asked a second time. Returns whether all ended by themselves.
+    pub(crate) async fn drain(&mut self, front: Option<usize>, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         let mut gentle = true;
-        self.signal_all(Signal::SIGTERM);
-        while !self.running().is_empty() {
-            match self.next(Some(deadline)).await {
-                Event::Exited { .. } | Event::RestartDue { .. } => {}
-                Event::Asked(_) | Event::Deadline if gentle => {
-                    let left: Vec<&str> = self
-                        .running()
-                        .iter()
-                        .map(|index| self.slots[*index].spec.label.as_str())
-                        .collect();
-                    tracing::warn!(
-                        processes = left.join(", "),
-                        "killing what has not ended yet"
-                    );
-                    gentle = false;
-                    deadline = Instant::now() + KILL_GRACE;
-                    self.signal_all(Signal::SIGKILL);
-                }
-                Event::Asked(_) => {}
-                Event::Deadline => {
-                    tracing::error!("processes survive SIGKILL; leaving them to the kernel");
-                    break;
-                }
-            }
+        if let Some(front) = front {
+            self.signal_one(front, Signal::SIGTERM);
+            gentle = self.all_ended(&[front], deadline).await;
+        }
+        if gentle {
+            self.signal_all(Signal::SIGTERM);
+            let everyone: Vec<usize> = (0..self.slots.len()).collect();
+            gentle = self.all_ended(&everyone, deadline).await;
+        }
+        if !gentle {
+            self.kill().await;
         }
         gentle
+    }
+
+    /// Waits for processes to end; false at the deadline, or when asked to end once more.
+    async fn all_ended(&mut self, slots: &[usize], deadline: Instant) -> bool {
+        while slots.iter().any(|index| self.is_running(*index)) {
+            match self.next(Some(deadline)).await {
+                Event::Exited { .. } | Event::RestartDue { .. } => {}
+                Event::Asked(_) | Event::Deadline => return false,
+            }
+        }
+        true
+    }
+
+    async fn kill(&mut self) {
+        let running: Vec<usize> = (0..self.slots.len())
+            .filter(|index| self.is_running(*index))
+            .collect();
+        let left: Vec<&str> = running
+            .iter()
+            .map(|index| self.slots[*index].spec.label.as_str())
+            .collect();
+        tracing::warn!(
+            processes = left.join(", "),
+            "killing what has not ended yet"
+        );
+        self.signal_all(Signal::SIGKILL);
+        let deadline = Instant::now() + KILL_GRACE;
+        while running.iter().any(|index| self.is_running(*index)) {
+            if matches!(self.next(Some(deadline)).await, Event::Deadline) {
+                tracing::error!("processes survive SIGKILL; leaving them to the kernel");
+                return;
+            }
+        }
     }
 }
 
@@ -334,8 +356,28 @@ mod tests {
         while sink.tail().is_empty() {
             tokio::task::yield_now().await;
         }
-        assert!(!supervisor.drain(Duration::from_millis(100)).await);
-        assert!(supervisor.running().is_empty());
+        assert!(!supervisor.drain(None, Duration::from_millis(100)).await);
+        assert!(!supervisor.is_running(0));
+    }
+
+    #[tokio::test]
+    async fn drain_ends_the_front_before_the_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut supervisor = Supervisor::new().unwrap();
+        let mark = folder.path().join("order");
+        for label in ["ctx0", "proxy"] {
+            let order = mark.display();
+            let script = format!(
+                "trap 'echo {label} >> {order}; exit 0' TERM; echo up; while true; do sleep 0.05; done"
+            );
+            let (spec, sink) = shell(label, folder.path(), &script);
+            supervisor.start(spec, sink.clone()).unwrap();
+            while sink.tail().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert!(supervisor.drain(Some(1), Duration::from_secs(20)).await);
+        assert_eq!(std::fs::read_to_string(mark).unwrap(), "proxy\nctx0\n");
     }
 
     #[test]

@@ -33,6 +33,8 @@ struct Up {
     log_level: LogLevel,
     deadline: Instant,
     label_width: usize,
+    /// The proxy's slot, once it is started.
+    proxy: Option<usize>,
 }
 
 /// How serving ended.
@@ -73,11 +75,12 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<Outcome> {
         binary,
         log_level: args.log_level,
         deadline: Instant::now() + Duration::from_secs(args.server_start_timeout),
+        proxy: None,
     };
     let result = up.bring_up_and_serve(&args).await;
     let drained = up
         .supervisor
-        .drain(Duration::from_secs(args.drain_timeout))
+        .drain(up.proxy, Duration::from_secs(args.drain_timeout))
         .await;
     match result {
         Ok(End::Asked(signal)) if drained => {
@@ -138,12 +141,8 @@ impl Up {
             &self.folder.join("disagg_config.yaml"),
             &self.plan.proxy_config(&addresses)?,
         )?;
-        self.start(proxy_spec(
-            &self.plan,
-            &self.folder,
-            &self.binary,
-            self.log_level,
-        ))?;
+        let proxy = proxy_spec(&self.plan, &self.folder, &self.binary, self.log_level);
+        self.proxy = Some(self.start(proxy)?);
         let Some(proxy) = self
             .address("proxy", &address_file(&self.folder, "proxy"))
             .await?
@@ -176,7 +175,7 @@ impl Up {
         Ok(End::Asked(nix::sys::signal::Signal::SIGINT))
     }
 
-    fn start(&mut self, spec: ChildSpec) -> anyhow::Result<()> {
+    fn start(&mut self, spec: ChildSpec) -> anyhow::Result<usize> {
         // What an earlier run left there would be taken for this run's address.
         let stale = address_file(&self.folder, &spec.label);
         if let Err(error) = std::fs::remove_file(&stale)
@@ -191,8 +190,7 @@ impl Up {
         let label = spec.label.clone();
         self.supervisor
             .start(spec, sink)
-            .with_context(|| format!("cannot start {label}"))?;
-        Ok(())
+            .with_context(|| format!("cannot start {label}"))
     }
 
     /// Events while starting: any process that ends now has a reason that a restart would not mend.
