@@ -6,10 +6,12 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use nix::sys::signal::Signal;
 use tokio::time::Instant;
 
 use crate::child::ChildSpec;
@@ -39,7 +41,7 @@ struct Up {
 
 /// How serving ended.
 enum End {
-    Asked(nix::sys::signal::Signal),
+    Asked(Signal),
     Broken(FirstCause),
 }
 
@@ -131,8 +133,9 @@ impl Up {
         }
         for (index, instance) in instances.iter().enumerate() {
             let file = address_file(&self.folder, &instance.label);
-            let Some(address) = self.address(&instance.label, &file).await? else {
-                return self.asked();
+            let address = match self.address(&instance.label, &file).await? {
+                ControlFlow::Continue(address) => address,
+                ControlFlow::Break(signal) => return Ok(End::Asked(signal)),
             };
             self.keep_port(index, instance, &address)?;
             addresses.push(address);
@@ -143,11 +146,12 @@ impl Up {
         )?;
         let proxy = proxy_spec(&self.plan, &self.folder, &self.binary, self.log_level);
         self.proxy = Some(self.start(proxy)?);
-        let Some(proxy) = self
+        let proxy = match self
             .address("proxy", &address_file(&self.folder, "proxy"))
             .await?
-        else {
-            return self.asked();
+        {
+            ControlFlow::Continue(address) => address,
+            ControlFlow::Break(signal) => return Ok(End::Asked(signal)),
         };
         files::write(
             &self.folder.join("disagg_config.yaml"),
@@ -156,23 +160,14 @@ impl Up {
         if let Some(path) = &args.report_addr {
             files::write(path, &proxy)?;
         }
-        if !self.ready(&proxy).await? {
-            return self.asked();
+        if let ControlFlow::Break(signal) = self.ready(&proxy).await? {
+            return Ok(End::Asked(signal));
         }
         self.announce(&instances, &addresses, &proxy)?;
         if let Some(path) = &args.ready_file {
             files::write(path, &proxy)?;
         }
         self.serve().await
-    }
-
-    #[expect(
-        clippy::unused_self,
-        clippy::unnecessary_wraps,
-        reason = "reads as a phase's result at its callers"
-    )]
-    fn asked(&self) -> anyhow::Result<End> {
-        Ok(End::Asked(nix::sys::signal::Signal::SIGINT))
     }
 
     fn start(&mut self, spec: ChildSpec) -> anyhow::Result<usize> {
@@ -194,8 +189,8 @@ impl Up {
     }
 
     /// Events while starting: any process that ends now has a reason that a restart would not mend.
-    /// Returns whether this process was asked to end.
-    async fn step(&mut self, waiting_for: &str) -> anyhow::Result<bool> {
+    /// Breaks with the signal that asked this process to end.
+    async fn step(&mut self, waiting_for: &str) -> anyhow::Result<ControlFlow<Signal>> {
         let tick = (Instant::now() + START_POLL).min(self.deadline);
         match self.supervisor.next(Some(tick)).await {
             Event::Exited { index, status } => {
@@ -204,28 +199,36 @@ impl Up {
                     .map_or(Outcome::Failure, files::outcome_of_code);
                 Err(self.supervisor.cause(index, status)).outcome(outcome)
             }
-            Event::Asked(_) => Ok(true),
-            Event::RestartDue { .. } => Ok(false),
+            Event::Asked(signal) => Ok(ControlFlow::Break(signal)),
+            Event::RestartDue { .. } => Ok(ControlFlow::Continue(())),
             Event::Deadline if Instant::now() >= self.deadline => Err(anyhow!(
                 "not ready in time: still waiting for {waiting_for}"
             ))
             .outcome(Outcome::TimedOut),
-            Event::Deadline => Ok(false),
+            Event::Deadline => Ok(ControlFlow::Continue(())),
         }
     }
 
-    async fn address(&mut self, label: &str, file: &Path) -> anyhow::Result<Option<String>> {
+    async fn address(
+        &mut self,
+        label: &str,
+        file: &Path,
+    ) -> anyhow::Result<ControlFlow<Signal, String>> {
         loop {
             match std::fs::read_to_string(file) {
-                Ok(text) if !text.trim().is_empty() => return Ok(Some(text.trim().to_owned())),
+                Ok(text) if !text.trim().is_empty() => {
+                    return Ok(ControlFlow::Continue(text.trim().to_owned()));
+                }
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("cannot read {}", file.display()));
                 }
             }
-            if self.step(&format!("{label} to bind its socket")).await? {
-                return Ok(None);
+            if let ControlFlow::Break(signal) =
+                self.step(&format!("{label} to bind its socket")).await?
+            {
+                return Ok(ControlFlow::Break(signal));
             }
         }
     }
@@ -251,18 +254,18 @@ impl Up {
         Ok(())
     }
 
-    async fn ready(&mut self, proxy: &str) -> anyhow::Result<bool> {
+    async fn ready(&mut self, proxy: &str) -> anyhow::Result<ControlFlow<Signal>> {
         let http = HttpClient::new(HEALTH_TIMEOUT);
         let url = format!("http://{proxy}/health");
         loop {
             if let Ok((200, _)) = http.get(&url, HEALTH_TIMEOUT).await {
-                return Ok(true);
+                return Ok(ControlFlow::Continue(()));
             }
-            if self
+            if let ControlFlow::Break(signal) = self
                 .step("the proxy's /health; its log says on whom it waits")
                 .await?
             {
-                return Ok(false);
+                return Ok(ControlFlow::Break(signal));
             }
         }
     }
