@@ -5,15 +5,18 @@
 
 pub mod backend;
 mod blocks;
+pub mod collective;
 pub mod engine;
 pub mod handoff;
 pub mod metrics;
 pub mod model;
 pub mod page;
 mod prefix;
+pub mod ranks;
 pub mod request;
 mod sampler;
 mod scheduler;
+pub mod secret;
 mod sequence;
 pub mod serve;
 mod server;

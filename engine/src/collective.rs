@@ -1,0 +1,84 @@
+//! What the ranks of one instance say to each other: sums over tensor-parallel ranks, bytes between pipeline stages,
+//! and one message from rank 0 to all. Ranks are numbered `pp * TP + tp` (COMPAT.md §13.3), rank 0 leads.
+//!
+//! Invariant: a sum is taken in the order of the ranks, whatever the message size, so every rank gets the same bits and
+//! a row's result does not depend on the rows beside it. Every call has a deadline and names the peer that missed it.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// One rank's end of an instance's group. All ranks make the same calls in the same order.
+pub trait Collective: Debug + Send {
+    /// This rank, `0..size`.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn size(&self) -> usize;
+
+    /// `tcp`, `mpi`, for logs.
+    fn name(&self) -> &'static str;
+
+    /// Sums elementwise over `members`, which contain this rank, in rank order; all of them get the same bits.
+    ///
+    /// # Errors
+    /// When a peer is lost or does not answer in time.
+    fn all_reduce_sum(
+        &mut self,
+        members: Range<usize>,
+        values: &mut [f32],
+    ) -> Result<(), CollectiveError>;
+
+    /// Sends one message to another rank. May return before the peer has it.
+    ///
+    /// # Errors
+    /// When the peer is lost or does not take it in time.
+    fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError>;
+
+    /// The next message of a rank, in the order in which they were sent; replaces `message`.
+    ///
+    /// # Errors
+    /// When the peer is lost or sends nothing in time.
+    fn receive(&mut self, from: usize, message: &mut Vec<u8>) -> Result<(), CollectiveError>;
+
+    /// Gives rank 0's message to all ranks: one message to each of them.
+    ///
+    /// # Errors
+    /// When a peer is lost or does not answer in time.
+    fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), CollectiveError>;
+}
+
+/// What ended a group. There is no going on after it: the instance ends, and its launcher starts it again.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CollectiveError {
+    /// The peer's process or machine is gone.
+    #[error("lost {peer} while {doing}: {reason}")]
+    Lost {
+        /// `rank 3 (node2)`.
+        peer: String,
+        /// What was under way, such as `summing 4096 values`.
+        doing: String,
+        /// What the system said.
+        reason: String,
+    },
+    /// The peer is silent.
+    #[error("{peer} did not answer within {waited_ms} ms while {doing}")]
+    TimedOut {
+        /// `rank 3 (node2)`.
+        peer: String,
+        /// What was under way.
+        doing: String,
+        /// How long it was waited for.
+        waited_ms: u128,
+    },
+    /// The peer speaks out of turn: a bug, or a foreign process.
+    #[error("{peer} sent what was not expected while {doing}: {reason}")]
+    Protocol {
+        /// `rank 3 (node2)`.
+        peer: String,
+        /// What was under way.
+        doing: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
