@@ -12,6 +12,11 @@ mod http;
 mod logging;
 mod os;
 mod output;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the launch commands build on it")
+)]
+mod rank;
 mod servers;
 mod supervisor;
 mod timeline;
