@@ -53,6 +53,8 @@ pub(crate) struct WorldSpec {
     pub(crate) size: u32,
     /// All ranks live in the coordinator's own process tree.
     pub(crate) local: bool,
+    /// For a local world: each rank's environment (devices).
+    pub(crate) local_environment: Vec<Vec<(String, String)>>,
     /// The job's secret.
     pub(crate) secret: Secret,
     /// The host of each rank, as far as the starter told it.

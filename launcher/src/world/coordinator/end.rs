@@ -3,15 +3,19 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::{Coordinator, Policy, Verdict};
+use crate::exit::Outcome;
 use crate::world::instance::{Instance, PROXY};
 use crate::world::links::Event;
 use crate::world::protocol::{End, Order, Report};
 
 /// Between KILL and its effect, for followers that their leader has sent away, and for the last orders.
 const KILL_GRACE: Duration = Duration::from_secs(5);
+/// How long a world that cannot begin waits for its ranks, to send them away.
+const DISMISS_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Coordinator {
     /// Ends everything as a signal asks: the proxy first, which takes the requests, then the leaders, which send their
@@ -127,6 +131,20 @@ impl Coordinator {
         }
     }
 
+    /// Gathers the ranks for no more than to send them away: rank 0 cannot begin.
+    pub(crate) async fn dismiss(mut self, outcome: Outcome) {
+        let deadline = Instant::now() + DISMISS_TIMEOUT.min(self.spec.timeouts.start);
+        while self.agents.len() < self.agents_wanted() {
+            match self.next(Some(deadline)).await {
+                Event::Came(caller) => self.came(*caller).await,
+                Event::Deadline => break,
+                _ => {}
+            }
+        }
+        let cause = String::new();
+        self.leave(&Verdict::Broken { outcome, cause }).await;
+    }
+
     /// Tells every agent to end, each with the world's exit code.
     pub(super) async fn leave(self, verdict: &Verdict) {
         self.acceptor.abort();
@@ -139,8 +157,8 @@ impl Coordinator {
             let code = if *rank == 0 { verdict.code() } else { code };
             link.order(Order::Leave { code, reason: None });
         }
-        for link in self.agents.into_values() {
-            link.close(KILL_GRACE).await;
-        }
+        let mut closing: JoinSet<()> =
+            self.agents.into_values().map(|link| link.close(KILL_GRACE)).collect();
+        while closing.join_next().await.is_some() {}
     }
 }
