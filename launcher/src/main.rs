@@ -2,6 +2,11 @@
 //!
 //! stdout is data, stderr is talk. Errors travel up to here, are printed once, and become an exit code.
 
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the launch commands build on it")
+)]
+mod bind;
 mod child;
 mod cli;
 mod client;
@@ -12,6 +17,11 @@ mod http;
 mod logging;
 mod os;
 mod output;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the launch commands build on it")
+)]
+mod pmix;
 #[cfg_attr(
     not(test),
     expect(dead_code, reason = "the launch commands build on it")
