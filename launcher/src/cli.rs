@@ -179,6 +179,9 @@ pub(crate) struct DisaggregatedArgs {
     /// How long to wait for all workers, in seconds.
     #[arg(short = 't', long, default_value_t = 180, value_name = "SECONDS")]
     pub(crate) server_start_timeout: u64,
+    /// Bind port, in place of the file's; 0 lets the kernel choose.
+    #[arg(long)]
+    pub(crate) port: Option<u16>,
     /// Longest upstream call, in seconds.
     #[arg(short, long, default_value_t = 180, value_name = "SECONDS")]
     pub(crate) request_timeout: u64,

@@ -13,12 +13,14 @@ use baton_engine::secret::Secret;
 use tokio::time::Instant;
 
 use crate::cli::{FabricArg, LaunchArgs, LlmapiLaunchArgs, LogLevel, MpiWorkerArgs, WorldArgs};
+use crate::bind::{self, Binding};
 use crate::exit::{self, Outcome, WithOutcome};
 use crate::files;
 use crate::rank::{self, Environment, RankFacts};
 use crate::world::bootstrap::{self, Ground};
 use crate::world::coordinator::{Policy, ProxySpec, ProxyStart, Timeouts, WorldSpec};
 use crate::world::instance::InstanceSpec;
+use crate::world::membership;
 use crate::world::plan::{self, Only, Planned};
 use crate::world::protocol::{AgentHello, Program, Streams, VERSION};
 use crate::world::{self, Way};
@@ -105,7 +107,10 @@ pub(crate) fn local(ranks: u32, arguments: Vec<String>, log_level: LogLevel) -> 
         instances: vec![instance],
         ..empty_world(format!("local {}", std::process::id()), ranks, Secret::generate(), &options)
     };
-    let bindings: Vec<Binding> = (0..ranks).map(|rank| bind(rank, ranks)).collect();
+    let environment = Environment::of_process();
+    let bindings: Vec<Binding> = (0..ranks)
+        .map(|rank| bind::of_this_process(&environment, rank, ranks))
+        .collect();
     let hello = hello((0, ranks), host_name(), &bindings[0]);
     spec.local_environment = bindings.into_iter().map(|binding| binding.environment).collect();
     on_this_thread(async { world::lead(spec, bootstrap::async_listener(listener)?, hello).await })
@@ -113,7 +118,8 @@ pub(crate) fn local(ranks: u32, arguments: Vec<String>, log_level: LogLevel) -> 
 
 /// One task of a world: rank 0 leads, the others join.
 fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
-    let facts = rank::discover(&Environment::of_process()).outcome(Outcome::Usage)?;
+    let environment = Environment::of_process();
+    let facts = rank::discover(&environment).outcome(Outcome::Usage)?;
     if facts.in_batch_script && facts.rank == 0 {
         tracing::debug!("in a batch script, not in a step: this is a world of one rank");
     }
@@ -121,8 +127,8 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
     let timeout = Duration::from_secs(options.server_start_timeout);
     let ground = Ground::explore(&facts)?;
     let (name, size) = (ground.name.clone(), ground.size);
-    let local = (facts.local_rank.unwrap_or(0), facts.local_size.unwrap_or(1));
-    let binding = bind(local.0, local.1);
+    let (local_rank, local_size) = (facts.local_rank.unwrap_or(0), facts.local_size.unwrap_or(1));
+    let binding = bind::of_this_process(&environment, local_rank, local_size);
     let host = facts.this_host.clone().unwrap_or_else(host_name);
     let hello = hello((facts.rank, size), host, &binding);
     if facts.rank > 0 {
@@ -185,7 +191,7 @@ fn fill(spec: &mut WorldSpec, work: &Work, facts: &RankFacts, options: &WorldArg
         Work::Command(command) => {
             let (program, arguments) = command.split_first().context("no command was given")?;
             spec.instances = vec![InstanceSpec {
-                label: "command".to_owned(),
+                label: membership::COMMAND.to_owned(),
                 ranks: spec.size,
                 program: Program::Other(program.clone()),
                 arguments: arguments.to_vec(),
@@ -314,7 +320,7 @@ fn hello((rank, size): (u32, u32), host: String, binding: &Binding) -> AgentHell
         pid: std::process::id(),
         version: VERSION,
         environment: binding.environment.clone(),
-        num_threads: binding.num_threads,
+        num_threads: binding.threads,
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! stdout is data, stderr is talk. Errors travel up to here, are printed once, and become an exit code.
 
+mod bind;
 mod child;
 mod cli;
 mod client;
@@ -13,6 +14,7 @@ mod launch;
 mod logging;
 mod os;
 mod output;
+mod pmix;
 mod rank;
 mod servers;
 mod supervisor;
@@ -75,9 +77,9 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Launch(args) => launch::launch(args),
         Command::LlmapiLaunch(args) => launch::llmapi_launch(args),
         Command::DisaggregatedMpiWorker(args) => launch::mpi_worker(args),
-        Command::Rank => on_all_cores()?.block_on(servers::rank()),
+        Command::Rank => servers::rank(),
         Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
-        Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
+        Command::Serve(args) => servers::serve(*args),
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
     }

@@ -67,6 +67,11 @@ impl Environment {
         (!value.is_empty()).then_some(value)
     }
 
+    /// Whether a variable is there at all, empty or not.
+    pub(crate) fn is_set(&self, name: &str) -> bool {
+        self.variables.contains_key(name)
+    }
+
     pub(super) fn text(&self, name: &str) -> Option<String> {
         self.get(name).map(str::to_owned)
     }

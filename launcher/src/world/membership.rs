@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_configs::llm::LlmOptions;
 use baton_engine::ranks::{Fabric, LeaderRanks, RankCall};
 use baton_engine::secret::Secret;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,8 @@ use super::protocol::{Answer, Hello};
 
 /// The variable's name.
 pub(crate) const VARIABLE: &str = "BATON_WORLD";
+/// The instance label of a command that is not ours to know.
+pub(crate) const COMMAND: &str = "command";
 /// How long the coordinator may take to answer a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -69,6 +72,21 @@ impl Membership {
                 anyhow::anyhow!("{VARIABLE} is not what a baton launcher sets: {error}\nhint: unset it")
             }),
         }
+    }
+
+    /// Whether the launcher gave these ranks to this very server, and not to some command that runs it.
+    pub(crate) fn is_instance(&self) -> bool {
+        self.instance != COMMAND
+    }
+
+    /// Why this server cannot have these ranks.
+    pub(crate) fn wrong_size(&self, llm: &LlmOptions) -> String {
+        let (tensor, pipeline) = (llm.tensor_parallel_size, llm.pipeline_parallel_size);
+        format!(
+            "the launcher has {} ranks for this server, but tensor_parallel_size {tensor} × pipeline_parallel_size {pipeline} is {}\nhint: start as many ranks as that, or change --tp_size and --pp_size",
+            self.ranks,
+            tensor.saturating_mul(pipeline)
+        )
     }
 
     /// What the engine is told, so that it can call for its followers.
