@@ -57,6 +57,8 @@ pub struct ServeOptions {
     pub report_addr: Option<PathBuf>,
     /// This instance's name in messages of both sides of a hand-off.
     pub instance: String,
+    /// The other ranks of this instance.
+    pub ranks: Option<crate::ranks::LeaderRanks>,
     /// Engine options.
     pub llm: LlmOptions,
     /// How long running requests may go on after the shutdown was asked for.
@@ -74,6 +76,7 @@ impl ServeOptions {
             port: 8000,
             report_addr: None,
             instance: String::new(),
+            ranks: None,
             llm: LlmOptions::default(),
             drain: Duration::from_secs(30),
         }
@@ -261,4 +264,12 @@ fn watch_engine(
         })
         .map_err(ServeError::Thread)?;
     Ok(told)
+}
+
+/// Stub.
+///
+/// # Errors
+/// Never.
+pub fn follow(_spec: &crate::ranks::FollowerSpec) -> Result<(), ServeError> {
+    Ok(())
 }

@@ -38,7 +38,8 @@ pub(crate) const TABLE: &[(u8, &str)] = &[
 ];
 
 /// What stands below the table.
-const NOTE: &str = "A launcher ends as the command that it runs; a drain by SIGUSR1 is a success.\n";
+const NOTE: &str =
+    "A launcher ends as the command that it runs; a drain by SIGUSR1 is a success.\n";
 
 impl Outcome {
     /// The number that the shell sees.

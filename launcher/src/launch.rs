@@ -5,15 +5,15 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use baton_configs::disagg::{self, DisaggDocument, Endpoint};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::Fabric;
 use baton_engine::secret::Secret;
 use tokio::time::Instant;
 
-use crate::cli::{FabricArg, LaunchArgs, LlmapiLaunchArgs, LogLevel, MpiWorkerArgs, WorldArgs};
 use crate::bind::{self, Binding};
+use crate::cli::{FabricArg, LaunchArgs, LlmapiLaunchArgs, LogLevel, MpiWorkerArgs, WorldArgs};
 use crate::exit::{self, Outcome, WithOutcome};
 use crate::files;
 use crate::rank::{self, Environment, RankFacts};
@@ -80,7 +80,11 @@ pub(crate) fn mpi_worker(args: MpiWorkerArgs) -> anyhow::Result<Outcome> {
 }
 
 /// Runs the ranks of one server on this machine, as `baton serve --tp_size N` without a launcher asks.
-pub(crate) fn local(ranks: u32, arguments: Vec<String>, log_level: LogLevel) -> anyhow::Result<Outcome> {
+pub(crate) fn local(
+    ranks: u32,
+    arguments: Vec<String>,
+    log_level: LogLevel,
+) -> anyhow::Result<Outcome> {
     let options = WorldArgs {
         log_dir: None,
         server_start_timeout: 180,
@@ -105,14 +109,22 @@ pub(crate) fn local(ranks: u32, arguments: Vec<String>, log_level: LogLevel) -> 
         local: true,
         policy: Policy::Command,
         instances: vec![instance],
-        ..empty_world(format!("local {}", std::process::id()), ranks, Secret::generate(), &options)
+        ..empty_world(
+            format!("local {}", std::process::id()),
+            ranks,
+            Secret::generate(),
+            &options,
+        )
     };
     let environment = Environment::of_process();
     let bindings: Vec<Binding> = (0..ranks)
         .map(|rank| bind::of_this_process(&environment, rank, ranks))
         .collect();
     let hello = hello((0, ranks), host_name(), &bindings[0]);
-    spec.local_environment = bindings.into_iter().map(|binding| binding.environment).collect();
+    spec.local_environment = bindings
+        .into_iter()
+        .map(|binding| binding.environment)
+        .collect();
     on_this_thread(async { world::lead(spec, bootstrap::async_listener(listener)?, hello).await })
 }
 
@@ -144,7 +156,9 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
     }
     let (listener, secret) = ground.host(&facts)?;
     let mut spec = empty_world(name, size, secret, options);
-    spec.hosts = (0..size).map(|rank| facts.host_of(rank).map(str::to_owned)).collect();
+    spec.hosts = (0..size)
+        .map(|rank| facts.host_of(rank).map(str::to_owned))
+        .collect();
     let filled = fill(&mut spec, work, &facts, options);
     on_this_thread(async {
         let listener = bootstrap::async_listener(listener)?;
@@ -186,7 +200,12 @@ fn empty_world(name: String, size: u32, secret: Secret, options: &WorldArgs) -> 
 }
 
 /// What rank 0 runs, from the command or the config.
-fn fill(spec: &mut WorldSpec, work: &Work, facts: &RankFacts, options: &WorldArgs) -> anyhow::Result<()> {
+fn fill(
+    spec: &mut WorldSpec,
+    work: &Work,
+    facts: &RankFacts,
+    options: &WorldArgs,
+) -> anyhow::Result<()> {
     match work {
         Work::Command(command) => {
             let (program, arguments) = command.split_first().context("no command was given")?;
@@ -210,7 +229,10 @@ fn fill(spec: &mut WorldSpec, work: &Work, facts: &RankFacts, options: &WorldArg
             let document = read(config)?;
             let planned = plan::split(&document, only, Some(spec.size)).outcome(Outcome::Usage)?;
             spec.policy = Policy::Deployment;
-            spec.instances = planned.iter().map(|planned| instance(planned, options)).collect();
+            spec.instances = planned
+                .iter()
+                .map(|planned| instance(planned, options))
+                .collect();
             spec.address_dir.clone_from(address_dir);
             spec.ready_file.clone_from(ready_file);
             if only.proxy() {
@@ -237,7 +259,8 @@ fn read(config: &Path) -> anyhow::Result<DisaggDocument> {
 
 fn instance(planned: &Planned, options: &WorldArgs) -> InstanceSpec {
     let mut arguments = vec!["serve".to_owned(), planned.model.clone()];
-    let mut option = |name: &str, value: &str| arguments.extend([name.to_owned(), value.to_owned()]);
+    let mut option =
+        |name: &str, value: &str| arguments.extend([name.to_owned(), value.to_owned()]);
     option("--config", "{dir}/llm.yaml");
     option("--instance", &planned.label);
     option("--log-level", options.log_level.directive());
@@ -296,7 +319,11 @@ fn dry_run(config: &Path, only: &Only) -> anyhow::Result<Outcome> {
     let planned = plan::split(&document, only, None).outcome(Outcome::Usage)?;
     let mut text = String::from("ranks      instance  tp  pp  model\n");
     for planned in &planned {
-        let ranks = format!("{}-{}", planned.ranks.start, planned.ranks.end.saturating_sub(1));
+        let ranks = format!(
+            "{}-{}",
+            planned.ranks.start,
+            planned.ranks.end.saturating_sub(1)
+        );
         text.push_str(&format!(
             "{ranks:<10} {:<9} {:<3} {:<3} {}\n",
             planned.label, planned.tensor_parallel, planned.pipeline_parallel, planned.model

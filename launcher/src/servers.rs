@@ -24,13 +24,17 @@ pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
     let membership = Membership::from_environment().outcome(Outcome::Usage)?;
     let options = serve_options(&args)?;
     let llm = &options.llm;
-    let ranks = llm.tensor_parallel_size.saturating_mul(llm.pipeline_parallel_size);
+    let ranks = llm
+        .tensor_parallel_size
+        .saturating_mul(llm.pipeline_parallel_size);
     if membership.is_none() && ranks > 1 {
         let arguments: Option<Vec<String>> = std::env::args_os()
             .skip(1)
             .map(|word| word.into_string().ok())
             .collect();
-        let arguments = arguments.ok_or_else(|| anyhow!("an argument is not UTF-8")).outcome(Outcome::Usage)?;
+        let arguments = arguments
+            .ok_or_else(|| anyhow!("an argument is not UTF-8"))
+            .outcome(Outcome::Usage)?;
         return launch::local(ranks, arguments, args.log_level);
     }
     crate::on_all_cores()?.block_on(serve_here(options, membership))
@@ -44,7 +48,10 @@ async fn serve_here(
     if let Some(membership) = membership {
         let threads = membership.num_threads;
         options.llm.num_threads.get_or_insert(threads);
-        let ranks = options.llm.tensor_parallel_size.saturating_mul(options.llm.pipeline_parallel_size);
+        let ranks = options
+            .llm
+            .tensor_parallel_size
+            .saturating_mul(options.llm.pipeline_parallel_size);
         if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
             return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
         }
@@ -90,29 +97,34 @@ fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
         .map(Document::read)
         .transpose()
         .outcome(Outcome::Config)?;
-    let (llm, warnings) =
-        llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
+    let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
     files::warn(&warnings);
     let mut options = ServeOptions::new(args.model.clone());
     options.revision.clone_from(&args.revision);
     options.host.clone_from(&args.host);
     options.port = args.port;
     options.report_addr.clone_from(&args.report_addr);
-    options.instance = args.instance.clone().unwrap_or_else(|| match args.server_role {
-        Some(ServerRole::Context) => "context".to_owned(),
-        Some(ServerRole::Generation) => "generation".to_owned(),
-        None => "server".to_owned(),
-    });
+    options.instance = args
+        .instance
+        .clone()
+        .unwrap_or_else(|| match args.server_role {
+            Some(ServerRole::Context) => "context".to_owned(),
+            Some(ServerRole::Generation) => "generation".to_owned(),
+            None => "server".to_owned(),
+        });
     options.llm = llm;
     Ok(options)
 }
 
 /// Runs the proxy until it is asked to end.
 pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Outcome> {
-    let (mut config, warnings) = baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
+    let (mut config, warnings) =
+        baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
     files::warn(&warnings);
     config.port = args.port.unwrap_or(config.port);
-    let supervised = Membership::from_environment().outcome(Outcome::Usage)?.is_some();
+    let supervised = Membership::from_environment()
+        .outcome(Outcome::Usage)?
+        .is_some();
     let mut options = ProxyOptions::new(config);
     options.timeouts.server_start = Duration::from_secs(args.server_start_timeout);
     options.timeouts.request = Duration::from_secs(args.request_timeout);

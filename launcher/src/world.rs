@@ -45,7 +45,8 @@ pub(crate) async fn lead(
     let (reports, told) = mpsc::channel(MESSAGES_MAX);
     let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
     let agent = Agent::new(reports);
-    let coordinator = Coordinator::new(spec, listener, (hello, orders, told)).outcome(Outcome::Address)?;
+    let coordinator =
+        Coordinator::new(spec, listener, (hello, orders, told)).outcome(Outcome::Address)?;
     let (_, verdict) = tokio::join!(agent.run(received, &mut signals), coordinator.run());
     let code = verdict.code();
     match verdict {
@@ -57,13 +58,21 @@ pub(crate) async fn lead(
             tracing::info!("all processes ended");
             Ok(Outcome::Code(code))
         }
-        Verdict::Killed(_) => Err(coded(Outcome::Code(code), anyhow!("some processes had to be killed"))),
+        Verdict::Killed(_) => Err(coded(
+            Outcome::Code(code),
+            anyhow!("some processes had to be killed"),
+        )),
         Verdict::Broken { outcome, cause } => Err(coded(outcome, anyhow!(cause))),
     }
 }
 
 /// Sends the other ranks away when rank 0 cannot even begin.
-pub(crate) async fn dismiss(spec: WorldSpec, listener: TcpListener, hello: AgentHello, outcome: Outcome) {
+pub(crate) async fn dismiss(
+    spec: WorldSpec,
+    listener: TcpListener,
+    hello: AgentHello,
+    outcome: Outcome,
+) {
     let (orders, _received) = mpsc::channel(MESSAGES_MAX);
     let (_reports, told) = mpsc::channel(MESSAGES_MAX);
     if let Ok(coordinator) = Coordinator::new(spec, listener, (hello, orders, told)) {
@@ -94,7 +103,12 @@ pub(crate) async fn join(way: Way, hello: AgentHello) -> anyhow::Result<Outcome>
     let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
     let rank = hello.rank;
     let hello = Hello::Agent(hello);
-    let reached = bootstrap::reach(&way.addresses, (&way.secret, &way.world), &hello, way.deadline);
+    let reached = bootstrap::reach(
+        &way.addresses,
+        (&way.secret, &way.world),
+        &hello,
+        way.deadline,
+    );
     let channel = tokio::select! {
         channel = reached => channel?,
         signal = signals.next() => return Ok(Outcome::Signal(signal as i32)),

@@ -5,9 +5,11 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
+use std::future::poll_fn;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -44,35 +46,52 @@ pub(crate) enum Leave {
     Abandoned,
 }
 
-/// The signals that ask a world to end.
+/// The signals that ask a process to end.
 #[derive(Debug)]
 pub(crate) struct EndSignals {
-    interrupt: SignalStream,
-    terminate: SignalStream,
-    hangup: SignalStream,
-    user: SignalStream,
+    streams: Vec<(Signal, SignalStream)>,
 }
 
 impl EndSignals {
-    /// Receives INT, TERM, HUP and USR1 from now on: the last is what `sbatch --signal=USR1@N` sends before the end.
+    /// Receives INT, TERM, HUP and USR1 from now on: the last is what `sbatch --signal=USR1@N` sends before the end. A
+    /// signal that this process was started to ignore (`nohup`) stays ignored.
     pub(crate) fn new() -> std::io::Result<Self> {
+        let ignored = ignored_signals();
+        let kinds = [
+            (Signal::SIGINT, SignalKind::interrupt()),
+            (Signal::SIGTERM, SignalKind::terminate()),
+            (Signal::SIGHUP, SignalKind::hangup()),
+            (Signal::SIGUSR1, SignalKind::user_defined1()),
+        ];
+        let wanted = kinds
+            .into_iter()
+            .filter(|(number, _)| ignored & (1 << (*number as i32 - 1)) == 0);
+        let streams = wanted.map(|(number, kind)| Ok((number, signal(kind)?)));
         Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
-            user: signal(SignalKind::user_defined1())?,
+            streams: streams.collect::<std::io::Result<_>>()?,
         })
     }
 
     /// The next one. Cancel-safe.
     pub(crate) async fn next(&mut self) -> Signal {
-        tokio::select! {
-            _ = self.interrupt.recv() => Signal::SIGINT,
-            _ = self.terminate.recv() => Signal::SIGTERM,
-            _ = self.hangup.recv() => Signal::SIGHUP,
-            _ = self.user.recv() => Signal::SIGUSR1,
-        }
+        poll_fn(|context| {
+            for (number, stream) in &mut self.streams {
+                if stream.poll_recv(context).is_ready() {
+                    return Poll::Ready(*number);
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
+}
+
+/// Bit n-1 stands for signal n. Where /proc does not tell, none is ignored.
+fn ignored_signals() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
 }
 
 #[derive(Debug)]
@@ -181,9 +200,13 @@ impl Agent {
         let child = Child::start_with(&spec, streams, index, self.exits_sender.clone())
             .with_context(|| format!("cannot run {}", spec.argv[0].display()))?;
         self.started_count += 1;
-        let watch = address_file
-            .filter(|_| start.reports_address)
-            .map(|file| tokio::spawn(report_address(file, start.slot.clone(), self.reports.clone())));
+        let watch = address_file.filter(|_| start.reports_address).map(|file| {
+            tokio::spawn(report_address(
+                file,
+                start.slot.clone(),
+                self.reports.clone(),
+            ))
+        });
         self.slots.insert(
             index,
             Slot {
@@ -250,7 +273,9 @@ fn folder_of(start: &Start) -> anyhow::Result<Option<TempDir>> {
         .tempdir()
         .context("cannot make a folder for a process's files\nhint: set TMPDIR to a folder that can be written")?;
     for (name, text) in &start.files {
-        let plain = Path::new(name).file_name().is_some_and(|plain| plain == name.as_str());
+        let plain = Path::new(name)
+            .file_name()
+            .is_some_and(|plain| plain == name.as_str());
         if !plain {
             return Err(anyhow!("`{name}` is no plain file name"));
         }
@@ -265,7 +290,8 @@ fn sink_of(start: &Start) -> anyhow::Result<Option<LineSink>> {
         return Ok(None);
     }
     let label = start.slot.label();
-    let colour = start.slot.rank as usize + start.slot.instance.bytes().map(usize::from).sum::<usize>();
+    let colour =
+        start.slot.rank as usize + start.slot.instance.bytes().map(usize::from).sum::<usize>();
     let Some(folder) = &start.log_dir else {
         return Ok(Some(LineSink::terminal(&label, colour, LABEL_WIDTH)));
     };
@@ -292,7 +318,10 @@ fn argv(start: &Start, folder: Option<&Path>) -> anyhow::Result<Vec<OsString>> {
         }
     }));
     if let (true, Some(folder)) = (start.reports_address, folder) {
-        argv.extend(["--report-addr".into(), folder.join("address").into_os_string()]);
+        argv.extend([
+            "--report-addr".into(),
+            folder.join("address").into_os_string(),
+        ]);
     }
     Ok(argv)
 }
@@ -369,7 +398,10 @@ mod tests {
 
     impl Running {
         async fn order(&self, start: Start) {
-            self.orders.send(Order::Start(Box::new(start))).await.unwrap();
+            self.orders
+                .send(Order::Start(Box::new(start)))
+                .await
+                .unwrap();
         }
 
         async fn report(&mut self) -> Report {
@@ -381,7 +413,11 @@ mod tests {
     #[tokio::test]
     async fn a_process_gets_its_files_input_and_environment_and_its_end_is_told() {
         let mut running = run();
-        let mut start = start(&["-c", "read line; cat $0; echo $line $WORD >&2; exit 7", "{dir}/a.yaml"]);
+        let mut start = start(&[
+            "-c",
+            "read line; cat $0; echo $line $WORD >&2; exit 7",
+            "{dir}/a.yaml",
+        ]);
         start.files = vec![("a.yaml".to_owned(), "text of the file\n".to_owned())];
         start.input = Some("hello\n".to_owned());
         start.environment = vec![("WORD".to_owned(), "world".to_owned())];
@@ -407,9 +443,18 @@ mod tests {
         let Report::Bound { address: pid, .. } = running.report().await else {
             panic!("no address")
         };
-        let code = Order::Leave { code: 3, reason: None };
+        let code = Order::Leave {
+            code: 3,
+            reason: None,
+        };
         running.orders.send(code).await.unwrap();
-        assert_eq!(running.agent.await.unwrap(), Leave::Told { code: 3, reason: None });
+        assert_eq!(
+            running.agent.await.unwrap(),
+            Leave::Told {
+                code: 3,
+                reason: None
+            }
+        );
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 

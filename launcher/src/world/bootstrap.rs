@@ -53,11 +53,19 @@ impl Ground {
     /// When ranks could find each other only without proof, or not at all.
     pub(crate) fn explore(facts: &RankFacts) -> anyhow::Result<Self> {
         let secret = match std::env::var(SECRET_VARIABLE) {
-            Ok(text) => Some(Secret::from_hex(text.trim()).with_context(|| SECRET_VARIABLE).outcome(Outcome::Usage)?),
+            Ok(text) => Some(
+                Secret::from_hex(text.trim())
+                    .with_context(|| SECRET_VARIABLE)
+                    .outcome(Outcome::Usage)?,
+            ),
             Err(_) => None,
         };
         let alone = facts.size == Some(1);
-        let pmix = if facts.pmix && !alone { open_pmix(secret.is_some())? } else { None };
+        let pmix = if facts.pmix && !alone {
+            open_pmix(secret.is_some())?
+        } else {
+            None
+        };
         let size = match (facts.size, &pmix) {
             (Some(size), _) => size,
             (None, Some(pmix)) => pmix.job_size(),
@@ -69,6 +77,16 @@ impl Ground {
                 .outcome(Outcome::Unavailable);
             }
         };
+        if let Some(pmix) = &pmix
+            && pmix.rank() != facts.rank
+        {
+            return Err(anyhow!(
+                "the environment says that this is rank {}, the PMIx server that it is rank {}\nhint: start every rank with srun or mpirun itself, not from a shell that inherited another rank's variables",
+                facts.rank,
+                pmix.rank()
+            ))
+            .outcome(Outcome::Usage);
+        }
         if let Some(pmix) = &pmix
             && facts.size.is_some_and(|size| size != pmix.job_size())
         {
@@ -100,14 +118,20 @@ impl Ground {
             Some(_) if self.size > 1 => ports(&self.name).collect(),
             _ => Vec::new(),
         };
-        let bind: IpAddr = if one_host { [127, 0, 0, 1].into() } else { [0, 0, 0, 0].into() };
+        let bind: IpAddr = if one_host {
+            [127, 0, 0, 1].into()
+        } else {
+            [0, 0, 0, 0].into()
+        };
         let listener = derived
             .iter()
             .find_map(|port| std::net::TcpListener::bind((bind, *port)).ok());
         let listener = match listener {
             Some(listener) => listener,
             None if derived.is_empty() || self.pmix.is_some() => {
-                std::net::TcpListener::bind((bind, 0)).context("cannot listen for the other ranks").outcome(Outcome::Address)?
+                std::net::TcpListener::bind((bind, 0))
+                    .context("cannot listen for the other ranks")
+                    .outcome(Outcome::Address)?
             }
             None => {
                 return Err(anyhow!(
@@ -123,7 +147,8 @@ impl Ground {
                 addresses: own_addresses(one_host, port),
                 secret: secret.to_hex(),
             };
-            pmix.publish(KEY, &board.to_text()).outcome(Outcome::Unavailable)?;
+            pmix.publish(KEY, &board.to_text())
+                .outcome(Outcome::Unavailable)?;
             leave_pmix(pmix);
         }
         Ok((listener, secret))
@@ -133,7 +158,11 @@ impl Ground {
     ///
     /// # Errors
     /// When rank 0 tells nothing by the deadline.
-    pub(crate) fn find(self, facts: &RankFacts, deadline: Moment) -> anyhow::Result<(Vec<String>, Secret)> {
+    pub(crate) fn find(
+        self,
+        facts: &RankFacts,
+        deadline: Moment,
+    ) -> anyhow::Result<(Vec<String>, Secret)> {
         if let Some(pmix) = self.pmix {
             let fetched = pmix.fetch(0, KEY, deadline);
             leave_pmix(pmix);
@@ -143,22 +172,30 @@ impl Ground {
             let board = Board::from_text(&text)?;
             return Ok((board.addresses, Secret::from_hex(&board.secret)?));
         }
-        let host = facts.host_of(0).or_else(|| facts.hosts.first().map(String::as_str));
+        let host = facts
+            .host_of(0)
+            .or_else(|| facts.hosts.first().map(String::as_str));
         let (Some(host), Some(secret)) = (host, self.secret) else {
             return Err(no_way(facts)).outcome(Outcome::Unavailable);
         };
         let local = facts.hosts.len() == 1;
         let host = if local { "127.0.0.1" } else { host };
-        Ok((ports(&self.name).map(|port| format!("{host}:{port}")).collect(), secret))
+        Ok((
+            ports(&self.name)
+                .map(|port| format!("{host}:{port}"))
+                .collect(),
+            secret,
+        ))
     }
 }
 
 fn open_pmix(has_other_way: bool) -> anyhow::Result<Option<Pmix>> {
     match Pmix::open() {
         Ok(pmix) => Ok(Some(pmix)),
-        Err(error @ PmixError::Library { .. }) if !has_other_way => {
-            Err(anyhow!("{error}\nhint: or set {SECRET_VARIABLE}, the same for all ranks, to meet without PMIx")).outcome(Outcome::Unavailable)
-        }
+        Err(error @ PmixError::Library { .. }) if !has_other_way => Err(anyhow!(
+            "{error}\nhint: or set {SECRET_VARIABLE}, the same for all ranks, to meet without PMIx"
+        ))
+        .outcome(Outcome::Unavailable),
         Err(error) if !has_other_way => Err(error).outcome(Outcome::Unavailable),
         Err(error) => {
             tracing::debug!(%error, "going on without PMIx");
@@ -225,8 +262,11 @@ impl Board {
         let secret = words.next().unwrap_or_default();
         let addresses: Vec<String> = words.collect();
         if addresses.is_empty() {
-            return Err(anyhow!("rank 0 runs another version: it published `{}` words", text.len()))
-                .outcome(Outcome::Failure);
+            return Err(anyhow!(
+                "rank 0 runs another version: it published `{}` words",
+                text.len()
+            ))
+            .outcome(Outcome::Failure);
         }
         Ok(Self { addresses, secret })
     }
@@ -239,11 +279,16 @@ fn own_addresses(one_host: bool, port: u16) -> Vec<String> {
         return vec![loopback];
     }
     let mut found: Vec<String> = Vec::new();
-    let interfaces = getifaddrs().map(Iterator::collect::<Vec<_>>).unwrap_or_default();
+    let interfaces = getifaddrs()
+        .map(Iterator::collect::<Vec<_>>)
+        .unwrap_or_default();
     for interface in interfaces {
         let usable = interface.flags.contains(InterfaceFlags::IFF_UP)
             && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
-        let address = interface.address.as_ref().and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
+        let address = interface
+            .address
+            .as_ref()
+            .and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
         if let (true, Some(ip)) = (usable, address) {
             found.push(SocketAddr::from((ip, port)).to_string());
         }
@@ -268,7 +313,9 @@ pub(crate) async fn reach(
     deadline: Instant,
 ) -> anyhow::Result<Channel> {
     let begun = Instant::now();
-    let mut marks = PROGRESS_MARKS.into_iter().chain((2..).map(|minute| minute * 60));
+    let mut marks = PROGRESS_MARKS
+        .into_iter()
+        .chain((2..).map(|minute| minute * 60));
     let mut mark = marks.next().unwrap_or(60);
     let mut pause = RETRY_MIN;
     loop {
@@ -277,7 +324,8 @@ pub(crate) async fn reach(
             match channel::connect(address, secret, world, hello).await {
                 Ok(channel) => return Ok(channel),
                 Err(ChannelError::Refused(reason)) => {
-                    return Err(anyhow!("rank 0 turned this rank away: {reason}")).outcome(Outcome::Usage);
+                    return Err(anyhow!("rank 0 turned this rank away: {reason}"))
+                        .outcome(Outcome::Usage);
                 }
                 Err(error) => last = format!("{address}: {error}"),
             }
@@ -291,7 +339,11 @@ pub(crate) async fn reach(
             .outcome(Outcome::TimedOut);
         }
         if begun.elapsed().as_secs() >= mark {
-            tracing::warn!(waited_s = begun.elapsed().as_secs(), last, "waiting for rank 0");
+            tracing::warn!(
+                waited_s = begun.elapsed().as_secs(),
+                last,
+                "waiting for rank 0"
+            );
             mark = marks.next().unwrap_or(u64::MAX);
         }
         sleep(pause).await;
@@ -340,6 +392,9 @@ mod tests {
         let facts = rank::discover(&environment).unwrap();
         assert_eq!(name(&facts), "job 7 step 0");
         let text = no_way(&facts).to_string();
-        assert!(text.contains("srun") && text.contains("--mpi=pmix") && text.contains(SECRET_VARIABLE), "{text}");
+        assert!(
+            text.contains("srun") && text.contains("--mpi=pmix") && text.contains(SECRET_VARIABLE),
+            "{text}"
+        );
     }
 }

@@ -65,11 +65,15 @@ struct Introduction {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Verdict {
-    Welcome { proof: String },
+    Welcome {
+        proof: String,
+    },
     /// The proof does not hold here: perhaps another job's port.
     Unproven,
     /// The caller is known, and not wanted.
-    Refused { reason: String },
+    Refused {
+        reason: String,
+    },
 }
 
 /// Version of the handshake itself.
@@ -244,7 +248,9 @@ pub(crate) async fn connect(
     let greeting: Greeting = channel.incoming.step().await?;
     if greeting.baton_world != HANDSHAKE_VERSION {
         let version = greeting.baton_world;
-        return Err(ChannelError::Foreign(format!("handshake version {version}")));
+        return Err(ChannelError::Foreign(format!(
+            "handshake version {version}"
+        )));
     }
     let (theirs, ours): (Nonce, Nonce) = (unhex(&greeting.nonce)?, secret::nonce());
     let nonces = [&theirs, &ours];
@@ -374,7 +380,10 @@ mod tests {
         let address = listener.local_addr().unwrap().to_string();
         let server = async {
             let (mut stream, _) = listener.accept().await.unwrap();
-            stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+            stream
+                .write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                .await
+                .unwrap();
             stream
         };
         let secret = Secret::generate();

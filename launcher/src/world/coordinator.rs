@@ -228,13 +228,18 @@ impl Coordinator {
 
     async fn gather(&mut self) -> Result<(), Verdict> {
         let end = self.begun + self.spec.timeouts.start;
-        let mut marks = PROGRESS_MARKS.into_iter().chain((2..).map(|minute| minute * 60));
+        let mut marks = PROGRESS_MARKS
+            .into_iter()
+            .chain((2..).map(|minute| minute * 60));
         let mut mark = self.begun + Duration::from_secs(marks.next().unwrap_or(60));
         while self.agents.len() < self.agents_wanted() {
             match self.next(Some(mark.min(end))).await {
                 Event::Came(caller) => self.came(*caller).await,
                 Event::Lost { agent, reason } => return Err(self.lost_early(agent, &reason)),
-                Event::Told { report: Report::Asked { signal }, .. } => {
+                Event::Told {
+                    report: Report::Asked { signal },
+                    ..
+                } => {
                     return Err(Verdict::Asked(signal));
                 }
                 Event::Deadline if Instant::now() >= end => return Err(self.never_came()),

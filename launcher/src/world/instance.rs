@@ -125,7 +125,10 @@ impl Instance {
 
     /// Begins a new epoch; returns the leader's slot.
     pub(crate) fn begin(&mut self) -> SlotId {
-        assert!(self.running.is_empty(), "an epoch begins when the last one is over");
+        assert!(
+            self.running.is_empty(),
+            "an epoch begins when the last one is over"
+        );
         self.epoch += 1;
         self.state = State::Starting;
         self.running.insert(0);
@@ -186,8 +189,13 @@ impl Instance {
 
     /// The port that the leader shall have.
     pub(crate) fn port(&self) -> u16 {
-        let bound = self.address.as_deref().and_then(|address| address.rsplit(':').next());
-        bound.and_then(|port| port.parse().ok()).unwrap_or(self.spec.port)
+        let bound = self
+            .address
+            .as_deref()
+            .and_then(|address| address.rsplit(':').next());
+        bound
+            .and_then(|port| port.parse().ok())
+            .unwrap_or(self.spec.port)
     }
 
     /// The leader can serve. Returns how long that took since it was started, or since it broke.
@@ -331,9 +339,18 @@ mod tests {
     fn a_rank_that_dies_breaks_its_instance_and_the_first_cause_stays() {
         let mut instance = started(3);
         assert!(instance.healthy().is_some());
-        assert_eq!(instance.ended(1, End::Signal(9), "first".to_owned()), Step::Grace);
-        assert_eq!(instance.ended(0, End::Code(1), "second".to_owned()), Step::Nothing);
-        assert_eq!(instance.ended(2, End::Code(1), "third".to_owned()), Step::Over);
+        assert_eq!(
+            instance.ended(1, End::Signal(9), "first".to_owned()),
+            Step::Grace
+        );
+        assert_eq!(
+            instance.ended(0, End::Code(1), "second".to_owned()),
+            Step::Nothing
+        );
+        assert_eq!(
+            instance.ended(2, End::Code(1), "third".to_owned()),
+            Step::Over
+        );
         assert_eq!(instance.cause(), "first");
         assert_eq!(instance.plan_restart(1), Ok(1));
         assert_eq!(instance.begin().epoch, 2);
@@ -361,7 +378,12 @@ mod tests {
     fn what_never_served_and_ended_by_itself_is_not_started_again() {
         let mut instance = started(1);
         instance.ended(0, End::Code(65), String::new());
-        assert!(instance.plan_restart(6).unwrap_err().contains("never served"));
+        assert!(
+            instance
+                .plan_restart(6)
+                .unwrap_err()
+                .contains("never served")
+        );
         assert!(instance.is_gone());
     }
 
@@ -370,12 +392,18 @@ mod tests {
         let mut instance = started(1);
         instance.healthy();
         instance.ended(0, End::Signal(9), String::new());
-        assert_eq!(instance.plan_restart(0).unwrap_err(), "it has been started again too often");
+        assert_eq!(
+            instance.plan_restart(0).unwrap_err(),
+            "it has been started again too often"
+        );
         let mut instance = started(2);
         instance.healthy();
         assert_eq!(instance.lose(1, "rank 1 is lost".to_owned()), Step::Grace);
         assert_eq!(instance.ended(0, End::Code(1), String::new()), Step::Over);
-        assert_eq!(instance.plan_restart(6).unwrap_err(), "one of its hosts is lost");
+        assert_eq!(
+            instance.plan_restart(6).unwrap_err(),
+            "one of its hosts is lost"
+        );
         assert_eq!(instance.cause(), "rank 1 is lost");
     }
 

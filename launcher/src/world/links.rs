@@ -105,7 +105,13 @@ impl Link {
     ) -> Self {
         let (orders, waiting) = mpsc::channel(ORDERS_MAX);
         let address = channel.peer.ip();
-        let reading = read(agent, channel.incoming, events, Arc::clone(&traffic), peer_timeout);
+        let reading = read(
+            agent,
+            channel.incoming,
+            events,
+            Arc::clone(&traffic),
+            peer_timeout,
+        );
         let writing = write(channel.outgoing, waiting, traffic, peer_timeout);
         Self {
             orders,
@@ -220,7 +226,9 @@ async fn prove(
     events: &mpsc::Sender<Event>,
     traffic: &Traffic,
 ) {
-    let peer = stream.peer_addr().map_or_else(|_| "?".to_owned(), |peer| peer.to_string());
+    let peer = stream
+        .peer_addr()
+        .map_or_else(|_| "?".to_owned(), |peer| peer.to_string());
     match channel::accept(stream, secret, world).await {
         Ok(caller) => {
             traffic.connections.fetch_add(1, Ordering::Relaxed);

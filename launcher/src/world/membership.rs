@@ -53,7 +53,10 @@ impl Membership {
         [
             (VARIABLE, json),
             ("TLLM_SPAWN_PROXY_PROCESS", "1".to_owned()),
-            ("TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR", format!("tcp://{}", self.address)),
+            (
+                "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR",
+                format!("tcp://{}", self.address),
+            ),
             ("TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY", self.secret.clone()),
             ("tllm_mpi_size", self.ranks.to_string()),
         ]
@@ -69,7 +72,9 @@ impl Membership {
         match std::env::var(VARIABLE) {
             Err(_) => Ok(None),
             Ok(text) => serde_json::from_str(&text).map(Some).map_err(|error| {
-                anyhow::anyhow!("{VARIABLE} is not what a baton launcher sets: {error}\nhint: unset it")
+                anyhow::anyhow!(
+                    "{VARIABLE} is not what a baton launcher sets: {error}\nhint: unset it"
+                )
             }),
         }
     }
@@ -93,7 +98,10 @@ impl Membership {
     ///
     /// # Errors
     /// When the secret is none.
-    pub(crate) fn leader_ranks(self, runtime: tokio::runtime::Handle) -> anyhow::Result<LeaderRanks> {
+    pub(crate) fn leader_ranks(
+        self,
+        runtime: tokio::runtime::Handle,
+    ) -> anyhow::Result<LeaderRanks> {
         let secret = Secret::from_hex(&self.secret)?;
         Ok(LeaderRanks {
             identity: identity(&self.world, &self.instance, self.epoch),
@@ -113,7 +121,8 @@ impl Membership {
             epoch: self.epoch,
             call: call.clone(),
         };
-        let unreachable = |error| format!("the launcher at {} does not answer: {error}", self.address);
+        let unreachable =
+            |error| format!("the launcher at {} does not answer: {error}", self.address);
         let mut channel = channel::connect(&self.address, secret, &self.world, &hello)
             .await
             .map_err(|error| unreachable(error.to_string()))?;

@@ -84,7 +84,11 @@ impl FromStr for Only {
 
 impl Only {
     fn instance(&self, label: &str) -> bool {
-        self.0.is_empty() || self.0.iter().any(|word| word == label || *word == label[..3])
+        self.0.is_empty()
+            || self
+                .0
+                .iter()
+                .any(|word| word == label || *word == label[..3])
     }
 
     /// Whether the proxy runs too.
@@ -142,7 +146,7 @@ pub(crate) fn split(
     size: Option<u32>,
 ) -> Result<Vec<Planned>, PlanError> {
     let mut instances = Vec::new();
-    let mut next = 0;
+    let mut next: u32 = 0;
     for candidate in candidates(document)? {
         if !only.instance(&candidate.label) {
             continue;
@@ -187,7 +191,10 @@ impl Candidate {
             pipeline_parallel: options.pipeline_parallel_size,
             model: model.to_owned(),
             options: llm::to_yaml(&options),
-            port: group.endpoints.get(index).map_or(0, |endpoint| endpoint.port),
+            port: group
+                .endpoints
+                .get(index)
+                .map_or(0, |endpoint| endpoint.port),
         };
         Self { label, planned }
     }
@@ -223,7 +230,13 @@ fn candidates(document: &DisaggDocument) -> Result<Vec<Candidate>, PlanError> {
             None => Role::Context,
         };
         let model = model(context, "context_servers")?;
-        found.push(Candidate::new(format!("ctx{index}"), role, &model, context, index));
+        found.push(Candidate::new(
+            format!("ctx{index}"),
+            role,
+            &model,
+            context,
+            index,
+        ));
     }
     for index in 0..generation.num_instances as usize {
         let endpoint = generation.endpoints.get(index);
@@ -232,7 +245,13 @@ fn candidates(document: &DisaggDocument) -> Result<Vec<Candidate>, PlanError> {
         }
         let model = model(generation, "generation_servers")?;
         let label = format!("gen{index}");
-        found.push(Candidate::new(label, Role::Generation, &model, generation, index));
+        found.push(Candidate::new(
+            label,
+            Role::Generation,
+            &model,
+            generation,
+            index,
+        ));
     }
     Ok(found)
 }
@@ -277,7 +296,10 @@ mod tests {
     #[test]
     fn contexts_come_first_and_blocks_are_contiguous() {
         let instances = split(&document(WORLD), &Only::default(), Some(8)).unwrap();
-        assert_eq!(labels(&instances), [("ctx0", 0..2), ("ctx1", 2..4), ("gen0", 4..8)]);
+        assert_eq!(
+            labels(&instances),
+            [("ctx0", 0..2), ("ctx1", 2..4), ("gen0", 4..8)]
+        );
         assert!(instances.iter().all(|instance| instance.model == "m"));
     }
 
@@ -301,7 +323,12 @@ mod tests {
         assert!("worker".parse::<Only>().is_err());
         assert!("proxy1".parse::<Only>().is_err());
         let nothing = split(&document(WORLD), &"gen7".parse().unwrap(), None).unwrap_err();
-        assert_eq!(nothing, PlanError::Nothing { only: "gen7".to_owned() });
+        assert_eq!(
+            nothing,
+            PlanError::Nothing {
+                only: "gen7".to_owned()
+            }
+        );
     }
 
     #[test]
@@ -314,10 +341,19 @@ mod tests {
             .collect();
         assert_eq!(
             roles,
-            [("ctx0", Role::Context, 1), ("ctx1", Role::Both, 2), ("gen1", Role::Generation, 3)]
+            [
+                ("ctx0", Role::Context, 1),
+                ("ctx1", Role::Both, 2),
+                ("gen1", Role::Generation, 3)
+            ]
         );
         let differing = text.replace("['a:2', 'a:3']", "['a:2', 'a:3'], max_batch_size: 4");
         let error = split(&document(&differing), &Only::default(), None).unwrap_err();
-        assert_eq!(error, PlanError::Mixed { address: "a:2".to_owned() });
+        assert_eq!(
+            error,
+            PlanError::Mixed {
+                address: "a:2".to_owned()
+            }
+        );
     }
 }

@@ -32,10 +32,18 @@ impl Coordinator {
             let term = Signal::SIGTERM;
             let proxy = |label: &str| label == PROXY;
             self.end_leaders(term, proxy, asked, deadline).await
-                && self.end_leaders(term, |label| label != PROXY, asked, deadline).await
+                && self
+                    .end_leaders(term, |label| label != PROXY, asked, deadline)
+                    .await
         };
-        let farewell = if gentle { KILL_GRACE.min(self.spec.timeouts.drain) } else { Duration::ZERO };
-        gentle &= self.wait(Instant::now() + farewell, asked, Instance::is_over).await;
+        let farewell = if gentle {
+            KILL_GRACE.min(self.spec.timeouts.drain)
+        } else {
+            Duration::ZERO
+        };
+        gentle &= self
+            .wait(Instant::now() + farewell, asked, Instance::is_over)
+            .await;
         if !gentle {
             self.kill_all(asked).await;
         }
@@ -120,13 +128,19 @@ impl Coordinator {
             .filter(|instance| !instance.is_over())
             .map(|instance| instance.spec.label.as_str())
             .collect();
-        tracing::warn!(instances = left.join(", "), "killing what has not ended yet");
+        tracing::warn!(
+            instances = left.join(", "),
+            "killing what has not ended yet"
+        );
         for instance in &self.instances {
             self.signal_instance(instance, Signal::SIGKILL);
         }
         // An impatient third request changes nothing any more.
         let nobody = (usize::MAX, asked.1);
-        if !self.wait(Instant::now() + KILL_GRACE, nobody, Instance::is_over).await {
+        if !self
+            .wait(Instant::now() + KILL_GRACE, nobody, Instance::is_over)
+            .await
+        {
             tracing::error!("processes survive SIGKILL; their launchers go on without them");
         }
     }
@@ -157,8 +171,11 @@ impl Coordinator {
             let code = if *rank == 0 { verdict.code() } else { code };
             link.order(Order::Leave { code, reason: None });
         }
-        let mut closing: JoinSet<()> =
-            self.agents.into_values().map(|link| link.close(KILL_GRACE)).collect();
+        let mut closing: JoinSet<()> = self
+            .agents
+            .into_values()
+            .map(|link| link.close(KILL_GRACE))
+            .collect();
         while closing.join_next().await.is_some() {}
     }
 }

@@ -93,7 +93,10 @@ impl Coordinator {
             .map(str::to_owned)
             .collect();
         let all_known = addresses.len() == servers().count();
-        if let Some(index) = self.instances.iter().position(|instance| is_proxy(&instance))
+        if let Some(index) = self
+            .instances
+            .iter()
+            .position(|instance| is_proxy(&instance))
             && self.instances[index].is_waiting()
             && all_known
         {
@@ -124,7 +127,10 @@ impl Coordinator {
             .iter()
             .find(|instance| instance.spec.label == PROXY)
             .or_else(|| self.instances.first());
-        let address = front.and_then(Instance::address).unwrap_or_default().to_owned();
+        let address = front
+            .and_then(Instance::address)
+            .unwrap_or_default()
+            .to_owned();
         tracing::info!(
             elapsed_ms = self.begun.elapsed().as_millis(),
             url = format!("http://{address}"),
@@ -133,8 +139,11 @@ impl Coordinator {
         if let Some(file) = &self.spec.ready_file {
             files::write(file, &format!("{address}\n"))?;
         }
-        writeln!(std::io::stdout(), "ready: OpenAI API at http://{address}/v1")
-            .context("cannot write to stdout")
+        writeln!(
+            std::io::stdout(),
+            "ready: OpenAI API at http://{address}/v1"
+        )
+        .context("cannot write to stdout")
     }
 
     fn not_ready(&self) -> Verdict {
@@ -198,22 +207,34 @@ impl Coordinator {
         let spec = &instance.spec;
         let agent = self.agent_of(spec, 0);
         let Some(link) = self.agents.get(&agent) else {
-            tracing::error!(instance = spec.label, agent, "an instance's first rank is gone");
+            tracing::error!(
+                instance = spec.label,
+                agent,
+                "an instance's first rank is gone"
+            );
             return;
         };
         let host = self.address_of_agent(agent);
         let mut environment = self.environment(spec, 0, link);
         let mut arguments = spec.arguments.clone();
+        environment.extend(self.membership(spec, &slot, link).variables());
         if spec.label == PROXY {
             arguments.extend(proxy_port(instance));
-        } else {
-            environment.extend(self.membership(spec, &slot, link).variables());
-            if spec.is_server {
-                let port = instance.port().to_string();
-                arguments.extend(["--host".to_owned(), host.to_string(), "--port".to_owned(), port]);
-            }
+        } else if spec.is_server {
+            let port = instance.port().to_string();
+            arguments.extend([
+                "--host".to_owned(),
+                host.to_string(),
+                "--port".to_owned(),
+                port,
+            ]);
         }
-        tracing::info!(instance = spec.label, epoch = slot.epoch, ranks = spec.ranks, "starting");
+        tracing::info!(
+            instance = spec.label,
+            epoch = slot.epoch,
+            ranks = spec.ranks,
+            "starting"
+        );
         let start = Start {
             slot,
             program: spec.program.clone(),
@@ -258,7 +279,10 @@ impl Coordinator {
 
     /// A leader's call for its followers.
     pub(super) fn call(&mut self, label: &str, epoch: u32, call: &RankCall) -> Result<(), String> {
-        let found = self.instances.iter().position(|instance| instance.spec.label == label);
+        let found = self
+            .instances
+            .iter()
+            .position(|instance| instance.spec.label == label);
         let index = found.ok_or_else(|| format!("there is no instance {label} in this world"))?;
         let spec = self.instances[index].spec.clone();
         if call.size != spec.ranks as usize {
@@ -363,7 +387,10 @@ impl Coordinator {
         for line in tail {
             cause.push_str(&format!("\n    {line}"));
         }
-        let index = self.instances.iter().position(|instance| instance.is(slot))?;
+        let index = self
+            .instances
+            .iter()
+            .position(|instance| instance.is(slot))?;
         let step = self.instances[index].ended(slot.rank, end, cause);
         self.after(index, step)
     }
