@@ -36,7 +36,7 @@ write_files() {
     [ ! -d "$slurm_run" ] || [ -z "$(ls -A "$slurm_run")" ] || die "$slurm_run holds something else" "set BATON_SLURM_RUN to a folder that is not there yet"
     mkdir -p "$slurm_run"
     touch "$slurm_run/.ours"
-    mkdir -p "$slurm_run"/{etc,state,log,munge}
+    mkdir -p "$slurm_run"/{etc,state,log,munge,gpus}
     chmod 755 "$slurm_run" "$slurm_run"/{etc,munge}
     chmod 700 "$slurm_run/state"
     printf '127.0.0.1 localhost\n%s.1 controller\n' "$slurm_net" >"$slurm_run/etc/hosts"
@@ -48,6 +48,9 @@ write_files() {
     done
     (umask 077 && dd if=/dev/urandom of="$slurm_run/etc/munge.key" bs=128 count=1 status=none)
     : >"$slurm_run/etc/plugstack.conf"
+    # Eight GPUs a node in name only, so that --gres and --gpus-per-node are granted and counted: empty files, no devices.
+    touch "$slurm_run"/gpus/gpu{0..7}
+    echo "Name=gpu File=$slurm_run/gpus/gpu[0-7]" >"$slurm_run/etc/gres.conf"
     printf 'CgroupPlugin=cgroup/v1\nConstrainCores=no\nConstrainRAMSpace=no\nConstrainDevices=no\n' >"$slurm_run/etc/cgroup.conf"
     write_slurm_conf "$nodes"
 }
@@ -82,11 +85,12 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2
 TEXT
         for number in $(seq 1 "$nodes"); do
-            echo "NodeName=node$number NodeAddr=$(node_address "node$number") CPUs=8 RealMemory=$memory State=UNKNOWN"
+            echo "NodeName=node$number NodeAddr=$(node_address "node$number") CPUs=8 Gres=gpu:8 RealMemory=$memory State=UNKNOWN"
         done
         echo "PartitionName=batch Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES"
     } >"$slurm_conf"
