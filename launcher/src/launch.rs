@@ -2,6 +2,7 @@
 //! from rank facts and options to a world, and its end to an outcome.
 
 use std::io::Write;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
@@ -280,6 +281,8 @@ fn instance(planned: &Planned, options: &WorldArgs) -> InstanceSpec {
 
 fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -> ProxySpec {
     let options = options.clone();
+    let host: Result<IpAddr, _> = document.proxy.hostname.parse();
+    let binds_all = host.is_ok_and(|ip| ip.is_unspecified());
     let start = move |addresses: &[String]| {
         let mut config = document.proxy.clone();
         let (mut context, mut generation) = (Vec::new(), Vec::new());
@@ -310,6 +313,7 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         })
     };
     ProxySpec {
+        binds_all,
         start: Box::new(start),
     }
 }

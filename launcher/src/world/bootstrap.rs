@@ -97,7 +97,13 @@ impl Ground {
             );
         }
         if !alone && pmix.is_none() && secret.is_none() {
-            return Err(no_way(facts)).outcome(Outcome::Unavailable);
+            // All ranks are in the same place; one of each node says so.
+            let error = if facts.local_rank.unwrap_or(0) == 0 {
+                no_way(facts)
+            } else {
+                anyhow!("as the first rank of this node says")
+            };
+            return Err(error).outcome(Outcome::Unavailable);
         }
         Ok(Self {
             name: name(facts),

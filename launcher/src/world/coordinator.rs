@@ -87,6 +87,8 @@ pub(crate) struct Timeouts {
 
 /// The proxy of a world.
 pub(crate) struct ProxySpec {
+    /// Whether it binds all addresses of its machine, so that others are told one that they can reach.
+    pub(crate) binds_all: bool,
     /// Its command line, and the text of its config for instances at these addresses (in the order of the instances).
     pub(crate) start: Box<dyn Fn(&[String]) -> anyhow::Result<ProxyStart> + Send>,
 }
@@ -373,6 +375,9 @@ impl Coordinator {
                     Arc::clone(&self.traffic),
                     self.spec.timeouts.peer,
                 );
+                // The handshake: a greeting and a verdict out, an introduction in.
+                self.traffic.sent.fetch_add(2, Ordering::Relaxed);
+                self.traffic.received.fetch_add(1, Ordering::Relaxed);
                 self.agents.insert(rank, link);
             }
             Err(error) => tracing::warn!(rank, %error, "a rank left while it was welcomed"),
@@ -402,3 +407,6 @@ async fn answer(caller: Caller, refusal: Option<String>) {
         tracing::warn!(%error, "a leader left before it was answered");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -66,7 +66,9 @@ pub(crate) struct Traffic {
 #[derive(Debug)]
 pub(crate) struct Link {
     orders: mpsc::Sender<Order>,
-    tasks: Vec<JoinHandle<()>>,
+    /// Sends the orders out; without one they are taken where they are given.
+    writer: Option<JoinHandle<()>>,
+    reader: JoinHandle<()>,
     pub(crate) hello: AgentHello,
     /// Where others reach processes of this agent.
     pub(crate) address: IpAddr,
@@ -89,7 +91,8 @@ impl Link {
         };
         Self {
             orders,
-            tasks: vec![tokio::spawn(forward)],
+            writer: None,
+            reader: tokio::spawn(forward),
             hello,
             address: IpAddr::from([127, 0, 0, 1]),
         }
@@ -115,7 +118,8 @@ impl Link {
         let writing = write(channel.outgoing, waiting, traffic, peer_timeout);
         Self {
             orders,
-            tasks: vec![tokio::spawn(writing), tokio::spawn(reading)],
+            writer: Some(tokio::spawn(writing)),
+            reader: tokio::spawn(reading),
             hello,
             address,
         }
@@ -131,11 +135,10 @@ impl Link {
     /// Lets the last orders go out.
     pub(crate) async fn close(self, grace: Duration) {
         drop(self.orders);
-        let mut tasks = self.tasks.into_iter();
-        if let Some(writer) = tasks.next() {
+        if let Some(writer) = self.writer {
             let _ = timeout(grace, writer).await;
         }
-        tasks.for_each(|task| task.abort());
+        self.reader.abort();
     }
 }
 

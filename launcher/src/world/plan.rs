@@ -108,8 +108,6 @@ pub(crate) enum PlanError {
     },
     /// An instance has no model.
     NoModel { section: &'static str },
-    /// The two sections share an address, but not the options.
-    Mixed { address: String },
     /// `--only` names what the config does not have.
     Nothing { only: String },
 }
@@ -124,10 +122,6 @@ impl fmt::Display for PlanError {
             Self::NoModel { section } => write!(
                 f,
                 "{section}: `model` is not given\nhint: name the model at the top level of the config, or in both sections"
-            ),
-            Self::Mixed { address } => write!(
-                f,
-                "{address} stands in context_servers and in generation_servers with different options\nhint: one server has one set of options; give the sections the same ones, or different addresses"
             ),
             Self::Nothing { only } => write!(
                 f,
@@ -220,14 +214,11 @@ fn candidates(document: &DisaggDocument) -> Result<Vec<Candidate>, PlanError> {
             .endpoints
             .get(index)
             .filter(|endpoint| generation.endpoints.contains(endpoint));
-        let role = match shared {
-            Some(endpoint) if context.options != generation.options => {
-                return Err(PlanError::Mixed {
-                    address: endpoint.to_string(),
-                });
-            }
-            Some(_) => Role::Both,
-            None => Role::Context,
+        // The two sections' options are the same then: the config's reader holds that.
+        let role = if shared.is_some() {
+            Role::Both
+        } else {
+            Role::Context
         };
         let model = model(context, "context_servers")?;
         found.push(Candidate::new(
@@ -346,14 +337,6 @@ mod tests {
                 ("ctx1", Role::Both, 2),
                 ("gen1", Role::Generation, 3)
             ]
-        );
-        let differing = text.replace("['a:2', 'a:3']", "['a:2', 'a:3'], max_batch_size: 4");
-        let error = split(&document(&differing), &Only::default(), None).unwrap_err();
-        assert_eq!(
-            error,
-            PlanError::Mixed {
-                address: "a:2".to_owned()
-            }
         );
     }
 }
