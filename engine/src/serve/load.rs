@@ -16,8 +16,10 @@ use crate::backend::TokenId;
 use crate::backend::cpu::CpuBackend;
 use crate::engine::{Engine, EngineHandle, EngineThread, Inbox};
 use crate::handoff::Handoff;
+use crate::machine;
 use crate::model::GenerationDefaults;
-use crate::model::load::{LoadedModel, TokenizerFiles, load};
+use crate::model::load::{LoadedModel, TokenizerFiles, load, page_shape};
+use crate::parallel::{Led, Room};
 use crate::request::SamplingParams;
 use crate::server::app::App;
 use crate::server::listener::{reachable, reachable_host};
@@ -66,18 +68,11 @@ fn load_all(
 ) -> Result<Started, ServeError> {
     let llm = &options.llm;
     let progress = Progress::new(app, &options.model);
-    let threads = llm.num_threads.map(|threads| threads as usize);
-    let loaded = load(
-        &options.model,
-        llm,
-        options.revision.as_deref(),
-        CpuBackend::new(threads),
-        &|step| progress.advance(step.bytes_done, step.bytes_total),
-    )?;
+    let Led { loaded, rooms } = load_model(options, &progress)?;
     progress.stage("reading the tokenizer");
     let (tools, eos_tokens) = text_tools(llm, &loaded)?;
     progress.stage("making the kv pool");
-    let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens)?;
+    let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens, &rooms)?;
     let inbox = Inbox::new(QUEUE_MAX);
     let transceiver = start_transceiver(options, address, &plan, &inbox)?;
     let info = transceiver.as_ref().map(Transceiver::info);
@@ -108,6 +103,29 @@ fn load_all(
         service,
         engine,
         thread,
+    })
+}
+
+/// The model, on this process alone.
+fn load_model(options: &ServeOptions, progress: &Progress) -> Result<Led, ServeError> {
+    let llm = &options.llm;
+    let threads = llm.num_threads.map(|threads| threads as usize);
+    let loaded = load(
+        &options.model,
+        llm,
+        options.revision.as_deref(),
+        CpuBackend::new(threads),
+        &|step| progress.advance(step.bytes_done, step.bytes_total),
+    )?;
+    let page = page_shape(loaded.model.shape(), llm);
+    let room = Room {
+        available_bytes: machine::available_bytes(),
+        weight_bytes: loaded.model.weight_bytes() as u64,
+        page_bytes: page.bytes() as u64,
+    };
+    Ok(Led {
+        loaded,
+        rooms: vec![room],
     })
 }
 
