@@ -112,8 +112,8 @@ pub trait Model: Debug + Send {
     /// When a page is divided over several ranks, and one of them is lost.
     fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError>;
 
-    /// How long the model may be left alone before [`Model::keep_alive`] is due; `None` when it does not matter.
-    fn keep_alive_period(&self) -> Option<Duration> {
+    /// How long from now the model may be left alone before [`Model::keep_alive`] is due; `None` for ever.
+    fn keep_alive_due(&self) -> Option<Duration> {
         None
     }
 

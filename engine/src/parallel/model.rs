@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::order::Order;
 use super::{pages, rank_name};
@@ -51,6 +51,8 @@ pub(crate) struct ParallelModel<B: Backend> {
     copies: HashMap<BlockId, Weak<Page>>,
     /// Whether the others wait for an order. False for good once something failed on the way.
     in_touch: bool,
+    /// When the last order was given.
+    ordered: Instant,
 }
 
 impl<B: Backend> ParallelModel<B> {
@@ -72,6 +74,7 @@ impl<B: Backend> ParallelModel<B> {
             lent: HashSet::new(),
             copies: HashMap::new(),
             in_touch: true,
+            ordered: Instant::now(),
         }
     }
 
@@ -85,6 +88,7 @@ impl<B: Backend> ParallelModel<B> {
         self.decoder.collective().broadcast(&mut order.encode())?;
         let done = own(self)?;
         self.in_touch = true;
+        self.ordered = Instant::now();
         Ok(done)
     }
 
@@ -253,8 +257,9 @@ impl<B: Backend> Model for ParallelModel<B> {
         self.together(&Order::Scatter(blocks), |model| model.scatter(&pages))
     }
 
-    fn keep_alive_period(&self) -> Option<Duration> {
-        Some(KEEP_ALIVE_MAX.min(self.ranks.peer_timeout / 4))
+    fn keep_alive_due(&self) -> Option<Duration> {
+        let period = KEEP_ALIVE_MAX.min(self.ranks.peer_timeout / 4);
+        Some(period.saturating_sub(self.ordered.elapsed()))
     }
 
     fn keep_alive(&mut self) -> Result<(), BackendError> {
