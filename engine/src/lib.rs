@@ -7,6 +7,7 @@ pub mod backend;
 mod blocks;
 pub mod collective;
 pub mod engine;
+pub mod group;
 pub mod handoff;
 mod machine;
 pub mod metrics;
