@@ -1,6 +1,7 @@
 //! `baton serve` and `baton disaggregated`: from typed flags to a running server, and its end to an outcome.
 
 use std::future::Future;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -78,7 +79,7 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
         // A rank ends when its leader says so: a signal that all processes of a step get must not end it in the middle
         // of the leader's drain. Its launcher kills it when that is needed.
         let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
-        tokio::task::spawn_blocking(move || baton_engine::serve::follow(&spec))
+        tokio::task::spawn_blocking(move || baton_engine::serve::follow(&spec, &AtomicBool::new(false)))
             .await
             .outcome(Outcome::Failure)?
             .map_err(of_serve)?;
