@@ -39,12 +39,10 @@ fn scontrol(list: &str) -> Option<Vec<String>> {
     Some(text.lines().map(str::to_owned).collect())
 }
 
+const SKIPPED: &str = "skipped: there is no scontrol; install slurm-client";
+
 fn is_there() -> bool {
-    let there = Command::new("scontrol").arg("--version").output().is_ok();
-    if !there {
-        eprintln!("skipped: there is no scontrol; install slurm-client");
-    }
-    there
+    Command::new("scontrol").arg("--version").output().is_ok()
 }
 
 fn range() -> impl Strategy<Value = String> {
@@ -77,6 +75,7 @@ fn name() -> impl Strategy<Value = String> {
 #[test]
 fn lists_expand_as_scontrol_expands_them() {
     if !is_there() {
+        eprintln!("{SKIPPED}");
         return;
     }
     proptest!(|(names in prop::collection::vec(name(), 1..4))| {
@@ -89,6 +88,7 @@ fn lists_expand_as_scontrol_expands_them() {
 #[test]
 fn scontrol_reads_what_we_compress() {
     if !is_there() {
+        eprintln!("{SKIPPED}");
         return;
     }
     let host = "(rack[0-2]n|node|gpu-[ab])(0[0-9]|1?[0-9])";

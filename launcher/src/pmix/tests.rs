@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use super::{Pmix, PmixError};
+use super::{CHILD_ENVIRONMENT, Pmix, PmixError};
 
 const SCENE: &str = "BATON_TEST_PMIX_SCENE";
 const FOLDER: &str = "BATON_TEST_PMIX_FOLDER";
@@ -74,6 +74,37 @@ fn a_child_may_connect_after_its_parent() {
     succeeds("child", 2);
 }
 
+/// What `fabric: mpi` rests on: the agent has been in and out of PMIx when its child calls MPI_Init as the same rank.
+#[test]
+fn a_child_may_call_mpi_init() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (source, program) = (folder.path().join("sum.c"), folder.path().join("sum"));
+    std::fs::write(&source, MPI_PROGRAM).expect("a source");
+    match Command::new("mpicc")
+        .arg("-o")
+        .args([&program, &source])
+        .status()
+    {
+        Err(_) => eprintln!("skipped: there is no mpicc; install libopenmpi-dev"),
+        Ok(compiled) => {
+            assert!(compiled.success());
+            succeeds(&format!("mpi:{}", program.display()), 2);
+        }
+    }
+}
+
+/// Ends with 0 when the ranks' ones add up to their number.
+const MPI_PROGRAM: &str = "#include <mpi.h>
+int main(int argc, char **argv) {
+    int size = 0, one = 1, sum = 0;
+    MPI_Init(&argc, &argv);
+    MPI_Comm_size(MPI_COMM_WORLD, &size);
+    MPI_Allreduce(&one, &sum, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+    MPI_Finalize();
+    return sum == 2 && size == 2 ? 0 : 1;
+}
+";
+
 /// The agents' duty to finalize, seen from the other side.
 #[test]
 fn mpirun_ends_a_world_whose_rank_does_not_finalize() {
@@ -125,7 +156,10 @@ fn a_rank() {
             let pmix = Pmix::open().expect("a server");
             pmix.publish(KEY, "here").expect("a notice");
         }
-        other => panic!("no scene {other}"),
+        other => match other.strip_prefix("mpi:") {
+            Some(program) => mpi_child(&folder, program),
+            None => panic!("no scene {other}"),
+        },
     }
 }
 
@@ -231,6 +265,15 @@ fn child(folder: &Path) {
         .output()
         .expect("itself");
     assert!(output.status.success(), "{}", talk(&output));
+}
+
+fn mpi_child(folder: &Path, program: &str) {
+    exchange(folder, "done");
+    let status = Command::new(program)
+        .envs(CHILD_ENVIRONMENT.iter().copied())
+        .status()
+        .expect("the program");
+    assert!(status.success(), "{status}");
 }
 
 fn mark(folder: &Path, name: &str) {
