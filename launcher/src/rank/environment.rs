@@ -50,6 +50,7 @@ impl Environment {
     }
 
     /// Variables from elsewhere.
+    #[cfg(test)]
     pub(crate) fn from_pairs<N: Into<String>, V: Into<String>>(
         pairs: impl IntoIterator<Item = (N, V)>,
     ) -> Self {
