@@ -17,7 +17,7 @@ use crate::http::HttpClient;
 use crate::supervisor::restart_pause;
 use crate::world::instance::{Instance, InstanceSpec, PROXY, Step};
 use crate::world::links::{Event, Link};
-use crate::world::membership::{Membership, identity};
+use crate::world::membership::{COMMAND, Membership, identity};
 use crate::world::protocol::{End, Order, Program, Report, SlotId, Start, Streams};
 
 /// How long the others of a broken instance may take to end by themselves.
@@ -192,8 +192,11 @@ impl Coordinator {
             .collect()
     }
 
+    /// Devices and the role's own variables. A command that is not ours keeps its environment as it is.
     fn environment(&self, spec: &InstanceSpec, rank: u32, link: &Link) -> Vec<(String, String)> {
-        let devices = if self.spec.local {
+        let devices = if spec.label == COMMAND && rank == 0 {
+            None
+        } else if self.spec.local {
             self.spec.local_environment.get(rank as usize).cloned()
         } else {
             Some(link.hello.environment.clone())
