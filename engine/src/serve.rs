@@ -26,13 +26,13 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::load::Started;
+pub use self::ranks::follow;
 use crate::engine::{EngineError, EngineThread};
 use crate::group::GroupError;
 use crate::model::ModelError;
 use crate::parallel::ParallelError;
 use crate::ranks::LeaderRanks;
 use crate::server::app::App;
-pub use self::ranks::follow;
 pub use crate::server::listener::ListenError;
 use crate::server::listener::{Listener, reachable, report_address};
 use crate::tokenizer::{ChatError, TokenizerError};

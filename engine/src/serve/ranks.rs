@@ -8,12 +8,12 @@ use std::sync::atomic::AtomicBool;
 use super::progress::Progress;
 use super::{ServeError, ServeOptions};
 use crate::backend::cpu::CpuBackend;
-use crate::collective::Collective;
+use crate::collective::{Collective, RankNames};
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
 use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
-use crate::{group, machine};
 use crate::ranks::{FollowerSpec, LeaderRanks, RankCall};
+use crate::{group, machine};
 
 /// Loads the model onto as many ranks as the options ask for.
 pub(super) fn load(
@@ -39,7 +39,7 @@ pub(super) fn load(
         model: everywhere(&options.model),
         revision: options.revision.clone(),
         options: llm,
-        hosts: &ranks.hosts,
+        names: RankNames::new(&ranks.hosts),
         peer_timeout: ranks.peer_timeout,
         stop,
     };
@@ -95,7 +95,9 @@ fn gather(
 fn everywhere(model: &str) -> String {
     let path = Path::new(model);
     let absolute = path.exists().then(|| std::path::absolute(path).ok());
-    let absolute = absolute.flatten().and_then(|path| path.to_str().map(str::to_owned));
+    let absolute = absolute
+        .flatten()
+        .and_then(|path| path.to_str().map(str::to_owned));
     absolute.unwrap_or_else(|| model.to_owned())
 }
 
