@@ -3,11 +3,14 @@
 //! Option names are declared with dashes; [`normalise`] maps TensorRT-LLM's underscore spellings onto them and
 //! puts `serve` in front when the first word is a model, as `trtllm-serve` does (COMPAT.md §3).
 
+pub(crate) mod slurm;
+
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::cli::slurm::SlurmCommand;
 use crate::exit;
 
 /// Disaggregated LLM serving: context servers read, generation servers write, the KV cache travels between them.
@@ -31,10 +34,21 @@ pub(crate) enum Command {
     /// Check, explain and describe configuration files.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Plan, render, submit and end deployments on a Slurm cluster.
+    #[command(subcommand)]
+    Slurm(SlurmCommand),
 }
 
 /// Every sub-command's name, in the order of `--help`.
-pub(crate) const COMMANDS: &[&str] = &["up", "serve", "disaggregated", "client", "config", "help"];
+pub(crate) const COMMANDS: &[&str] = &[
+    "up",
+    "serve",
+    "disaggregated",
+    "client",
+    "config",
+    "slurm",
+    "help",
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {

@@ -13,6 +13,7 @@ mod logging;
 mod os;
 mod output;
 mod servers;
+mod slurm;
 mod supervisor;
 mod timeline;
 mod up;
@@ -57,6 +58,7 @@ fn log_level(command: &Command) -> LogLevel {
         Command::Serve(args) => args.log_level,
         Command::Disaggregated(args) => args.log_level,
         Command::Client(_) | Command::Config(_) => LogLevel::Warning,
+        Command::Slurm(_) => LogLevel::Info,
     }
 }
 
@@ -68,6 +70,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
+        Command::Slurm(command) => slurm::run(command),
     }
 }
 

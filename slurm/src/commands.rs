@@ -109,15 +109,6 @@ impl JobStatus {
     }
 }
 
-/// To whom a signal goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Target<'a> {
-    /// The job's batch script alone.
-    Batch(&'a JobId),
-    /// All processes of one step: job and step number.
-    Step(&'a str, &'a str),
-}
-
 async fn run(program: &str, arguments: &[String]) -> Result<String, CommandError> {
     let command = format!("{program} {}", arguments.join(" "));
     let error = |kind| CommandError {
@@ -220,39 +211,16 @@ fn parse_status(line: &str) -> Option<JobStatus> {
     })
 }
 
-/// The running steps of a job: name and step number each.
+/// Sends a signal, such as `USR1`, to a job's batch script alone.
 ///
 /// # Errors
-/// When `squeue` fails, is missing or does not answer.
-pub async fn steps(job: &str) -> Result<Vec<(String, String)>, CommandError> {
+/// When `scancel` fails, is missing or does not answer; also when the job does not run.
+pub async fn signal_batch(job: &JobId, name: &str) -> Result<(), CommandError> {
     let arguments = [
-        "--noheader".to_owned(),
-        "--steps".to_owned(),
-        format!("--jobs={job}"),
-        "--format=%i|%j".to_owned(),
+        "--batch".to_owned(),
+        format!("--signal={name}"),
+        job.to_string(),
     ];
-    let answer = run("squeue", &arguments).await?;
-    Ok(answer.lines().filter_map(parse_step).collect())
-}
-
-/// `123.0|ctx0`; the batch script and the like, which have no number, are left out.
-fn parse_step(line: &str) -> Option<(String, String)> {
-    let (id, name) = line.trim().split_once('|')?;
-    let (_, step) = id.trim().split_once('.')?;
-    let number = !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit());
-    number.then(|| (name.trim().to_owned(), step.to_owned()))
-}
-
-/// Sends a signal, such as `USR1`.
-///
-/// # Errors
-/// When `scancel` fails, is missing or does not answer; also when there is nobody to send it to.
-pub async fn signal(target: &Target<'_>, name: &str) -> Result<(), CommandError> {
-    let mut arguments = vec![format!("--signal={name}")];
-    match target {
-        Target::Batch(job) => arguments.extend(["--batch".to_owned(), job.to_string()]),
-        Target::Step(job, step) => arguments.push(format!("{job}.{step}")),
-    }
     run("scancel", &arguments).await.map(|_| ())
 }
 
@@ -306,11 +274,6 @@ mod tests {
         );
         assert!(status.is_started());
         assert_eq!(parse_status("not a line"), None);
-        assert_eq!(
-            parse_step("8.0|ctx0"),
-            Some(("ctx0".to_owned(), "0".to_owned()))
-        );
-        assert_eq!(parse_step("8.batch|batch"), None);
     }
 
     #[tokio::test]

@@ -183,6 +183,7 @@ impl Site<'_> {
         ];
         let mut run = RunFile {
             version: RUN_FILE_VERSION,
+            logs: self.folder.logs.clone(),
             environment: environment
                 .into_iter()
                 .map(|(role, variables)| (role.to_owned(), variables.clone()))

@@ -116,11 +116,20 @@ impl Launch {
     /// The command where the job has the launch's nodes and no others, and deals the ranks out evenly.
     #[must_use]
     pub fn on_all_nodes(&self) -> Vec<String> {
-        self.words(vec![
+        self.words(self.blocks())
+    }
+
+    fn blocks(&self) -> Vec<String> {
+        vec![
             "--distribution=block".to_owned(),
             format!("--nodes={}", self.nodes()),
             format!("--ntasks={}", self.ranks()),
-        ])
+            // Said again, because the job's own number is in the environment and is another one.
+            format!(
+                "--ntasks-per-node={}",
+                self.counts().into_iter().max().unwrap_or(1)
+            ),
+        ]
     }
 
     /// The command on the hosts of an allocation, in the order of its node list.
@@ -138,13 +147,11 @@ impl Launch {
         let own: Vec<&String> = self.places.iter().map(host).collect::<Result<_, _>>()?;
         if self.is_even() {
             let list = hostlist::compress(&own)?;
-            let argv = self.words(vec![
-                "--distribution=block".to_owned(),
-                format!("--nodelist={list}"),
-                format!("--nodes={}", self.nodes()),
-                format!("--ntasks={}", self.ranks()),
-            ]);
-            return Ok(Bound { argv, hosts: None });
+            let own = [self.blocks(), vec![format!("--nodelist={list}")]].concat();
+            return Ok(Bound {
+                argv: self.words(own),
+                hosts: None,
+            });
         }
         let lines: Vec<String> = own
             .iter()
@@ -183,6 +190,8 @@ impl Launch {
 pub struct RunFile {
     /// [`RUN_FILE_VERSION`] of the program that wrote it.
     pub version: u32,
+    /// The folder of log files.
+    pub logs: String,
     /// Environment of each role, and of the proxy.
     pub environment: BTreeMap<String, BTreeMap<String, String>>,
     /// Everything that is started.

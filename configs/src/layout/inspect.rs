@@ -6,7 +6,7 @@ use crate::disagg;
 use crate::error::{ConfigError, ConfigErrorKind, ConfigErrors, Place, Warning};
 use crate::layout::{self, Layout};
 use crate::section::read::{Findings, entry_path};
-use crate::yaml::{Document, Entry, Node};
+use crate::yaml::{Document, Node, Value};
 
 /// A mistake that was found outside of this crate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,16 +136,16 @@ impl Inspection {
     /// Where the value of a layout's key was written; `None` for a default.
     #[must_use]
     pub fn origin_of(&self, key: &str) -> Option<Origin> {
-        let (path, entry) = self.find(key)?;
+        let (path, place) = self.find(key)?;
         Some(Origin {
             file: self.file.clone(),
             path,
-            place: entry.node.place.or(entry.place),
+            place,
         })
     }
 
-    /// The entry of a key, or of the key of both roles that stands for it.
-    fn find(&self, key: &str) -> Option<(String, &Entry)> {
+    /// Path and place of a key, or of the key of both roles that stands for it.
+    fn find(&self, key: &str) -> Option<(String, Option<Place>)> {
         walk(&self.root, key).or_else(|| {
             let (role, rest) = key.split_once('.')?;
             let shared = rest == "engine" || rest.starts_with("engine.");
@@ -178,11 +178,10 @@ impl Inspection {
     }
 }
 
-/// The entry at a path, with the path at which it was written.
-fn walk<'a>(root: &'a Node, key: &str) -> Option<(String, &'a Entry)> {
-    let mut node = root;
+/// The path at which the value of a key was written, and its place.
+fn walk(root: &Node, key: &str) -> Option<(String, Option<Place>)> {
+    let (mut node, mut place) = (root, None);
     let mut written = String::new();
-    let mut found = None;
     for name in key.split('.') {
         let (name, index) = match name.strip_suffix(']').and_then(|name| name.split_once('[')) {
             Some((name, index)) => (name, Some(index)),
@@ -190,11 +189,16 @@ fn walk<'a>(root: &'a Node, key: &str) -> Option<(String, &'a Entry)> {
         };
         let entry = node.entry(name).filter(|entry| !entry.node.is_null())?;
         written = entry_path(entry, &written);
-        if let Some(index) = index {
+        node = &entry.node;
+        place = entry.node.place.or(entry.place);
+        if let (Some(index), Value::List(items)) = (index, &entry.node.value) {
+            node = items.get(index.parse::<usize>().ok()?)?;
+            place = node.place.or(place);
             written.push_str(&format!("[{index}]"));
         }
-        node = &entry.node;
-        found = Some(entry);
     }
-    found.map(|entry| (written, entry))
+    Some((written, place))
 }
+
+#[cfg(test)]
+mod tests;
