@@ -7,6 +7,11 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+pub mod tcp;
+
+#[cfg(test)]
+mod conformance;
+
 /// One rank's end of an instance's group. All ranks make the same calls in the same order.
 pub trait Collective: Debug + Send {
     /// This rank, `0..size`.
@@ -45,6 +50,49 @@ pub trait Collective: Debug + Send {
     /// # Errors
     /// When a peer is lost or does not answer in time.
     fn broadcast(&mut self, message: &mut Vec<u8>) -> Result<(), CollectiveError>;
+}
+
+/// How many ranks a message names.
+const NAMED_MAX: usize = 16;
+
+/// How the ranks are named in messages.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RankNames {
+    hosts: Vec<String>,
+}
+
+impl RankNames {
+    /// With one host name a rank, or none.
+    #[must_use]
+    pub fn new(hosts: &[String]) -> Self {
+        Self {
+            hosts: hosts.to_vec(),
+        }
+    }
+
+    /// `rank 3 (node2)`.
+    #[must_use]
+    pub fn name(&self, rank: usize) -> String {
+        match self.hosts.get(rank) {
+            Some(host) if !host.is_empty() => format!("rank {rank} ({host})"),
+            Some(_) | None => format!("rank {rank}"),
+        }
+    }
+
+    /// All of these, the first 16 by name.
+    #[must_use]
+    pub fn list(&self, ranks: &[usize]) -> String {
+        let mut text = ranks
+            .iter()
+            .take(NAMED_MAX)
+            .map(|rank| self.name(*rank))
+            .collect::<Vec<_>>()
+            .join(", ");
+        if let Some(more) = ranks.len().checked_sub(NAMED_MAX).filter(|more| *more > 0) {
+            text.push_str(&format!(" and {more} more"));
+        }
+        text
+    }
 }
 
 /// What ended a group. There is no going on after it: the instance ends, and its launcher starts it again.

@@ -159,7 +159,8 @@ fn role_plans(
         .collect()
 }
 
-fn endpoint(address: &str) -> anyhow::Result<Endpoint> {
+/// `host:port`, an IPv6 host in brackets.
+pub(crate) fn endpoint(address: &str) -> anyhow::Result<Endpoint> {
     let (host, port) = address
         .rsplit_once(':')
         .ok_or_else(|| anyhow!("`{address}` is not host:port"))?;

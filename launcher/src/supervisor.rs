@@ -279,7 +279,7 @@ impl Supervisor {
     }
 }
 
-fn restart_pause(attempt: u32) -> Duration {
+pub(crate) fn restart_pause(attempt: u32) -> Duration {
     RESTART_PAUSE_MIN
         .saturating_mul(1 << attempt.saturating_sub(1).min(16))
         .min(RESTART_PAUSE_MAX)

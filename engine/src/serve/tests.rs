@@ -311,7 +311,7 @@ impl Model for BrokenModel {
         })
     }
 
-    fn share_page(&self, _: BlockId) -> Arc<Page> {
+    fn share_pages(&mut self, _: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
         unreachable!("nothing is handed off")
     }
 
@@ -323,7 +323,7 @@ impl Model for BrokenModel {
         unreachable!("nothing is handed off")
     }
 
-    fn return_page(&mut self, _: BlockId, _: Page) {
+    fn return_pages(&mut self, _: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
         unreachable!("nothing is handed off")
     }
 }

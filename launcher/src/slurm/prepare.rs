@@ -35,6 +35,10 @@ const MODEL_KEYS: &[&str] = &[
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "mounts",
+    "container_mount",
+    "image",
+    "container_image",
+    "container",
 ];
 
 /// A layout that can be submitted.

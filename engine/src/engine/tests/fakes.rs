@@ -207,8 +207,11 @@ impl Model for FakeModel {
         })
     }
 
-    fn share_page(&self, block: BlockId) -> Arc<Page> {
-        Arc::clone(self.pages[block as usize].as_ref().expect("not lent"))
+    fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
+        let pages = blocks
+            .iter()
+            .map(|&block| Arc::clone(self.pages[block as usize].as_ref().expect("not lent")));
+        Ok(pages.collect())
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
@@ -221,9 +224,12 @@ impl Model for FakeModel {
         Arc::into_inner(page).expect("a lent page has no reader")
     }
 
-    fn return_page(&mut self, block: BlockId, page: Page) {
-        let before = self.pages[block as usize].replace(Arc::new(page));
-        assert!(before.is_none(), "the page of block {block} was here");
+    fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
+        for (block, page) in pages {
+            let before = self.pages[block as usize].replace(Arc::new(page));
+            assert!(before.is_none(), "the page of block {block} was here");
+        }
+        Ok(())
     }
 }
 
