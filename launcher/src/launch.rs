@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
 use anyhow::Context;
-use baton_configs::disagg::{self, DisaggDocument, Endpoint};
+use baton_configs::disagg::{self, DisaggDocument, ServerAddress};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::Fabric;
 use baton_engine::secret::Secret;
@@ -61,6 +61,7 @@ pub(crate) fn llmapi_launch(args: LlmapiLaunchArgs) -> anyhow::Result<Outcome> {
     let options = WorldArgs {
         log_dir: None,
         server_start_timeout: 180,
+        request_timeout: 180,
         peer_timeout: 60,
         drain_timeout: 25,
         max_restarts: 0,
@@ -90,6 +91,7 @@ pub(crate) fn local(
     let options = WorldArgs {
         log_dir: None,
         server_start_timeout: 180,
+        request_timeout: 180,
         peer_timeout: 60,
         drain_timeout: 35,
         max_restarts: 0,
@@ -295,7 +297,7 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         let mut config = document.proxy.clone();
         let (mut context, mut generation) = (Vec::new(), Vec::new());
         for (planned, address) in planned.iter().zip(addresses) {
-            let endpoint: Endpoint = files::endpoint(address)?;
+            let endpoint = ServerAddress::At(files::endpoint(address)?);
             if planned.role.reads() {
                 context.push(endpoint.clone());
             }
@@ -306,12 +308,15 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         config.context_servers.servers = context;
         config.generation_servers.servers = generation;
         let timeout = options.server_start_timeout.to_string();
+        let request_timeout = options.request_timeout.to_string();
         let arguments = [
             "disaggregated",
             "--config",
             "{dir}/disagg_config.yaml",
             "--server-start-timeout",
             &timeout,
+            "--request-timeout",
+            &request_timeout,
             "--log-level",
             options.log_level.directive(),
         ];
