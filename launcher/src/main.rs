@@ -16,6 +16,7 @@ mod os;
 mod output;
 mod pmix;
 mod rank;
+mod reach;
 mod servers;
 mod slurm;
 mod supervisor;
