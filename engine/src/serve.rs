@@ -136,6 +136,9 @@ pub enum ServeError {
         /// `pipeline_parallel_size`.
         pipeline: usize,
     },
+    /// What is to move sums and messages between the ranks is not there.
+    #[error("ranks cannot be joined over mpi\nhint: use fabric tcp, which is the default")]
+    NoMpi,
     /// The other ranks were called for in vain.
     #[error("cannot have the other ranks started: {0}")]
     Call(String),

@@ -12,7 +12,7 @@ use crate::collective::{Collective, RankNames};
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
 use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
-use crate::ranks::{FollowerSpec, LeaderRanks, RankCall};
+use crate::ranks::{Fabric, FollowerSpec, LeaderRanks, RankCall};
 use crate::{group, machine};
 
 /// Loads the model onto as many ranks as the options ask for.
@@ -79,6 +79,7 @@ fn gather(
     progress: &Progress,
     stop: &AtomicBool,
 ) -> Result<Box<dyn Collective>, ServeError> {
+    check_fabric(ranks.fabric)?;
     let leader = group::Leader::bind(ranks)?;
     let call = RankCall {
         leader: leader.address(),
@@ -89,6 +90,13 @@ fn gather(
     (ranks.call)(&call).map_err(ServeError::Call)?;
     progress.stage(&format!("waiting for {} ranks to join", grid.size() - 1));
     Ok(Box::new(leader.gather(grid.size(), ranks, stop)?))
+}
+
+fn check_fabric(fabric: Fabric) -> Result<(), ServeError> {
+    match fabric {
+        Fabric::Tcp => Ok(()),
+        Fabric::Mpi => Err(ServeError::NoMpi),
+    }
 }
 
 /// MODEL in a form that means the same in another working directory.
@@ -110,6 +118,7 @@ fn everywhere(model: &str) -> String {
 /// # Errors
 /// When the group does not come about, this rank cannot load or compute, or the leader or another rank is lost.
 pub fn follow(spec: &FollowerSpec, stop: &AtomicBool) -> Result<(), ServeError> {
+    check_fabric(spec.fabric)?;
     let group = group::join(spec, stop)?;
     let own = Following {
         num_threads: spec.num_threads.map(|threads| threads as usize),
