@@ -250,12 +250,21 @@ pub fn check_document(document: &Document, kind: Option<Kind>) -> CheckReport {
 fn check_disagg(document: &Document) -> Result<Vec<Warning>, ConfigErrors> {
     let (resolved, mut warnings) = disagg::resolve(document, 0)?;
     let groups = [
-        ("context_servers", &resolved.context),
-        ("generation_servers", &resolved.generation),
+        (
+            "context_servers",
+            &resolved.context,
+            &resolved.proxy.context_servers,
+        ),
+        (
+            "generation_servers",
+            &resolved.generation,
+            &resolved.proxy.generation_servers,
+        ),
     ];
-    for (name, group) in groups
+    let registers = resolved.proxy.cluster.is_some();
+    for (name, group, _) in groups
         .into_iter()
-        .filter(|(_, group)| group.endpoints.is_empty())
+        .filter(|(_, _, known)| known.servers.is_empty() && !registers)
     {
         warnings.push(Warning {
             file: document.file().to_owned(),

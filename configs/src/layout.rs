@@ -82,8 +82,8 @@ impl Layout {
     #[must_use]
     pub fn disagg_config(&self, context: Vec<Endpoint>, generation: Vec<Endpoint>) -> DisaggConfig {
         let mut config = self.proxy.config.clone();
-        config.context_servers.servers = context;
-        config.generation_servers.servers = generation;
+        config.context_servers.servers = context.into_iter().map(Into::into).collect();
+        config.generation_servers.servers = generation.into_iter().map(Into::into).collect();
         config
     }
 }

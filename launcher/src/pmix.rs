@@ -4,9 +4,14 @@
 //! from a thread of their own. libpmix is opened at run time, and its absence is an error like any other.
 //! Absent: groups, events, spawning, and everything that MPI needs (it opens its own PMIx).
 //!
-//! What was seen of PMIx 4.2.2 under Open MPI 4.1's mpirun and Slurm 22.05 (the tests hold it):
-//! a rank may finalize before others fetch what it has published; a child of a rank that has finalized may itself
-//! connect as this rank; a rank that ends without finalizing takes mpirun's whole world with it.
+//! What was seen of PMIx 4.2.2 under Open MPI 4.1's mpirun and Slurm 22.05's srun; the tests hold it:
+//! - A rank may finalize before others fetch what it has published. Under Slurm it must still be alive then: the notices
+//!   of a node go with its last process, and who asks later waits for ever.
+//! - Once one rank has connected, mpirun takes any rank that ends without having finalized, or that never connected, for
+//!   a crash and ends the world. srun does not mind.
+//! - A child of a connected or finalized rank may connect as the same rank; for its MPI_Init to find its own place it
+//!   needs [`CHILD_ENVIRONMENT`].
+//! - Connecting changes the process's own environment (`PMIX_MCA_psec`), so it belongs to the start of a program.
 
 mod library;
 #[cfg(test)]
@@ -18,6 +23,10 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use self::library::{Fetched, Library, Process, RANK_WILDCARD, Status};
+
+/// What a child of a rank needs in its environment to call MPI_Init as that rank: without it, the shared-memory store
+/// of PMIx 4 gives a second client of a rank none of the rank's own facts ("getting local rank failed").
+pub(crate) const CHILD_ENVIRONMENT: &[(&str, &str)] = &[("PMIX_MCA_gds", "hash")];
 
 /// How long the local server may take to take a call that needs no other rank.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(30);

@@ -109,24 +109,11 @@ fn samples_are_recognised_and_good() {
     for (name, text, kind) in SAMPLES {
         let report = check(text, None);
         assert_eq!(report.kind, Some(kind), "{name}");
-        let served = name != "disagg_config_cluster.yaml";
-        assert_eq!(report.is_good(), served, "{name}: {report}");
-        let warned = ["quickstart.yaml", "benchmark_config.yaml"].contains(&name);
-        if served && !warned {
+        assert!(report.is_good(), "{name}: {report}");
+        if !["quickstart.yaml", "benchmark_config.yaml"].contains(&name) {
             assert_eq!(report.outcome, Ok(Vec::new()), "{name}");
         }
     }
-}
-
-#[test]
-fn the_cluster_sample_says_what_is_not_served() {
-    let (_, text, _) = SAMPLES[7];
-    let report = check(text, None).to_string();
-    assert_eq!(
-        report,
-        "f.yaml:5:3: disagg_cluster: `disagg_cluster` is not served by this version: service discovery; give `urls`\n\
-         f.yaml: 1 error (checked as disagg)"
-    );
 }
 
 #[test]
