@@ -274,10 +274,9 @@ fn read_slurm(raw: &RawSlurm, start: StartMode, findings: &mut Findings) -> Slur
     if let Some(signal) = &raw.signal {
         checks::signal(signal, start, findings);
     }
-    for word in [&raw.partition, &raw.account, &raw.job_name] {
-        if let Some(word) = word {
-            checks::one_line(word, findings);
-        }
+    let words = [&raw.partition, &raw.account, &raw.job_name];
+    for word in words.into_iter().flatten() {
+        checks::one_line(word, findings);
     }
     let flag = |given: &Option<Located<bool>>| given.as_ref().is_some_and(|given| given.value);
     SlurmOptions {

@@ -79,8 +79,8 @@ impl Layout {
     fn shared_model(&self) -> Option<&str> {
         let model = |role: &RoleLayout| role.options.model.clone();
         let same = model(&self.context) == model(&self.generation);
-        same.then_some(())
-            .and_then(|()| self.context.options.model.as_deref())
+        let own = self.context.options.model.as_deref();
+        own.filter(|_| same)
     }
 
     fn write_proxy(&self, out: &mut String, job: &JobLayout, model: Option<&str>) {
