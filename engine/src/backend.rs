@@ -9,7 +9,7 @@
 //! bit-equal alone, batched, chunked, and from run to run.
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 pub mod cpu;
 
 use std::fmt::Debug;

@@ -71,11 +71,3 @@ pub enum ParallelError {
     #[error("told to stop")]
     Stopped,
 }
-
-/// `rank 3 (node2)`.
-pub(crate) fn rank_name(rank: usize, hosts: &[String]) -> String {
-    match hosts.get(rank) {
-        Some(host) => format!("rank {rank} ({host})"),
-        None => format!("rank {rank}"),
-    }
-}

@@ -23,6 +23,9 @@ pub enum Fabric {
     Mpi,
 }
 
+/// Has a leader's followers started; the error is one line.
+pub type CallRanks = Arc<dyn Fn(&RankCall) -> Result<(), String> + Send + Sync>;
+
 /// What the leading rank is told about its group.
 #[derive(Clone)]
 pub struct LeaderRanks {
@@ -41,7 +44,7 @@ pub struct LeaderRanks {
     /// What moves the bytes.
     pub fabric: Fabric,
     /// Has the followers started. Called once, when the leader's socket is bound.
-    pub call: Arc<dyn Fn(&RankCall) -> Result<(), String> + Send + Sync>,
+    pub call: CallRanks,
 }
 
 impl Debug for LeaderRanks {

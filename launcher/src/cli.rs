@@ -3,6 +3,7 @@
 //! Option names are declared with dashes; [`normalise`] maps TensorRT-LLM's underscore spellings onto them and
 //! puts `serve` in front when the first word is a model, as `trtllm-serve` does (COMPAT.md §3).
 
+pub(crate) mod slurm;
 mod world;
 
 use std::ffi::{OsStr, OsString};
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
+use crate::cli::slurm::SlurmCommand;
 use crate::exit;
 
 /// Disaggregated LLM serving: context servers read, generation servers write, the KV cache travels between them.
@@ -44,6 +46,9 @@ pub(crate) enum Command {
     /// Check, explain and describe configuration files.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Plan, render, submit and end deployments on a Slurm cluster.
+    #[command(subcommand)]
+    Slurm(SlurmCommand),
 }
 
 /// Every sub-command's name, in the order of `--help`.
@@ -57,6 +62,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "rank",
     "client",
     "config",
+    "slurm",
     "help",
 ];
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
 use anyhow::Context;
-use baton_configs::disagg::{self, DisaggDocument, Endpoint};
+use baton_configs::disagg::{self, DisaggDocument, ServerAddress};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::Fabric;
 use baton_engine::secret::Secret;
@@ -17,6 +17,7 @@ use crate::bind::{self, Binding};
 use crate::cli::{FabricArg, LaunchArgs, LlmapiLaunchArgs, LogLevel, MpiWorkerArgs, WorldArgs};
 use crate::exit::{self, Outcome, WithOutcome};
 use crate::files;
+use crate::pmix;
 use crate::rank::{self, Environment, RankFacts};
 use crate::world::bootstrap::{self, Ground};
 use crate::world::coordinator::{Policy, ProxySpec, ProxyStart, Timeouts, WorldSpec};
@@ -24,7 +25,7 @@ use crate::world::instance::InstanceSpec;
 use crate::world::membership;
 use crate::world::plan::{self, Only, Planned};
 use crate::world::protocol::{AgentHello, Program, Streams, VERSION};
-use crate::world::{self, Way};
+use crate::world::{self, Own, Way};
 
 /// What a world runs.
 enum Work {
@@ -60,6 +61,7 @@ pub(crate) fn llmapi_launch(args: LlmapiLaunchArgs) -> anyhow::Result<Outcome> {
     let options = WorldArgs {
         log_dir: None,
         server_start_timeout: 180,
+        request_timeout: 180,
         peer_timeout: 60,
         drain_timeout: 25,
         max_restarts: 0,
@@ -89,6 +91,7 @@ pub(crate) fn local(
     let options = WorldArgs {
         log_dir: None,
         server_start_timeout: 180,
+        request_timeout: 180,
         peer_timeout: 60,
         drain_timeout: 35,
         max_restarts: 0,
@@ -126,7 +129,11 @@ pub(crate) fn local(
         .into_iter()
         .map(|binding| binding.environment)
         .collect();
-    on_this_thread(async { world::lead(spec, bootstrap::async_listener(listener)?, hello).await })
+    let own = Own {
+        hello,
+        environment: Vec::new(),
+    };
+    on_this_thread(async { world::lead(spec, bootstrap::async_listener(listener)?, own).await })
 }
 
 /// One task of a world: rank 0 leads, the others join.
@@ -143,7 +150,10 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
     let (local_rank, local_size) = (facts.local_rank.unwrap_or(0), facts.local_size.unwrap_or(1));
     let binding = bind::of_this_process(&environment, local_rank, local_size);
     let host = facts.this_host.clone().unwrap_or_else(host_name);
-    let hello = hello((facts.rank, size), host, &binding);
+    let own = Own {
+        hello: hello((facts.rank, size), host, &binding),
+        environment: for_children(&facts, &environment),
+    };
     if facts.rank > 0 {
         let (addresses, secret) = ground.find(&facts, start + timeout)?;
         let way = Way {
@@ -153,7 +163,7 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
             deadline: Instant::now() + timeout.saturating_sub(start.elapsed()),
             peer_timeout: Duration::from_secs(options.peer_timeout),
         };
-        return on_this_thread(world::join(way, hello));
+        return on_this_thread(world::join(way, own));
     }
     let (listener, secret) = ground.host(&facts)?;
     let mut spec = empty_world(name, size, secret, options);
@@ -164,9 +174,9 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
     on_this_thread(async {
         let listener = bootstrap::async_listener(listener)?;
         match filled {
-            Ok(()) => world::lead(spec, listener, hello).await,
+            Ok(()) => world::lead(spec, listener, own).await,
             Err(error) => {
-                world::dismiss(spec, listener, hello, exit::of(&error)).await;
+                world::dismiss(spec, listener, own.hello, exit::of(&error)).await;
                 Err(error)
             }
         }
@@ -287,7 +297,7 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         let mut config = document.proxy.clone();
         let (mut context, mut generation) = (Vec::new(), Vec::new());
         for (planned, address) in planned.iter().zip(addresses) {
-            let endpoint: Endpoint = files::endpoint(address)?;
+            let endpoint = ServerAddress::At(files::endpoint(address)?);
             if planned.role.reads() {
                 context.push(endpoint.clone());
             }
@@ -298,12 +308,15 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         config.context_servers.servers = context;
         config.generation_servers.servers = generation;
         let timeout = options.server_start_timeout.to_string();
+        let request_timeout = options.request_timeout.to_string();
         let arguments = [
             "disaggregated",
             "--config",
             "{dir}/disagg_config.yaml",
             "--server-start-timeout",
             &timeout,
+            "--request-timeout",
+            &request_timeout,
             "--log-level",
             options.log_level.directive(),
         ];
@@ -353,6 +366,15 @@ fn hello((rank, size): (u32, u32), host: String, binding: &Binding) -> AgentHell
         environment: binding.environment.clone(),
         num_threads: binding.threads,
     }
+}
+
+/// What lets a child of a PMIx rank be that rank again, for those that use MPI themselves.
+fn for_children(facts: &RankFacts, environment: &Environment) -> Vec<(String, String)> {
+    pmix::CHILD_ENVIRONMENT
+        .iter()
+        .filter(|(name, _)| facts.pmix && !environment.is_set(name))
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect()
 }
 
 fn host_name() -> String {

@@ -17,6 +17,7 @@ mod output;
 mod pmix;
 mod rank;
 mod servers;
+mod slurm;
 mod supervisor;
 mod timeline;
 mod up;
@@ -67,6 +68,7 @@ fn log_level(command: &Command) -> LogLevel {
         Command::LlmapiLaunch(_) => LogLevel::Warning,
         Command::Rank => LogLevel::Info,
         Command::Client(_) | Command::Config(_) => LogLevel::Warning,
+        Command::Slurm(_) => LogLevel::Info,
     }
 }
 
@@ -82,6 +84,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Serve(args) => servers::serve(*args),
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
+        Command::Slurm(command) => slurm::run(command),
     }
 }
 

@@ -79,10 +79,12 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
         // A rank ends when its leader says so: a signal that all processes of a step get must not end it in the middle
         // of the leader's drain. Its launcher kills it when that is needed.
         let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
-        tokio::task::spawn_blocking(move || baton_engine::serve::follow(&spec, &AtomicBool::new(false)))
-            .await
-            .outcome(Outcome::Failure)?
-            .map_err(of_serve)?;
+        tokio::task::spawn_blocking(move || {
+            baton_engine::serve::follow(&spec, &AtomicBool::new(false))
+        })
+        .await
+        .outcome(Outcome::Failure)?
+        .map_err(of_serve)?;
         Ok(Outcome::Success)
     })
 }

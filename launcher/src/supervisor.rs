@@ -214,7 +214,8 @@ impl Supervisor {
             .is_some_and(Child::is_running)
     }
 
-    fn signal_one(&self, index: usize, signal: Signal) {
+    /// Sends a signal to one process's group, if it still runs.
+    pub(crate) fn signal_one(&self, index: usize, signal: Signal) {
         if let Some(child) = &self.slots[index].child {
             child.signal(signal);
         }

@@ -32,6 +32,14 @@ use crate::exit::{Outcome, WithOutcome, coded};
 /// Orders and reports that wait between an agent and its connection.
 const MESSAGES_MAX: usize = 256;
 
+/// This process's own place in the world.
+#[derive(Debug)]
+pub(crate) struct Own {
+    pub(crate) hello: AgentHello,
+    /// For all processes that it starts.
+    pub(crate) environment: Vec<(String, String)>,
+}
+
 /// Runs rank 0 of a world to its end.
 ///
 /// # Errors
@@ -39,14 +47,14 @@ const MESSAGES_MAX: usize = 256;
 pub(crate) async fn lead(
     spec: WorldSpec,
     listener: TcpListener,
-    hello: AgentHello,
+    own: Own,
 ) -> anyhow::Result<Outcome> {
     let (orders, received) = mpsc::channel(MESSAGES_MAX);
     let (reports, told) = mpsc::channel(MESSAGES_MAX);
     let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
-    let agent = Agent::new(reports);
+    let agent = Agent::new(reports, own.environment);
     let coordinator =
-        Coordinator::new(spec, listener, (hello, orders, told)).outcome(Outcome::Address)?;
+        Coordinator::new(spec, listener, (own.hello, orders, told)).outcome(Outcome::Address)?;
     let (_, verdict) = tokio::join!(agent.run(received, &mut signals), coordinator.run());
     let code = verdict.code();
     match verdict {
@@ -99,10 +107,10 @@ pub(crate) struct Way {
 ///
 /// # Errors
 /// When rank 0 is not found, turns this rank away, or is lost.
-pub(crate) async fn join(way: Way, hello: AgentHello) -> anyhow::Result<Outcome> {
+pub(crate) async fn join(way: Way, own: Own) -> anyhow::Result<Outcome> {
     let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
-    let rank = hello.rank;
-    let hello = Hello::Agent(hello);
+    let rank = own.hello.rank;
+    let hello = Hello::Agent(own.hello);
     let reached = bootstrap::reach(
         &way.addresses,
         (&way.secret, &way.world),
@@ -117,7 +125,9 @@ pub(crate) async fn join(way: Way, hello: AgentHello) -> anyhow::Result<Outcome>
     let (reports, waiting) = mpsc::channel(MESSAGES_MAX);
     let (given, orders) = mpsc::channel(MESSAGES_MAX);
     let pump = tokio::spawn(pump(channel, given, waiting, way.peer_timeout));
-    let leave = Agent::new(reports).run(orders, &mut signals).await;
+    let leave = Agent::new(reports, own.environment)
+        .run(orders, &mut signals)
+        .await;
     let lost = pump.await.unwrap_or_default();
     match leave {
         Leave::Told { code, reason: None } => Ok(Outcome::Code(code)),

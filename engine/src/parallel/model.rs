@@ -10,9 +10,9 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use super::order::Order;
-use super::{pages, rank_name};
+use super::pages;
 use crate::backend::{Backend, BackendError, BlockId, StepBatch};
-use crate::collective::CollectiveError;
+use crate::collective::{CollectiveError, RankNames};
 use crate::model::decoder::Decoder;
 use crate::model::peers::{receive_bytes, send_bytes};
 use crate::model::shard::Shard;
@@ -28,8 +28,7 @@ const KEEP_ALIVE_MAX: Duration = Duration::from_secs(5);
 pub(crate) struct Ranks {
     /// Every rank's part, rank 0's included.
     pub(crate) shards: Vec<Shard>,
-    /// One host name a rank, or none.
-    pub(crate) hosts: Vec<String>,
+    pub(crate) names: RankNames,
     /// Of all ranks.
     pub(crate) weight_bytes: usize,
     /// How long a rank may be silent.
@@ -99,7 +98,7 @@ impl<B: Backend> ParallelModel<B> {
             self.decoder.collective().receive(rank, &mut message)?;
             if !message.is_empty() {
                 return Err(BackendError::Rank {
-                    rank: rank_name(rank, &self.ranks.hosts),
+                    rank: self.ranks.names.name(rank),
                     reason: String::from_utf8_lossy(&message).into_owned(),
                 });
             }

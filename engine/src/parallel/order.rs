@@ -96,11 +96,14 @@ impl Writer {
 
     /// Seven bits a byte, lowest first; the eighth says that more follow.
     fn number(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.byte((value & 0x7f) as u8 | 0x80);
+        loop {
+            let [low, ..] = value.to_le_bytes();
             value >>= 7;
+            if value == 0 {
+                return self.byte(low & 0x7f);
+            }
+            self.byte(low | 0x80);
         }
-        self.byte(value as u8);
     }
 
     fn numbers(&mut self, values: impl ExactSizeIterator<Item = u64>) {

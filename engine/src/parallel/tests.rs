@@ -1,27 +1,32 @@
-//! Several ranks as threads of this process: the golden answers on every grid, refusals, losses, hand-offs between grids.
+//! Several ranks as threads of this process: the golden answers on every grid, equal bits, refusals, losses, hand-offs
+//! between grids.
 
+mod bits;
 mod goldens;
+mod handoffs;
+mod lives;
 pub(crate) mod memory;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use baton_configs::llm::LlmOptions;
 
-use super::ParallelError;
-use super::opening::{self, Following, Leading, Led};
+use super::{Following, Leading, Led, ParallelError, follow, lead};
 use crate::backend::cpu::CpuBackend;
+use crate::collective::RankNames;
 use crate::model::load::ModelHeader;
 use crate::model::shard::Grid;
+use crate::model::tests::golden_path;
 use memory::MemoryGroup;
 
 /// How long a rank of a test may be silent; far more than any step takes on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE_MS: u64 = 60_000;
 
 /// Options for the tiny models on so many ranks.
-pub(crate) fn options(tensor: u32, pipeline: u32) -> LlmOptions {
+fn options(tensor: u32, pipeline: u32) -> LlmOptions {
     LlmOptions {
         tensor_parallel_size: tensor,
         pipeline_parallel_size: pipeline,
@@ -32,59 +37,87 @@ pub(crate) fn options(tensor: u32, pipeline: u32) -> LlmOptions {
 
 /// Ranks of an instance that follow, each a thread.
 #[derive(Debug)]
-pub(crate) struct Followers(pub(crate) Vec<JoinHandle<Result<(), ParallelError>>>);
+struct Followers(Vec<JoinHandle<Result<(), ParallelError>>>);
 
 impl Followers {
     /// Each follower's end.
-    pub(crate) fn join(self) -> Vec<Result<(), ParallelError>> {
+    fn join(self) -> Vec<Result<(), ParallelError>> {
         let ends = self.0.into_iter().map(JoinHandle::join);
         ends.map(|end| end.expect("no rank panics")).collect()
     }
+
+    fn join_well(self) {
+        for (index, end) in self.join().into_iter().enumerate() {
+            end.unwrap_or_else(|error| panic!("rank {}: {error}", index + 1));
+        }
+    }
 }
 
-/// Starts an instance whose rank 0 is the caller.
-pub(crate) fn start(model: &Path, options: &LlmOptions) -> (Result<Led, ParallelError>, Followers) {
-    start_group(
-        model,
-        options,
-        memory::group(Grid::of(options).size(), PATIENCE),
-    )
+/// An instance to be started.
+#[derive(Debug)]
+struct Instance {
+    model: PathBuf,
+    /// What the other ranks find; the same, unless the test wants otherwise.
+    elsewhere: PathBuf,
+    options: LlmOptions,
+    group: Vec<MemoryGroup>,
+    peer_timeout: Duration,
 }
 
-pub(crate) fn start_group(
-    model: &Path,
-    options: &LlmOptions,
-    mut group: Vec<MemoryGroup>,
-) -> (Result<Led, ParallelError>, Followers) {
-    let followers = group.drain(1..).map(|end| {
-        thread::spawn(move || {
-            let stop = AtomicBool::new(false);
-            let own = Following {
-                num_threads: None,
-                stop: &stop,
-            };
-            opening::follow(Box::new(end), &own, |threads| {
-                CpuBackend::new(Some(threads))
-            })
-        })
-    });
-    let followers = Followers(followers.collect());
-    let leader = group.pop().expect("rank 0");
-    (lead(model, options, leader), followers)
+impl Instance {
+    fn new(model: &Path, options: LlmOptions) -> Self {
+        Self {
+            model: model.to_owned(),
+            elsewhere: model.to_owned(),
+            group: memory::group(Grid::of(&options).size(), PATIENCE_MS),
+            options,
+            peer_timeout: Duration::from_millis(PATIENCE_MS),
+        }
+    }
+
+    /// `tiny-NAME`.
+    fn tiny(name: &str, tensor: u32, pipeline: u32) -> Self {
+        Self::new(
+            &golden_path(&format!("tiny-{name}")),
+            options(tensor, pipeline),
+        )
+    }
+
+    /// Starts the other ranks and loads; the caller is rank 0.
+    fn start(mut self) -> (Result<Led, ParallelError>, Followers) {
+        let followers = self
+            .group
+            .drain(1..)
+            .map(|end| thread::spawn(move || follow_to_the_end(end)));
+        let followers = Followers(followers.collect());
+        let own = self.group.pop().expect("rank 0");
+        (self.lead(own), followers)
+    }
+
+    fn lead(&self, own: MemoryGroup) -> Result<Led, ParallelError> {
+        let model = self.model.to_str().expect("UTF-8");
+        let header = ModelHeader::read(model, &self.options, None)?;
+        header.check(Grid::of(&self.options))?;
+        let leading = Leading {
+            model: self.elsewhere.to_str().expect("UTF-8").to_owned(),
+            revision: None,
+            options: &self.options,
+            names: RankNames::new(&["node0".to_owned(), "node1".to_owned()]),
+            peer_timeout: self.peer_timeout,
+            stop: &AtomicBool::new(false),
+        };
+        lead(Box::new(own), header, &leading, backend, &|_| ())
+    }
 }
 
-fn lead(model: &Path, options: &LlmOptions, group: MemoryGroup) -> Result<Led, ParallelError> {
-    let model = model.to_str().expect("UTF-8").to_owned();
-    let header = ModelHeader::read(&model, options, None)?;
-    header.check(Grid::of(options))?;
-    let leading = Leading {
-        model,
-        revision: None,
-        options,
-        hosts: &[],
-        peer_timeout: PATIENCE,
+fn backend(threads: usize) -> CpuBackend {
+    CpuBackend::new(Some(threads))
+}
+
+fn follow_to_the_end(end: MemoryGroup) -> Result<(), ParallelError> {
+    let own = Following {
+        num_threads: None,
         stop: &AtomicBool::new(false),
     };
-    let make = |threads| CpuBackend::new(Some(threads));
-    opening::lead(Box::new(group), header, &leading, make, &|_| ())
+    follow(Box::new(end), &own, backend)
 }

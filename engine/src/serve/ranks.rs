@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use super::progress::Progress;
 use super::{ServeError, ServeOptions};
 use crate::backend::cpu::CpuBackend;
-use crate::collective::Collective;
+use crate::collective::{Collective, RankNames};
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
 use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
@@ -39,7 +39,7 @@ pub(super) fn load(
         model: everywhere(&options.model),
         revision: options.revision.clone(),
         options: llm,
-        hosts: &ranks.hosts,
+        names: RankNames::new(&ranks.hosts),
         peer_timeout: ranks.peer_timeout,
         stop,
     };

@@ -1,5 +1,7 @@
 //! Whole instances with a small real model: start, answer, hand off, end.
 
+mod ranks;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

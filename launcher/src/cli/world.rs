@@ -47,6 +47,9 @@ pub(crate) struct WorldArgs {
     /// How long all ranks may take to come, and the deployment to serve, in seconds.
     #[arg(short = 't', long, default_value_t = 180, value_name = "SECONDS")]
     pub(crate) server_start_timeout: u64,
+    /// Longest call of the proxy to an instance, in seconds.
+    #[arg(long, default_value_t = 180, value_name = "SECONDS")]
+    pub(crate) request_timeout: u64,
     /// How long a rank may be silent before it counts as lost, in seconds.
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) peer_timeout: u64,

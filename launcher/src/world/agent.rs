@@ -109,6 +109,8 @@ struct Slot {
 #[derive(Debug)]
 pub(crate) struct Agent {
     reports: mpsc::Sender<Report>,
+    /// For all its processes, before what an order says.
+    environment: Vec<(String, String)>,
     slots: HashMap<usize, Slot>,
     started_count: usize,
     exits: mpsc::Receiver<Event>,
@@ -117,10 +119,11 @@ pub(crate) struct Agent {
 
 impl Agent {
     /// An agent that tells what happens through `reports`.
-    pub(crate) fn new(reports: mpsc::Sender<Report>) -> Self {
+    pub(crate) fn new(reports: mpsc::Sender<Report>, environment: Vec<(String, String)>) -> Self {
         let (exits_sender, exits) = mpsc::channel(64);
         Self {
             reports,
+            environment,
             slots: HashMap::new(),
             started_count: 0,
             exits,
@@ -184,7 +187,7 @@ impl Agent {
         let spec = ChildSpec {
             label: start.slot.label(),
             argv: argv(&start, folder.as_ref().map(TempDir::path))?,
-            environment: start.environment,
+            environment: [self.environment.clone(), start.environment].concat(),
             log_file: PathBuf::new(),
         };
         let input = match (start.input, start.streams) {
@@ -388,7 +391,7 @@ mod tests {
         let (orders, received) = mpsc::channel(8);
         let (sender, reports) = mpsc::channel(8);
         let mut signals = EndSignals::new().unwrap();
-        let agent = Agent::new(sender);
+        let agent = Agent::new(sender, Vec::new());
         Running {
             orders,
             reports,

@@ -170,10 +170,15 @@ impl Ground {
         deadline: Moment,
     ) -> anyhow::Result<(Vec<String>, Secret)> {
         if let Some(pmix) = self.pmix {
-            let fetched = pmix.fetch(0, KEY, deadline);
+            let fetched = fetch_slowly(&pmix, facts, deadline);
             leave_pmix(pmix);
             let text = fetched
-                .map_err(|error| anyhow!("rank 0{} has not told where it is: {error}\nhint: its own last lines say why", on(facts.host_of(0))))
+                .map_err(|error| {
+                    anyhow!(
+                        "rank 0{} has not told where it is: {error}\nhint: its own last lines say why",
+                        on(facts.host_of(0))
+                    )
+                })
                 .outcome(Outcome::TimedOut)?;
             let board = Board::from_text(&text)?;
             return Ok((board.addresses, Secret::from_hex(&board.secret)?));
@@ -208,6 +213,26 @@ fn open_pmix(has_other_way: bool) -> anyhow::Result<Option<Pmix>> {
             Ok(None)
         }
     }
+}
+
+/// Waits for rank 0's notice, and says so now and then.
+fn fetch_slowly(pmix: &Pmix, facts: &RankFacts, deadline: Moment) -> Result<String, PmixError> {
+    let begun = Moment::now();
+    for mark in PROGRESS_MARKS
+        .into_iter()
+        .chain((2..).map(|minute| minute * 60))
+    {
+        let next = deadline.min(begun + Duration::from_secs(mark));
+        match pmix.fetch(0, KEY, next) {
+            Err(PmixError::TimedOut { .. }) if next < deadline => tracing::warn!(
+                waited_s = begun.elapsed().as_secs(),
+                host = facts.host_of(0),
+                "waiting for rank 0"
+            ),
+            other => return other,
+        }
+    }
+    pmix.fetch(0, KEY, deadline)
 }
 
 /// A rank that ends without taking leave takes mpirun's whole world with it.

@@ -131,6 +131,11 @@ impl Verdict {
     /// The exit code of every rank's launcher.
     pub(crate) fn code(&self) -> u8 {
         match self {
+            // A command that had to be killed because of a rank has not ended by that signal of its own.
+            Self::Command {
+                end: End::Signal(_) | End::Unknown | End::Code(0),
+                cause: Some(_),
+            } => Outcome::Failure.code(),
             Self::Command { end, .. } => end.shell_code(),
             // A drain before the wall time is what was planned, not a failure.
             Self::Asked(signal) if *signal == Signal::SIGUSR1 as i32 => 0,

@@ -34,12 +34,11 @@ fn ranks(size: usize, peer_timeout: Duration) -> Vec<TcpGroup> {
     let mut streams: Vec<Vec<Option<TcpStream>>> = (0..size)
         .map(|_| (0..size).map(|_| None).collect())
         .collect();
-    for low in 0..size {
-        for high in low + 1..size {
-            let (out, back) = connected();
-            streams[high][low] = Some(out);
-            streams[low][high] = Some(back);
-        }
+    let pairs = (0..size).flat_map(|high| (0..high).map(move |low| (low, high)));
+    for (low, high) in pairs {
+        let (out, back) = connected();
+        streams[high][low] = Some(out);
+        streams[low][high] = Some(back);
     }
     streams
         .into_iter()

@@ -10,13 +10,13 @@ use baton_configs::llm::{self, LlmOptions};
 use super::load::PROGRESS_PERIOD;
 use super::{Hello, LoadOrder, Report, ToAll, ToLeader, from_bytes, to_bytes};
 use crate::backend::Backend;
-use crate::collective::Collective;
+use crate::collective::{Collective, RankNames};
 use crate::machine::{self, Processors};
 use crate::model::Model;
 use crate::model::load::{LoadProgress, LoadedModel, LoadedShard, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Shard};
+use crate::parallel::ParallelError;
 use crate::parallel::model::{ParallelModel, Ranks};
-use crate::parallel::{ParallelError, rank_name};
 
 /// How often the log says who still loads.
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
@@ -28,8 +28,7 @@ pub(crate) struct Leading<'a> {
     pub(crate) model: String,
     pub(crate) revision: Option<String>,
     pub(crate) options: &'a LlmOptions,
-    /// One host name a rank, or none.
-    pub(crate) hosts: &'a [String],
+    pub(crate) names: RankNames,
     /// How long a rank may be silent.
     pub(crate) peer_timeout: Duration,
     /// Looked at between messages.
@@ -111,7 +110,7 @@ pub(crate) fn lead<B: Backend>(
     decoder.join(collective, &shards);
     let ranks = Ranks {
         shards,
-        hosts: leading.hosts.to_vec(),
+        names: leading.names.clone(),
         weight_bytes: usize::try_from(weight_bytes).unwrap_or(usize::MAX),
         peer_timeout: leading.peer_timeout,
     };
@@ -135,7 +134,7 @@ fn greet(
         let hello: Hello = from_bytes(rank, &message)?;
         if hello.version != own.version {
             return Err(ParallelError::Disagree {
-                rank: rank_name(rank, leading.hosts),
+                rank: leading.names.name(rank),
                 there: format!("baton {}", hello.version),
                 here: format!("baton {}", own.version),
                 hint: "install the same version on every node".to_owned(),
@@ -203,11 +202,8 @@ fn await_others<B: Backend>(
             .collect();
         if logged.elapsed() >= REPORT_PERIOD {
             logged = Instant::now();
-            let names: Vec<_> = missing
-                .iter()
-                .map(|&rank| rank_name(rank, leading.hosts))
-                .collect();
-            tracing::info!(ranks = names.join(", "), "waiting for ranks to load");
+            let ranks = leading.names.list(&missing);
+            tracing::info!(ranks, "waiting for ranks to load");
         }
         for rank in missing {
             if leading.stop.load(Ordering::Relaxed) {
@@ -224,7 +220,7 @@ fn await_others<B: Backend>(
                     reports.insert(rank, report);
                 }
                 ToLeader::Failed(reason) => {
-                    let rank = rank_name(rank, leading.hosts);
+                    let rank = leading.names.name(rank);
                     return Err(ParallelError::Rank { rank, reason });
                 }
             }
@@ -246,7 +242,7 @@ fn check(
 ) -> Result<(), ParallelError> {
     let disagree = |there: String, here: String| {
         Err(ParallelError::Disagree {
-            rank: rank_name(rank, leading.hosts),
+            rank: leading.names.name(rank),
             there,
             here,
             hint: format!("put the same files at {} on every node", leading.model),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::engine::{Engine, EngineConfig, Inbox};
 use crate::model::Model;
-use crate::model::tests::{golden_json, golden_path, test_gguf};
+use crate::model::tests::{golden_json, test_gguf};
 use crate::page::KvDtype;
 use crate::request::{Event, GenerateRequest, RequestKind, SamplingParams};
 
@@ -98,7 +98,6 @@ fn check_tiny(name: &str) {
         .expect("items")
         .iter()
         .collect();
-    let path = golden_path(&format!("tiny-{name}"));
     for (tensor, pipeline) in [
         (2, 1),
         (4, 1),
@@ -109,12 +108,10 @@ fn check_tiny(name: &str) {
         (4, 2),
         (1, 8),
     ] {
-        let (led, followers) = start(&path, &options(tensor, pipeline));
+        let (led, followers) = Instance::tiny(name, tensor, pipeline).start();
         let led = led.unwrap_or_else(|error| panic!("{tensor} x {pipeline}: {error}"));
         check_answers(led.loaded.model, &items, 257);
-        for end in followers.join() {
-            end.unwrap_or_else(|error| panic!("{tensor} x {pipeline}: {error}"));
-        }
+        followers.join_well();
     }
 }
 
@@ -144,10 +141,9 @@ fn smollm2_on_three_tensor_ranks_and_on_two_stages() {
     let items = golden["items"].as_array().expect("items");
     let items = [&items[0], &items[11], &items[14]];
     for (tensor, pipeline) in [(3, 1), (1, 2)] {
-        let (led, followers) = start(&test_gguf(), &options(tensor, pipeline));
+        let instance = Instance::new(&test_gguf(), options(tensor, pipeline));
+        let (led, followers) = instance.start();
         check_answers(led.expect("it loads").loaded.model, &items, 2);
-        for end in followers.join() {
-            end.expect("a clean end");
-        }
+        followers.join_well();
     }
 }

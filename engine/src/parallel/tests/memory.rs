@@ -1,6 +1,8 @@
 //! Ranks that are threads of one process, joined by channels.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -12,26 +14,28 @@ use crate::collective::{Collective, CollectiveError};
 #[derive(Debug)]
 pub(crate) struct MemoryGroup {
     rank: usize,
-    patience: Duration,
+    pub(crate) patience: Patience,
     /// To each rank; what goes to oneself is never used.
     to: Vec<Sender<Vec<u8>>>,
     from: Vec<Receiver<Vec<u8>>>,
-    /// Messages that may still be sent before this end breaks.
-    pub(crate) messages_left: usize,
-    /// Length of the last broadcast.
-    pub(crate) broadcast_bytes: usize,
+    /// Messages that may still be sent before this end breaks, or falls silent.
+    pub(crate) messages_left: Arc<AtomicUsize>,
+    pub(crate) falls_silent: bool,
 }
 
+/// How long an end waits, in milliseconds; may be changed while it is in use.
+pub(crate) type Patience = Arc<AtomicU64>;
+
 /// The ends of a group, in the ranks' order.
-pub(crate) fn group(size: usize, patience: Duration) -> Vec<MemoryGroup> {
+pub(crate) fn group(size: usize, patience_ms: u64) -> Vec<MemoryGroup> {
     let mut ends: Vec<MemoryGroup> = (0..size)
         .map(|rank| MemoryGroup {
             rank,
-            patience,
+            patience: Arc::new(AtomicU64::new(patience_ms)),
             to: Vec::new(),
             from: Vec::new(),
-            messages_left: usize::MAX,
-            broadcast_bytes: 0,
+            messages_left: Arc::new(AtomicUsize::new(usize::MAX)),
+            falls_silent: false,
         })
         .collect();
     for sender in 0..size {
@@ -94,23 +98,32 @@ impl Collective for MemoryGroup {
     }
 
     fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError> {
-        if self.messages_left == 0 {
-            return Err(Self::lost(self.rank, "breaking on purpose"));
+        let count = |left: usize| left.checked_sub(1);
+        let left = &self.messages_left;
+        if left
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, count)
+            .is_err()
+        {
+            return if self.falls_silent {
+                Ok(())
+            } else {
+                Err(Self::lost(self.rank, "breaking on purpose"))
+            };
         }
-        self.messages_left -= 1;
         self.to[to]
             .send(message.to_vec())
             .map_err(|_| Self::lost(to, "sending"))
     }
 
     fn receive(&mut self, from: usize, message: &mut Vec<u8>) -> Result<(), CollectiveError> {
+        let patience = Duration::from_millis(self.patience.load(Ordering::Relaxed));
         *message = self.from[from]
-            .recv_timeout(self.patience)
+            .recv_timeout(patience)
             .map_err(|error| match error {
                 RecvTimeoutError::Timeout => CollectiveError::TimedOut {
                     peer: format!("rank {from}"),
                     doing: "receiving".to_owned(),
-                    waited_ms: self.patience.as_millis(),
+                    waited_ms: patience.as_millis(),
                 },
                 RecvTimeoutError::Disconnected => Self::lost(from, "receiving"),
             })?;
@@ -121,7 +134,6 @@ impl Collective for MemoryGroup {
         if self.rank > 0 {
             return self.receive(0, message);
         }
-        self.broadcast_bytes = message.len();
         (1..self.size()).try_for_each(|peer| self.send(peer, message))
     }
 }

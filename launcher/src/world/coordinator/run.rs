@@ -17,11 +17,13 @@ use crate::http::HttpClient;
 use crate::supervisor::restart_pause;
 use crate::world::instance::{Instance, InstanceSpec, PROXY, Step};
 use crate::world::links::{Event, Link};
-use crate::world::membership::{Membership, identity};
+use crate::world::membership::{COMMAND, Membership, identity};
 use crate::world::protocol::{End, Order, Program, Report, SlotId, Start, Streams};
 
 /// How long the others of a broken instance may take to end by themselves.
-const BROKEN_GRACE: Duration = Duration::from_secs(3);
+///
+/// One that computes sees the loss at once and tells its clients; one that idles has nobody to tell.
+const BROKEN_GRACE: Duration = Duration::from_secs(1);
 const HEALTH_POLL: Duration = Duration::from_millis(50);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -70,7 +72,7 @@ impl Coordinator {
                 None
             }
             Report::NotStarted { slot, reason } => {
-                let cause = format!("{} on {}: {reason}", slot.label(), self.rank_name(agent));
+                let cause = format!("{}: {reason}", self.process_name(agent, &slot));
                 Some(Verdict::Broken {
                     outcome: Outcome::Unavailable,
                     cause,
@@ -190,8 +192,11 @@ impl Coordinator {
             .collect()
     }
 
+    /// Devices and the role's own variables. A command that is not ours keeps its environment as it is.
     fn environment(&self, spec: &InstanceSpec, rank: u32, link: &Link) -> Vec<(String, String)> {
-        let devices = if self.spec.local {
+        let devices = if spec.label == COMMAND && rank == 0 {
+            None
+        } else if self.spec.local {
             self.spec.local_environment.get(rank as usize).cloned()
         } else {
             Some(link.hello.environment.clone())
@@ -400,7 +405,7 @@ impl Coordinator {
     // === breaking ===
 
     fn ended(&mut self, agent: usize, slot: &SlotId, end: End, tail: &[String]) -> Option<Verdict> {
-        let mut cause = format!("{} on {}: {end}", slot.label(), self.rank_name(agent));
+        let mut cause = format!("{}: {end}", self.process_name(agent, slot));
         for line in tail {
             cause.push_str(&format!("\n    {line}"));
         }
@@ -410,6 +415,14 @@ impl Coordinator {
             .position(|instance| instance.is(slot))?;
         let step = self.instances[index].ended(slot.rank, end, cause);
         self.after(index, step)
+    }
+
+    /// `gen0.1 on rank 5 (node3)`.
+    fn process_name(&self, agent: usize, slot: &SlotId) -> String {
+        if self.spec.local {
+            return slot.label();
+        }
+        format!("{} on {}", slot.label(), self.rank_name(agent))
     }
 
     fn lost(&mut self, agent: usize, reason: &str) -> Option<Verdict> {
