@@ -133,11 +133,16 @@ pub fn llmapi_launch() -> PathBuf {
 pub async fn file_text(path: &Path, limit: Duration, mut ended: impl FnMut() -> bool) -> String {
     let what = format!("{} to be written", path.display());
     eventually(&what, limit, async || {
+        // In this order, so that what was written just before the end is seen.
         let over = ended();
-        let text = std::fs::read_to_string(path).ok()?;
-        let text = text.trim().to_owned();
-        assert!(!(over && text.is_empty()), "{what}: its writer has ended");
-        (!text.is_empty()).then_some(text)
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let text = text.trim();
+        assert!(
+            !(over && text.is_empty()),
+            "nobody is left that would write {}",
+            path.display()
+        );
+        (!text.is_empty()).then(|| text.to_owned())
     })
     .await
 }

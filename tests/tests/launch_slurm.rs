@@ -7,6 +7,7 @@ use baton_tests::client;
 use baton_tests::cluster::{Cluster, Step};
 use baton_tests::golden;
 use baton_tests::launch::{self, READY, Shape};
+use baton_tests::process::{Baton, eventually};
 
 /// How long everything may take to be gone once the end was asked for.
 const GONE: Duration = Duration::from_secs(60);
@@ -20,6 +21,13 @@ fn write_config(cluster: &Cluster, model: &str, context: Shape, generation: Shap
     let file = cluster.folder().join("disagg_config.yaml");
     std::fs::write(&file, launch::config(model, "0.0.0.0", context, generation)).expect("a config");
     file
+}
+
+/// The small real model where every node sees it; its cache may lie in /tmp.
+fn shared_model(cluster: &Cluster) -> String {
+    let file = cluster.folder().join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    std::fs::copy(baton_tests::model(), &file).expect("a copy of the model");
+    words(&file)
 }
 
 /// Starts `srun SRUN… baton launch -c CONFIG` and waits until the proxy can serve; gives its address.
@@ -48,13 +56,17 @@ async fn nothing_left(cluster: &Cluster) {
         .await;
 }
 
-/// Ends a world as scancel does, and looks whether anything is left on any node.
-async fn end(cluster: &Cluster, mut step: Step) {
-    let cancelled = cluster
-        .slurm("scancel", &["--name", &step.job().to_owned()])
-        .await;
+/// Ends a world as scancel does.
+async fn cancel(cluster: &Cluster, mut step: Step) {
+    let job = step.job().to_owned();
+    let cancelled = cluster.slurm("scancel", &["--name", &job]).await;
     assert!(cancelled.status.success(), "{cancelled:?}");
     step.ended(GONE).await;
+}
+
+/// The same, and looks whether anything is left on any node.
+async fn end(cluster: &Cluster, step: Step) {
+    cancel(cluster, step).await;
     nothing_left(cluster).await;
 }
 
@@ -178,7 +190,7 @@ async fn llmapi_launch_makes_one_server() {
     let mut step = cluster.srun(&[&srun[..], &serve[..]].concat(), &[]);
     let address = format!("{}:8001", nodes[0].1);
     let what = format!("{address} to be healthy");
-    baton_tests::process::eventually(&what, READY, async || {
+    eventually(&what, READY, async || {
         assert_eq!(step.try_status(), None, "it ended:\n{}", step.log());
         let answer = client::get(&address, "/health").await.ok()?;
         (answer.status == 200).then_some(())
@@ -194,7 +206,7 @@ async fn a_real_model_over_three_ranks() {
     let Some(cluster) = Cluster::alone().await else {
         return;
     };
-    let model = baton_tests::model();
+    let model = shared_model(&cluster);
     for (shape, count) in [(Shape::new(1, 3, 1), "-n6"), (Shape::new(1, 1, 2), "-n4")] {
         let config = write_config(&cluster, &model, shape, shape);
         let srun = ["-N3", count, "-m", "cyclic", "--mpi=pmix"];
@@ -212,7 +224,7 @@ async fn a_model_that_does_not_divide_is_refused() {
     };
     let config = write_config(
         &cluster,
-        &baton_tests::model(),
+        &shared_model(&cluster),
         Shape::new(1, 2, 1),
         Shape::new(1, 2, 1),
     );
@@ -259,20 +271,17 @@ async fn separate_jobs_and_a_proxy() {
             "--address-dir",
             &folder,
         ];
-        jobs.push((label, cluster.srun(&srun, &[])));
+        jobs.push(cluster.srun(&srun, &[]));
     }
-    let mut urls = Vec::new();
-    for (label, step) in &mut jobs {
-        let file = cluster.folder().join(format!("{label}.addr"));
-        let address = launch::file_text(&file, READY, || step.try_status().is_some()).await;
-        urls.push(format!("    - \"{address}\"\n"));
-    }
+    let url = |label: &str| format!("\"file:{folder}/{label}.addr\"");
     let text = format!(
-        "hostname: 127.0.0.1\nport: 0\ncontext_servers:\n  num_instances: 2\n  urls:\n{}{}\
-         generation_servers:\n  num_instances: 1\n  urls:\n{}",
-        urls[0], urls[1], urls[2]
+        "hostname: 127.0.0.1\nport: 0\ncontext_servers:\n  num_instances: 2\n  urls: [{}, {}]\n\
+         generation_servers:\n  num_instances: 1\n  urls: [{}]\n",
+        url("ctx0"),
+        url("ctx1"),
+        url("gen0")
     );
-    let mut proxy = baton_tests::process::Baton::start_with(
+    let mut proxy = Baton::start_with(
         &[("disagg_config.yaml", &text)],
         &["disaggregated", "-c", "@/disagg_config.yaml"],
         &[],
@@ -280,11 +289,8 @@ async fn separate_jobs_and_a_proxy() {
     let address = proxy.ready().await;
     launch::answers_tiny(&address, "qwen3").await;
     drop(proxy);
-    for (_, step) in jobs {
-        let job = step.job().to_owned();
-        cluster.slurm("scancel", &["--name", &job]).await;
-        let mut step = step;
-        step.ended(GONE).await;
+    for step in jobs {
+        cancel(&cluster, step).await;
     }
     nothing_left(&cluster).await;
 }
