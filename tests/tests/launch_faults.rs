@@ -1,0 +1,424 @@
+//! Worlds that start wrong, in part, or lose a rank, a node or their secret: each ends or goes on in bounded time, with
+//! the one line that says what to do.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use baton_tests::client;
+use baton_tests::cluster::{Cluster, NodeProcess, Step};
+use baton_tests::launch::{self, READY, Shape};
+use baton_tests::process::eventually;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+const GONE: Duration = Duration::from_secs(60);
+
+fn baton() -> String {
+    baton_tests::binary().to_string_lossy().into_owned()
+}
+
+fn write_config(cluster: &Cluster, context: Shape, generation: Shape) -> String {
+    let file = cluster.folder().join("disagg_config.yaml");
+    let model = baton_tests::tiny_model("llama");
+    std::fs::write(
+        &file,
+        launch::config(&model, "0.0.0.0", context, generation),
+    )
+    .expect("a config");
+    file.to_string_lossy().into_owned()
+}
+
+fn ready_file(cluster: &Cluster) -> PathBuf {
+    cluster.folder().join("ready")
+}
+
+/// Starts `srun SRUN… baton launch -c CONFIG MORE…`.
+fn start(cluster: &Cluster, srun: &[&str], config: &str, more: &[&str]) -> Step {
+    let (baton, ready) = (baton(), ready_file(cluster));
+    let ready = ready.to_string_lossy();
+    let own = [&baton, "launch", "-c", config, "--ready-file", &ready];
+    cluster.srun(&[srun, &own, more].concat(), &[])
+}
+
+async fn ready(cluster: &Cluster, step: &mut Step) -> String {
+    launch::file_text(&ready_file(cluster), READY, || step.try_status().is_some()).await
+}
+
+async fn end(cluster: &Cluster, mut step: Step) {
+    cluster
+        .slurm("scancel", &["--name", &step.job().to_owned()])
+        .await;
+    step.ended(GONE).await;
+    cluster.nothing_left(&baton(), GONE).await;
+}
+
+/// Waits for the step's failure and looks for the line that explains it; prints case, time and line.
+async fn fails(case: &str, step: &mut Step, limit: Duration, needles: &[&str]) {
+    let begun = Instant::now();
+    let status = step.ended(limit).await;
+    let log = step.log();
+    assert!(!status.success(), "{case}:\n{log}");
+    let told = log
+        .lines()
+        .find(|line| needles.iter().all(|needle| line.contains(needle)));
+    let told = told.unwrap_or_else(|| panic!("{case}: no line with {needles:?} in\n{log}"));
+    assert!(log.contains("hint: "), "{case}: no hint in\n{log}");
+    eprintln!("{case} | {:.1} s | {told}", begun.elapsed().as_secs_f32());
+}
+
+#[tokio::test]
+async fn a_rank_that_never_starts() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 2, 1), Shape::new(1, 1, 1));
+    let script = format!(
+        "[ $SLURM_PROCID != 2 ] || exec sleep 30; exec {} launch -c {config} -t 7",
+        baton()
+    );
+    let mut step = cluster.srun(&["-N3", "-n3", "--mpi=pmix", "bash", "-c", &script], &[]);
+    // Said while it waits, not only at the end.
+    let waiting = step.line("waiting for ranks", READY).await;
+    assert!(waiting.contains("rank 2 (node3)"), "{waiting}");
+    let job = step.job().to_owned();
+    let told = step.line("2 of 3 ranks came within 7 s", GONE).await;
+    assert!(told.contains("missing: rank 2 (node3)"), "{told}");
+    cluster.slurm("scancel", &["--name", &job]).await;
+    fails("2 of 3 ranks start", &mut step, GONE, &["2 of 3 ranks"]).await;
+    cluster.nothing_left(&baton(), GONE).await;
+}
+
+#[tokio::test]
+async fn rank_zero_never_starts() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
+    let script = format!(
+        "[ $SLURM_PROCID != 0 ] || exec sleep 30; exec {} launch -c {config} -t 7",
+        baton()
+    );
+    let mut step = cluster.srun(&["-N2", "-n2", "--mpi=pmix", "bash", "-c", &script], &[]);
+    let told = step
+        .line("rank 0 on node1 has not told where it is", GONE)
+        .await;
+    assert!(told.contains("7 s"), "{told}");
+    let job = step.job().to_owned();
+    cluster.slurm("scancel", &["--name", &job]).await;
+    fails("rank 0 never starts", &mut step, GONE, &["rank 0 on node1"]).await;
+    cluster.nothing_left(&baton(), GONE).await;
+}
+
+#[tokio::test]
+async fn a_size_that_lies() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
+    let script = format!("export SLURM_NTASKS=8; exec {} launch -c {config}", baton());
+    let mut step = cluster.srun(&["-N2", "-n2", "--mpi=pmix", "bash", "-c", &script], &[]);
+    fails(
+        "SLURM_NTASKS lies",
+        &mut step,
+        Duration::from_secs(15),
+        &["SLURM_STEP_NUM_TASKS=2", "SLURM_NTASKS=8"],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn no_pmix_and_no_secret() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
+    let mut step = start(&cluster, &["-N2", "-n2", "--mpi=none"], &config, &[]);
+    fails(
+        "--mpi=none without a secret",
+        &mut step,
+        Duration::from_secs(15),
+        &["srun", "no PMIx server", "BATON_JOB_SECRET"],
+    )
+    .await;
+    assert!(step.log().contains("--mpi=pmix"), "{}", step.log());
+}
+
+/// One process of a world on a node, by what its command line holds.
+async fn process_on(cluster: &Cluster, node: &str, needle: &str) -> NodeProcess {
+    let own = baton();
+    let what = format!("`{needle}` to run on {node}");
+    eventually(&what, READY, async || {
+        let all = cluster.processes(node).await;
+        all.into_iter()
+            .find(|process| process.command.contains(&own) && process.command.contains(needle))
+    })
+    .await
+}
+
+fn kill_now(process: &NodeProcess) {
+    kill(Pid::from_raw(process.pid), Signal::SIGKILL).expect("the process is there");
+}
+
+/// A streaming request: its text pieces, or what went wrong. Silence is neither, and ends with the client's deadline.
+async fn stream(address: &str, tokens: u32) -> Result<usize, String> {
+    let body = json!({"model": "m", "prompt": [5, 6, 7], "max_tokens": tokens, "temperature": 0, "stream": true,
+        "ignore_eos": true});
+    let events = client::stream(address, "/v1/completions", &body).await;
+    events
+        .map(|events: Vec<Value>| events.len())
+        .map_err(|error| format!("{error:#}"))
+}
+
+/// kill -9 of a generation rank under 20 requests a second: the others serve on, it comes back, nobody hangs.
+#[tokio::test]
+async fn a_killed_generation_rank_comes_back() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(2, 2, 1));
+    // ctx0 on node1, gen0 on node1 and node2, gen1 on node2 and node3.
+    let srun = [
+        "-N3",
+        "-n5",
+        "-m",
+        "block",
+        "--ntasks-per-node=2",
+        "--mpi=pmix",
+    ];
+    let mut step = start(&cluster, &srun, &config, &[]);
+    let address = ready(&cluster, &mut step).await;
+    let follower = process_on(&cluster, "node3", " rank").await;
+    let mut requests = JoinSet::new();
+    let mut ticks = tokio::time::interval(Duration::from_millis(50));
+    let begun = Instant::now();
+    let mut killed = None;
+    while begun.elapsed() < Duration::from_secs(8) {
+        ticks.tick().await;
+        let address = address.clone();
+        requests.spawn(async move { stream(&address, 24).await });
+        if killed.is_none() && begun.elapsed() > Duration::from_secs(2) {
+            kill_now(&follower);
+            killed = Some(Instant::now());
+        }
+    }
+    let back = step
+        .line("instance=\"gen1\" epoch=2 elapsed_ms=", READY)
+        .await;
+    let (mut served, mut lost) = (0, Vec::new());
+    while let Some(done) = requests.join_next().await {
+        match done.expect("a request ends") {
+            Ok(_) => served += 1,
+            Err(reason) => lost.push(reason),
+        }
+    }
+    eprintln!(
+        "killed generation rank | {back} | {served} served, {} lost: {lost:?}",
+        lost.len()
+    );
+    // At most what one of two instances had in hand.
+    assert!(
+        served >= 100 && lost.len() <= 32,
+        "{served} served, {lost:?}"
+    );
+    assert!(
+        lost.iter()
+            .all(|reason| reason.contains("error event") || reason.contains("status 50")),
+        "somebody was told nothing: {lost:?}"
+    );
+    launch::answers_tiny(&address, "llama").await;
+    end(&cluster, step).await;
+}
+
+/// The same for the leader, and for a context rank; each is one instance's loss.
+#[tokio::test]
+async fn killed_leaders_come_back() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 2, 1), Shape::new(1, 2, 1));
+    let srun = [
+        "-N2",
+        "-n4",
+        "-m",
+        "block",
+        "--ntasks-per-node=2",
+        "--mpi=pmix",
+    ];
+    let mut step = start(&cluster, &srun, &config, &[]);
+    let address = ready(&cluster, &mut step).await;
+    for (node, label) in [("node1", "ctx0"), ("node2", "gen0")] {
+        let needle = format!("--instance {label}");
+        kill_now(&process_on(&cluster, node, &needle).await);
+        let line = format!("serves instance=\"{label}\" epoch=2");
+        step.line(&line, READY).await;
+        eventually("the proxy to see it", READY, async || {
+            stream(&address, 2).await.ok()
+        })
+        .await;
+        launch::answers_tiny(&address, "llama").await;
+    }
+    end(&cluster, step).await;
+}
+
+/// The first follower that this machine starts, seen within a millisecond or two of its start.
+fn first_follower(limit: Duration) -> Option<Pid> {
+    let command = format!("{}\0rank\0", baton());
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let found = processes.into_iter().find_map(|process| {
+            let pid: i32 = process.file_name().to_str()?.parse().ok()?;
+            let words = std::fs::read(process.path().join("cmdline")).ok()?;
+            String::from_utf8_lossy(&words)
+                .starts_with(&command)
+                .then_some(Pid::from_raw(pid))
+        });
+        if found.is_some() {
+            return found;
+        }
+        std::thread::park_timeout(Duration::from_millis(1));
+    }
+    None
+}
+
+/// A rank that dies while it starts ends the start, with its name and how it ended.
+#[tokio::test]
+async fn a_rank_killed_while_it_starts() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 2, 1));
+    let killer = std::thread::spawn(|| {
+        let follower = first_follower(READY).expect("a follower");
+        kill(follower, Signal::SIGKILL).expect("it is there");
+    });
+    let mut step = start(&cluster, &["-N3", "-n3", "--mpi=pmix"], &config, &[]);
+    let begun = Instant::now();
+    let told = step.line("gen0.1 on rank 2 (node3)", READY).await;
+    eprintln!(
+        "killed while it starts | {:.1} s | {told}",
+        begun.elapsed().as_secs_f32()
+    );
+    assert!(told.contains("SIGKILL"), "{told}");
+    killer.join().expect("it was killed");
+    let status = step.ended(READY).await;
+    assert!(!status.success(), "{}", step.log());
+    cluster.nothing_left(&baton(), GONE).await;
+}
+
+#[tokio::test]
+async fn a_node_cut_off_for_20_seconds() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 2, 1));
+    let mut step = start(&cluster, &["-N3", "-n3", "--mpi=pmix"], &config, &[]);
+    let address = ready(&cluster, &mut step).await;
+    let cut = cluster.cut("node3").await;
+    let outage = tokio::time::sleep(Duration::from_secs(20));
+    // Asked while its rank is away: answered late or refused, but not left hanging.
+    let asked = tokio::spawn({
+        let address = address.clone();
+        async move { stream(&address, 4).await }
+    });
+    outage.await;
+    drop(cut);
+    let told = asked.await.expect("a request ends");
+    eprintln!("20 s without node3 | a request meanwhile: {told:?}");
+    eventually("the deployment to answer again", READY, async || {
+        stream(&address, 2).await.ok()
+    })
+    .await;
+    launch::answers_tiny(&address, "llama").await;
+    end(&cluster, step).await;
+}
+
+#[tokio::test]
+async fn a_node_cut_off_for_ever() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 2, 1));
+    let more = ["--peer-timeout", "6"];
+    let mut step = start(&cluster, &["-N3", "-n3", "--mpi=pmix"], &config, &more);
+    ready(&cluster, &mut step).await;
+    let cut = cluster.cut("node3").await;
+    let begun = Instant::now();
+    let told = step.line("rank 2 (node3)", GONE).await;
+    eprintln!(
+        "node3 gone | {:.1} s | {told}",
+        begun.elapsed().as_secs_f32()
+    );
+    assert!(begun.elapsed() < Duration::from_secs(20), "{told}");
+    drop(cut);
+    let job = step.job().to_owned();
+    cluster.slurm("scancel", &["--name", &job]).await;
+    step.ended(GONE).await;
+    cluster.nothing_left(&baton(), GONE).await;
+}
+
+#[tokio::test]
+async fn two_jobs_of_one_config_on_one_node() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
+    let baton = baton();
+    let files = ["one", "two"].map(|name| cluster.folder().join(name));
+    let mut steps = Vec::new();
+    for file in &files {
+        let file = file.to_string_lossy();
+        let srun = [
+            "-w",
+            "node1",
+            "-n2",
+            "--mpi=pmix",
+            &baton,
+            "launch",
+            "-c",
+            &config,
+            "--ready-file",
+            &file,
+        ];
+        steps.push(cluster.srun(&srun, &[]));
+    }
+    for (file, step) in files.iter().zip(&mut steps) {
+        let address = launch::file_text(file, READY, || step.try_status().is_some()).await;
+        launch::answers_tiny(&address, "llama").await;
+    }
+    for step in steps {
+        let mut step = step;
+        let job = step.job().to_owned();
+        cluster.slurm("scancel", &["--name", &job]).await;
+        step.ended(GONE).await;
+    }
+    cluster.nothing_left(&baton, GONE).await;
+}
+
+#[tokio::test]
+async fn a_leftover_process_on_the_wanted_port() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let script = baton_tests::root().join("scripts/slurm-cluster");
+    let listener = "import socket,time; s=socket.socket(); s.bind(('0.0.0.0',8123)); s.listen(); print('holds', flush=True); time.sleep(60)";
+    let mut holder = cluster.start(
+        &script.to_string_lossy(),
+        &["exec", "node1", "python3", "-c", listener],
+        &[],
+    );
+    holder.line("holds", GONE).await;
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
+    let text = std::fs::read_to_string(&config).expect("the config");
+    std::fs::write(&config, text.replacen("port: 0", "port: 8123", 1)).expect("the config");
+    let mut step = start(
+        &cluster,
+        &["-w", "node1", "-n2", "--mpi=pmix"],
+        &config,
+        &[],
+    );
+    fails("a leftover on the port", &mut step, READY, &["8123"]).await;
+    cluster.nothing_left(&baton(), GONE).await;
+}
