@@ -1,6 +1,7 @@
 //! `baton serve` and `baton disaggregated`: from typed flags to a running server, and its end to an outcome.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use anyhow::anyhow;
 use baton_configs::llm::{self, LlmOverrides};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::FollowerSpec;
-use baton_engine::serve::{ServeError, ServeOptions};
+use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
 
@@ -16,6 +17,7 @@ use crate::cli::{DisaggregatedArgs, ServeArgs, ServerRole};
 use crate::exit::{Outcome, WithOutcome};
 use crate::files;
 use crate::launch;
+use crate::reach;
 use crate::world::agent::EndSignals;
 use crate::world::membership::Membership;
 
@@ -46,6 +48,7 @@ async fn serve_here(
     membership: Option<Membership>,
 ) -> anyhow::Result<Outcome> {
     let supervised = membership.is_some();
+    options.advertise = advertise(membership.as_ref());
     if let Some(membership) = membership {
         let threads = membership.num_threads;
         options.llm.num_threads.get_or_insert(threads);
@@ -90,10 +93,6 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
 }
 
 fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
-    if args.port == 0 && args.report_addr.is_none() {
-        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE"))
-            .outcome(Outcome::Usage);
-    }
     let file = args
         .config
         .as_deref()
@@ -101,8 +100,16 @@ fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
         .transpose()
         .outcome(Outcome::Config)?;
     let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
+    if args.port == 0 && args.report_addr.is_none() && llm.cluster.is_none() {
+        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE, or --disagg-cluster-uri URI to register"))
+            .outcome(Outcome::Usage);
+    }
     files::warn(&warnings);
     let mut options = ServeOptions::new(args.model.clone());
+    options.role = args.server_role.map(|role| match role {
+        ServerRole::Context => WorkerRole::Context,
+        ServerRole::Generation => WorkerRole::Generation,
+    });
     options.revision.clone_from(&args.revision);
     options.host.clone_from(&args.host);
     options.port = args.port;
@@ -125,9 +132,8 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
         baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
     files::warn(&warnings);
     config.port = args.port.unwrap_or(config.port);
-    let supervised = Membership::from_environment()
-        .outcome(Outcome::Usage)?
-        .is_some();
+    let membership = Membership::from_environment().outcome(Outcome::Usage)?;
+    let supervised = membership.is_some();
     let mut options = ProxyOptions::new(config);
     options.timeouts.server_start = Duration::from_secs(args.server_start_timeout);
     options.timeouts.request = Duration::from_secs(args.request_timeout);
@@ -135,12 +141,21 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
         .map_err(anyhow::Error::msg)
         .outcome(Outcome::Usage)?;
     options.report_addr = args.report_addr;
+    options.advertise = advertise(membership.as_ref());
     options.metrics_log_interval =
         (args.metrics_log_interval > 0).then(|| Duration::from_secs(args.metrics_log_interval));
     until_asked(supervised, |shutdown| async move {
         baton_proxy::run(options, shutdown).await.map_err(of_proxy)
     })
     .await
+}
+
+/// This machine's address for others: the one that other ranks use, else the likeliest.
+fn advertise(membership: Option<&Membership>) -> Option<IpAddr> {
+    match membership {
+        Some(membership) => membership.host.parse().ok(),
+        None => reach::addresses().into_iter().next(),
+    }
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {
@@ -157,6 +172,7 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
         chat_template: args.chat_template.clone(),
         tokenizer: args.tokenizer.clone(),
         backend: args.backend.clone(),
+        disagg_cluster_uri: args.disagg_cluster_uri.clone(),
         ..LlmOverrides::default()
     }
 }
@@ -236,7 +252,7 @@ fn of_serve(error: ServeError) -> anyhow::Error {
         | ServeError::ChatTemplate(_)
         | ServeError::NoPool { .. }
         | ServeError::Transceiver(_) => Outcome::Unavailable,
-        ServeError::Fault(_) => Outcome::Usage,
+        ServeError::Registration(_) | ServeError::Fault(_) => Outcome::Usage,
         _ => Outcome::Failure,
     };
     crate::exit::coded(outcome, error)

@@ -87,8 +87,6 @@ pub(crate) struct Timeouts {
 
 /// The proxy of a world.
 pub(crate) struct ProxySpec {
-    /// Whether it binds all addresses of its machine, so that others are told one that they can reach.
-    pub(crate) binds_all: bool,
     /// Its command line, and the text of its config for instances at these addresses (in the order of the instances).
     pub(crate) start: Box<dyn Fn(&[String]) -> anyhow::Result<ProxyStart> + Send>,
 }
