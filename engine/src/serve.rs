@@ -35,6 +35,8 @@ use crate::ranks::LeaderRanks;
 use crate::server::app::App;
 pub use crate::server::listener::ListenError;
 use crate::server::listener::{Listener, reachable, report_address};
+use crate::server::registration::{Registration, RegistrationPlan};
+pub use crate::server::registration::{RegistrationError, WorkerRole};
 use crate::tokenizer::{ChatError, TokenizerError};
 use crate::transceiver::TransceiverStartError;
 use crate::transport::fault::FaultSyntaxError;
@@ -67,6 +69,8 @@ pub struct ServeOptions {
     pub llm: LlmOptions,
     /// How long running requests may go on after the shutdown was asked for.
     pub drain: Duration,
+    /// As what it registers, where `llm` says where.
+    pub role: Option<WorkerRole>,
     /// How to come by the other ranks, where `llm` asks for more than one.
     pub ranks: Option<LeaderRanks>,
 }
@@ -84,6 +88,7 @@ impl ServeOptions {
             instance: String::new(),
             llm: LlmOptions::default(),
             drain: Duration::from_secs(30),
+            role: None,
             ranks: None,
         }
     }
@@ -96,6 +101,9 @@ pub enum ServeError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Where and as what to register.
+    #[error(transparent)]
+    Registration(#[from] RegistrationError),
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -163,6 +171,8 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let listener = Listener::bind(&options.host, options.port).await?;
     let address = listener.address();
+    let cluster = options.llm.cluster.as_ref();
+    let registration = RegistrationPlan::new(cluster, options.role, address)?;
     if let Some(path) = &options.report_addr {
         report_address(path, address)?;
     }
@@ -197,6 +207,7 @@ pub async fn serve(
         http,
         app,
         url,
+        registration,
         drain: options.drain,
     };
     ready.serve(shutdown).await
@@ -208,6 +219,7 @@ struct Ready {
     http: Http,
     app: Arc<App>,
     url: String,
+    registration: Option<RegistrationPlan>,
     drain: Duration,
 }
 
@@ -223,13 +235,17 @@ impl Ready {
         let model = service.facts.model.clone();
         self.app.open(service);
         tracing::info!(%model, url = %self.url, "serving");
+        let registration = Registration::start(self.registration);
         tokio::select! {
             () = shutdown => {}
             ended = &mut watch => {
+                registration.end().await;
                 self.http.stop(LAST_WORDS).await;
                 return engine_end(ended);
             }
         }
+        // First of all, so that no new request is sent here.
+        registration.end().await;
         tracing::info!(drain_ms = self.drain.as_millis(), "draining");
         self.app.drain();
         engine.shutdown(Instant::now() + self.drain);

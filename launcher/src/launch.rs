@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
 use anyhow::Context;
-use baton_configs::disagg::{self, DisaggDocument, Endpoint};
+use baton_configs::disagg::{self, DisaggDocument, ServerAddress};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::Fabric;
 use baton_engine::secret::Secret;
@@ -287,12 +287,12 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         let mut config = document.proxy.clone();
         let (mut context, mut generation) = (Vec::new(), Vec::new());
         for (planned, address) in planned.iter().zip(addresses) {
-            let endpoint: Endpoint = files::endpoint(address)?;
+            let server: ServerAddress = files::endpoint(address)?.into();
             if planned.role.reads() {
-                context.push(endpoint.clone());
+                context.push(server.clone());
             }
             if planned.role.writes() {
-                generation.push(endpoint);
+                generation.push(server);
             }
         }
         config.context_servers.servers = context;

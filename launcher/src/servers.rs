@@ -8,7 +8,7 @@ use anyhow::anyhow;
 use baton_configs::llm::{self, LlmOverrides};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::FollowerSpec;
-use baton_engine::serve::{ServeError, ServeOptions};
+use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
 
@@ -79,19 +79,17 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
         // A rank ends when its leader says so: a signal that all processes of a step get must not end it in the middle
         // of the leader's drain. Its launcher kills it when that is needed.
         let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
-        tokio::task::spawn_blocking(move || baton_engine::serve::follow(&spec, &AtomicBool::new(false)))
-            .await
-            .outcome(Outcome::Failure)?
-            .map_err(of_serve)?;
+        tokio::task::spawn_blocking(move || {
+            baton_engine::serve::follow(&spec, &AtomicBool::new(false))
+        })
+        .await
+        .outcome(Outcome::Failure)?
+        .map_err(of_serve)?;
         Ok(Outcome::Success)
     })
 }
 
 fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
-    if args.port == 0 && args.report_addr.is_none() {
-        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE"))
-            .outcome(Outcome::Usage);
-    }
     let file = args
         .config
         .as_deref()
@@ -99,8 +97,16 @@ fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
         .transpose()
         .outcome(Outcome::Config)?;
     let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
+    if args.port == 0 && args.report_addr.is_none() && llm.cluster.is_none() {
+        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE, or --disagg-cluster-uri URI to register"))
+            .outcome(Outcome::Usage);
+    }
     files::warn(&warnings);
     let mut options = ServeOptions::new(args.model.clone());
+    options.role = args.server_role.map(|role| match role {
+        ServerRole::Context => WorkerRole::Context,
+        ServerRole::Generation => WorkerRole::Generation,
+    });
     options.revision.clone_from(&args.revision);
     options.host.clone_from(&args.host);
     options.port = args.port;
@@ -155,6 +161,7 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
         chat_template: args.chat_template.clone(),
         tokenizer: args.tokenizer.clone(),
         backend: args.backend.clone(),
+        disagg_cluster_uri: args.disagg_cluster_uri.clone(),
         ..LlmOverrides::default()
     }
 }
@@ -234,7 +241,7 @@ fn of_serve(error: ServeError) -> anyhow::Error {
         | ServeError::ChatTemplate(_)
         | ServeError::NoPool { .. }
         | ServeError::Transceiver(_) => Outcome::Unavailable,
-        ServeError::Fault(_) => Outcome::Usage,
+        ServeError::Registration(_) | ServeError::Fault(_) => Outcome::Usage,
         _ => Outcome::Failure,
     };
     crate::exit::coded(outcome, error)
