@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-use self::client::{CallError, StoreClient, escaped};
+use self::client::{CallError, Route, StoreClient, escaped};
 use crate::secret::nonce;
 
 /// Between two attempts while the proxy does not answer, at most.
@@ -206,7 +206,8 @@ impl Keeper {
     }
 
     async fn register(&mut self) -> Result<(), CallError> {
-        let host = self.reachable_host().await?;
+        let route = self.plan.client.route().await?;
+        let host = advertised(self.plan.address.ip(), route)?;
         let (key, value) = self
             .entry
             .get_or_insert_with(|| entry(&self.plan, &host, std::process::id()));
@@ -230,23 +231,6 @@ impl Keeper {
         let cluster = &self.plan.cluster;
         tracing::info!(store = %cluster.store, cluster_name = cluster.name, key, "registered");
         Ok(())
-    }
-
-    /// The address under which others find this server.
-    async fn reachable_host(&self) -> Result<IpAddr, CallError> {
-        let own = self.plan.address.ip();
-        let route = self.plan.client.route().await?;
-        if own.is_unspecified() {
-            return Ok(route.local);
-        }
-        let is_this_machine = route.local == route.peer || route.peer.is_loopback();
-        if own.is_loopback() && !is_this_machine {
-            return Err(CallError::Unreachable(format!(
-                "this server listens on {own} only, which the proxy at {} cannot reach; start it with --host 0.0.0.0",
-                route.peer
-            )));
-        }
-        Ok(own)
     }
 
     async fn leave(&mut self) {
@@ -279,6 +263,21 @@ impl Keeper {
             self.complaint = Some(text);
         }
     }
+}
+
+/// The address under which others find a server that listens on `own`.
+fn advertised(own: IpAddr, route: Route) -> Result<IpAddr, CallError> {
+    if own.is_unspecified() {
+        return Ok(route.local);
+    }
+    let is_this_machine = route.local == route.peer || route.peer.is_loopback();
+    if own.is_loopback() && !is_this_machine {
+        return Err(CallError::Unreachable(format!(
+            "this server listens on {own} only, which the proxy at {} cannot reach; start it with --host 0.0.0.0",
+            route.peer
+        )));
+    }
+    Ok(own)
 }
 
 /// Key and value of a registration.

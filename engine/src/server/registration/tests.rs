@@ -210,18 +210,38 @@ async fn refusals_say_what_is_wrong() {
     assert_eq!(ask(&open).await, Ok(Value::Null));
 }
 
-#[tokio::test]
-async fn a_loopback_address_is_good_on_the_same_machine_only() {
-    let store = FakeStore::start().await;
-    for (own, expected) in [
-        ("127.0.0.1:1", "127.0.0.1"),
-        ("[::]:1", "127.0.0.1"),
-        ("10.1.2.3:1", "10.1.2.3"),
+#[test]
+fn an_address_that_the_proxy_cannot_reach_is_never_registered() {
+    let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
+    let route = |local: &str, peer: &str| Route {
+        local: ip(local),
+        peer: ip(peer),
+    };
+    let (near, same, far) = (
+        route("127.0.0.1", "127.0.0.1"),
+        route("10.0.0.2", "10.0.0.2"),
+        route("10.0.0.2", "10.0.0.1"),
+    );
+    for (own, route, expected) in [
+        ("0.0.0.0", far, "10.0.0.2"),
+        ("::", near, "127.0.0.1"),
+        ("127.0.0.1", near, "127.0.0.1"),
+        ("127.0.0.1", same, "127.0.0.1"),
+        ("10.9.9.9", far, "10.9.9.9"),
     ] {
-        let keeper = Keeper::new(plan(store.address, own));
-        let host = keeper.reachable_host().await.expect("a way");
-        assert_eq!(host.to_string(), expected);
+        assert_eq!(
+            advertised(ip(own), route),
+            Ok(ip(expected)),
+            "{own} {route:?}"
+        );
     }
+    let error = advertised(ip("127.0.0.1"), far)
+        .expect_err("refused")
+        .to_string();
+    assert!(
+        error.contains("127.0.0.1 only, which the proxy at 10.0.0.1 cannot reach"),
+        "{error}"
+    );
 }
 
 #[test]
