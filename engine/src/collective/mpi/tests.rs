@@ -4,6 +4,7 @@
 //! Where there is no plug-in or no mpirun the tests say so and pass; scripts/test builds one and names it, and then
 //! nothing is passed over.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
@@ -124,7 +125,7 @@ fn as_a_rank() {
         peer_timeout,
     });
     if part == "size" {
-        eprintln!("refused: {}", opened.unwrap_err());
+        say(&format!("refused: {}", opened.unwrap_err()));
         return;
     }
     let mut world = opened.unwrap();
@@ -146,7 +147,7 @@ fn as_a_rank() {
     match part.as_str() {
         "conform" => {
             for (name, check) in CHECKS {
-                eprintln!("rank {}: {name}", group.rank());
+                say(&format!("rank {}: {name}", group.rank()));
                 check(&mut group);
             }
         }
@@ -159,6 +160,12 @@ fn as_a_rank() {
     }
 }
 
+/// One line in one piece, for all ranks write to one place.
+fn say(line: &str) {
+    let line = format!("{line}\n");
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+}
+
 /// Until the world is ended around it.
 fn stay() -> ! {
     let (_keep, nothing) = channel::<()>();
@@ -169,7 +176,7 @@ fn stay() -> ! {
 fn silent(group: &mut MpiGroup) {
     if group.rank() == 0 {
         let error = group.receive(1, &mut Vec::new()).unwrap_err();
-        eprintln!("rank 0 says: {error}");
+        say(&format!("rank 0 says: {error}"));
         let again = group.send(1, b"hello").unwrap_err();
         assert_eq!(error, again);
         assert!(matches!(error, CollectiveError::TimedOut { .. }));
@@ -185,7 +192,7 @@ fn unread(group: &mut MpiGroup) {
                 break error;
             }
         };
-        eprintln!("rank 0 says: {error}");
+        say(&format!("rank 0 says: {error}"));
     }
     stay()
 }
