@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde_json::{Value as Json, json};
 
+use crate::benchmark::RawBenchmark;
 use crate::disagg::RawDisagg;
 use crate::error::{ConfigError, ConfigErrorKind, ConfigErrors, Warning};
 use crate::layout::RawLayout;
@@ -13,7 +14,7 @@ use crate::llm::{LlmOverrides, RawLlm};
 use crate::metadata::RawMetadata;
 use crate::section::{Section, SectionTable};
 use crate::yaml::Document;
-use crate::{disagg, layout, llm, metadata};
+use crate::{benchmark, disagg, layout, llm, metadata};
 
 /// The kinds of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,11 +27,19 @@ pub enum Kind {
     Metadata,
     /// An engine's options.
     Llm,
+    /// A benchmark `config.yaml`, which means a layout.
+    Benchmark,
 }
 
 impl Kind {
     /// Every kind; of two that fit a document alike, the one in front is guessed.
-    pub const ALL: [Self; 4] = [Self::Layout, Self::Llm, Self::Disagg, Self::Metadata];
+    pub const ALL: [Self; 5] = [
+        Self::Layout,
+        Self::Llm,
+        Self::Disagg,
+        Self::Metadata,
+        Self::Benchmark,
+    ];
 
     /// The name on the command line.
     #[must_use]
@@ -40,6 +49,7 @@ impl Kind {
             Self::Layout => "layout",
             Self::Metadata => "metadata",
             Self::Llm => "llm",
+            Self::Benchmark => "benchmark",
         }
     }
 
@@ -49,6 +59,7 @@ impl Kind {
             Self::Layout => RawLayout::TABLE,
             Self::Metadata => RawMetadata::TABLE,
             Self::Llm => RawLlm::TABLE,
+            Self::Benchmark => RawBenchmark::TABLE,
         }
     }
 
@@ -56,7 +67,7 @@ impl Kind {
     fn signs(self) -> &'static [&'static str] {
         match self {
             Self::Disagg => &["context_servers", "generation_servers"],
-            Self::Layout => &["context", "generation", "engine", "proxy"],
+            Self::Layout => &["context", "generation", "engine", "proxy", "start"],
             Self::Metadata => &[
                 "server_type",
                 "refresh_interval",
@@ -68,6 +79,7 @@ impl Kind {
                 "cache_transceiver_config",
                 "max_batch_size",
             ],
+            Self::Benchmark => &["worker_config", "hardware"],
         }
     }
 
@@ -89,6 +101,9 @@ impl Kind {
         {
             return Self::Disagg;
         }
+        if benchmark::is_benchmark(document) {
+            return Self::Benchmark;
+        }
         let mut best = (0, Self::Llm);
         for kind in Self::ALL {
             let score = score(kind);
@@ -108,7 +123,7 @@ impl fmt::Display for Kind {
 
 /// A name that is no kind of document.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown kind of document \"{0}\", expected disagg, layout, metadata or llm")]
+#[error("unknown kind of document \"{0}\", expected disagg, layout, metadata, llm or benchmark")]
 pub struct UnknownKind(String);
 
 impl FromStr for Kind {
@@ -219,6 +234,7 @@ pub fn check_document(document: &Document, kind: Option<Kind>) -> CheckReport {
     let outcome = match kind {
         Kind::Disagg => check_disagg(document),
         Kind::Layout => check_layout(document),
+        Kind::Benchmark => check_benchmark(document),
         Kind::Metadata => metadata::resolve(document).map(|(_, warnings)| warnings),
         Kind::Llm => {
             llm::resolve(Some(document), &LlmOverrides::default()).map(|(_, warnings)| warnings)
@@ -234,12 +250,21 @@ pub fn check_document(document: &Document, kind: Option<Kind>) -> CheckReport {
 fn check_disagg(document: &Document) -> Result<Vec<Warning>, ConfigErrors> {
     let (resolved, mut warnings) = disagg::resolve(document, 0)?;
     let groups = [
-        ("context_servers", &resolved.context),
-        ("generation_servers", &resolved.generation),
+        (
+            "context_servers",
+            &resolved.context,
+            &resolved.proxy.context_servers,
+        ),
+        (
+            "generation_servers",
+            &resolved.generation,
+            &resolved.proxy.generation_servers,
+        ),
     ];
-    for (name, group) in groups
+    let registers = resolved.proxy.cluster.is_some();
+    for (name, group, _) in groups
         .into_iter()
-        .filter(|(_, group)| group.endpoints.is_empty())
+        .filter(|(_, _, known)| known.servers.is_empty() && !registers)
     {
         warnings.push(Warning {
             file: document.file().to_owned(),
@@ -270,6 +295,13 @@ fn check_layout(document: &Document) -> Result<Vec<Warning>, ConfigErrors> {
         });
     }
     Ok(warnings)
+}
+
+/// A benchmark file may leave its model to the command line too.
+fn check_benchmark(document: &Document) -> Result<Vec<Warning>, ConfigErrors> {
+    benchmark::inspect(document, Some("any"))
+        .finish(Vec::new())
+        .map(|(_, warnings)| warnings)
 }
 
 #[cfg(test)]

@@ -1,36 +1,31 @@
-//! `disagg_cluster`: service discovery (COMPAT.md §6.1). Typed and checked here; not yet served.
+//! `disagg_cluster`: service discovery (COMPAT.md §6.1), and the token that guards it.
+//!
+//! The proxy keeps the list of workers; workers register there over HTTP. Other stores are known and refused by name.
 
+use std::fmt::Write as _;
 use std::time::Duration;
+
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
 
 use crate::disagg::Endpoint;
 use crate::error::ConfigErrorKind;
 use crate::section::kind::{FreeText, Seconds, Size, Sub, Text};
 use crate::section::read::{Findings, read_section};
 use crate::section::{Located, section};
-use crate::yaml::{Node, quoted};
+use crate::yaml::{Node, number_text, quoted};
 
-/// Where a cluster keeps its list of workers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ClusterStore {
-    /// In the proxy itself, reached over HTTP.
-    Proxy {
-        /// Whether the connection is encrypted.
-        tls: bool,
-        /// The proxy's address.
-        endpoint: Endpoint,
-    },
-    /// In etcd.
-    Etcd {
-        /// The members' addresses.
-        endpoints: Vec<Endpoint>,
-    },
-}
+/// Variable with the secret that all processes of one job share.
+pub const JOB_SECRET_VARIABLE: &str = "BATON_JOB_SECRET";
+
+/// What every key of every cluster begins with; the cluster's name follows.
+pub const KEY_ROOT: &str = "/trtllm-disagg/";
 
 /// `disagg_cluster`, resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterConfig {
-    /// Where the list of workers is kept.
-    pub store: ClusterStore,
+    /// The proxy that keeps the list of workers.
+    pub store: Endpoint,
     /// Namespace; the same on all sides.
     pub name: String,
     /// Context servers that must be there before requests are served.
@@ -41,6 +36,25 @@ pub struct ClusterConfig {
     pub heartbeat_interval: Duration,
     /// After how long a silent worker is dropped.
     pub inactive_timeout: Duration,
+}
+
+impl ClusterConfig {
+    /// What the keys of this cluster's workers begin with.
+    #[must_use]
+    pub fn key_prefix(&self) -> String {
+        format!("{KEY_ROOT}{}/workers/", self.name)
+    }
+}
+
+/// What a caller of the store shows as `authorization: Bearer …` where a job secret is set. It proves the secret and
+/// does not give it away; it is of use for the store alone.
+#[must_use]
+pub fn store_token(secret: &str) -> String {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.trim().as_bytes())
+        .expect("HMAC takes keys of any length");
+    mac.update(b"baton store of workers");
+    let bytes = mac.finalize().into_bytes();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 section! {
@@ -58,8 +72,7 @@ section! {
 section! {
     /// Service discovery: workers register, and the proxy finds them.
     RawCluster "disagg_cluster" {
-        /// Where the list of workers is kept: `http://host:port` or `https://host:port` for the proxy's
-        /// own store, `etcd://host:port[,etcd://host:port…]` for etcd.
+        /// Where the list of workers is kept: `http://host:port`, the proxy's own address.
         cluster_uri: Text = "null";
         /// Namespace; the same on all sides.
         cluster_name: FreeText = "\"\"";
@@ -122,38 +135,70 @@ pub(crate) fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<C
     })
 }
 
-const URI_FORMS: &str =
-    "`http://host:port`, `https://host:port` or `etcd://host:port[,etcd://host:port…]`";
-
-fn store_of(uri: &Located<String>, findings: &mut Findings) -> Option<ClusterStore> {
-    let store = parse_store(&uri.value);
-    if store.is_none() {
-        let kind = ConfigErrorKind::WrongValue {
-            found: quoted(&uri.value),
-            expected: URI_FORMS.to_owned(),
-        };
-        findings.error(uri.place, &uri.path, kind, None);
-    }
-    store
+/// The section as YAML that resolves to the same.
+pub(crate) fn render(out: &mut String, config: Option<&ClusterConfig>) {
+    let Some(config) = config else {
+        out.push_str("disagg_cluster: null\n");
+        return;
+    };
+    // Writing to a String cannot fail.
+    let _ = write!(
+        out,
+        "disagg_cluster:\n  cluster_uri: {}\n  cluster_name: {}\n  minimal_instances:\n    context_servers: {}\n    \
+         generation_servers: {}\n  heartbeat_interval_sec: {}\n  inactive_timeout_sec: {}\n",
+        quoted(&format!("http://{}", config.store)),
+        quoted(&config.name),
+        config.context_servers_min,
+        config.generation_servers_min,
+        number_text(config.heartbeat_interval.as_secs_f64()),
+        number_text(config.inactive_timeout.as_secs_f64()),
+    );
 }
 
-fn parse_store(uri: &str) -> Option<ClusterStore> {
+const URI_FORMS: &str = "`http://host:port`, the proxy's address";
+
+/// A store as its URI names it.
+#[derive(Debug, PartialEq, Eq)]
+enum Store {
+    /// The proxy's own.
+    Proxy(Endpoint),
+    /// Known, and not served.
+    Elsewhere(&'static str),
+}
+
+fn store_of(uri: &Located<String>, findings: &mut Findings) -> Option<Endpoint> {
+    let kind = match parse_store(&uri.value) {
+        Some(Store::Proxy(endpoint)) => return Some(endpoint),
+        Some(Store::Elsewhere(what)) => ConfigErrorKind::NotServed {
+            found: quoted(&uri.value),
+            what: what.to_owned(),
+        },
+        None => ConfigErrorKind::WrongValue {
+            found: quoted(&uri.value),
+            expected: URI_FORMS.to_owned(),
+        },
+    };
+    let hint = matches!(kind, ConfigErrorKind::NotServed { .. })
+        .then(|| format!("the proxy keeps the list itself: {URI_FORMS}"));
+    findings.error(uri.place, &uri.path, kind, hint);
+    None
+}
+
+fn parse_store(uri: &str) -> Option<Store> {
     if uri.starts_with("etcd://") {
         let endpoint = |part: &str| part.trim().strip_prefix("etcd://")?.parse().ok();
-        let endpoints = uri
-            .split(',')
+        uri.split(',')
             .map(endpoint)
             .collect::<Option<Vec<Endpoint>>>()?;
-        return Some(ClusterStore::Etcd { endpoints });
+        return Some(Store::Elsewhere("etcd as the list of workers"));
     }
     let (scheme, address) = uri.split_once("://")?;
-    let tls = match scheme {
-        "http" => false,
-        "https" => true,
-        _ => return None,
-    };
     let endpoint = address.trim_end_matches('/').parse().ok()?;
-    Some(ClusterStore::Proxy { tls, endpoint })
+    match scheme {
+        "http" => Some(Store::Proxy(endpoint)),
+        "https" => Some(Store::Elsewhere("an encrypted connection to the proxy")),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ pub(crate) mod router;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::cluster::{self, RawCluster};
+use crate::cluster::{self, ClusterConfig, RawCluster};
 use crate::error::{ConfigErrors, Warning};
 use crate::llm::RawLlm;
 use crate::section::kind::{
@@ -21,8 +21,8 @@ use crate::section::read::{Findings, read_open_section, report_unknown};
 use crate::section::{Section, section};
 use crate::yaml::{Document, Entry, Node, Origin, Value};
 
-pub(crate) use endpoint::HostPort;
-pub use endpoint::{Endpoint, EndpointError};
+pub(crate) use endpoint::Address;
+pub use endpoint::{Endpoint, EndpointError, ServerAddress};
 pub use group::InstanceGroup;
 pub(crate) use group::RawGroup;
 pub use render::to_yaml;
@@ -31,8 +31,8 @@ pub use router::RouterConfig;
 /// One role's servers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ServerGroup {
-    /// Static addresses, one an instance.
-    pub servers: Vec<Endpoint>,
+    /// Where they are, one an instance.
+    pub servers: Vec<ServerAddress>,
     /// How one of them is chosen.
     pub router: RouterConfig,
 }
@@ -50,6 +50,8 @@ pub struct DisaggConfig {
     pub context_servers: ServerGroup,
     /// Generation servers.
     pub generation_servers: ServerGroup,
+    /// Service discovery: further servers register.
+    pub cluster: Option<ClusterConfig>,
     /// Retries of an upstream call, each on another server.
     pub max_retries: u32,
     /// Size of the per-request metrics ring; 0 keeps nothing.
@@ -70,6 +72,7 @@ impl Default for DisaggConfig {
             model: None,
             context_servers: ServerGroup::default(),
             generation_servers: ServerGroup::default(),
+            cluster: None,
             max_retries: 1,
             perf_metrics_max_requests: 0,
             node_id: 0,
@@ -94,13 +97,9 @@ impl DisaggDocument {
     /// Ranks of one MPI world that holds every instance: the sum over distinct addresses (COMPAT.md §4.4).
     #[must_use]
     pub fn world_ranks(&self) -> u64 {
-        let shared = |endpoint: &Endpoint| self.context.endpoints.contains(endpoint);
-        let shared_count = self
-            .generation
-            .endpoints
-            .iter()
-            .filter(|e| shared(e))
-            .count();
+        let context = &self.proxy.context_servers.servers;
+        let generation = self.proxy.generation_servers.servers.iter();
+        let shared_count = generation.filter(|server| context.contains(server)).count();
         let ranks = |group: &InstanceGroup, less: usize| {
             let instances = u64::from(group.num_instances);
             let less = u64::try_from(less).unwrap_or(u64::MAX);
@@ -156,7 +155,7 @@ section! {
         context_servers: Later<RawGroup> = "{}";
         /// The servers that write answers.
         generation_servers: Later<RawGroup> = "{}";
-        /// Service discovery; known and checked, not yet served.
+        /// Service discovery: servers register with the proxy, and need no `urls`.
         disagg_cluster: Later<RawCluster> = "null";
     }
     unserved {
@@ -178,7 +177,7 @@ section! {
     groups &[];
 }
 
-/// Reads and resolves a file for the proxy, which needs the addresses of both sections.
+/// Reads and resolves a file for the proxy, which needs the addresses of both sections, or service discovery.
 ///
 /// # Errors
 /// Everything that is wrong with the file.
@@ -191,7 +190,7 @@ pub fn load(path: &Path) -> Result<(DisaggConfig, Vec<Warning>), ConfigErrors> {
         ("generation_servers", &resolved.proxy.generation_servers),
     ];
     for (name, group) in groups {
-        if group.servers.is_empty() {
+        if group.servers.is_empty() && resolved.proxy.cluster.is_none() {
             let place = document.root().entry(name).and_then(|entry| entry.place);
             findings.missing(place, &format!("{name}.urls"), "a list of `host:port`");
         }
@@ -211,7 +210,18 @@ pub fn resolve(
     let mut findings = Findings::new(document);
     let resolved = read(document.root(), default_node_id, &mut findings);
     let warnings = findings.finish()?;
-    let complete = resolved.expect("a document without mistakes resolves");
+    let mut complete = resolved.expect("a document without mistakes resolves");
+    let folder = Path::new(document.file()).parent().unwrap_or(Path::new(""));
+    for group in [
+        &mut complete.proxy.context_servers,
+        &mut complete.proxy.generation_servers,
+    ] {
+        let servers = std::mem::take(&mut group.servers);
+        group.servers = servers
+            .into_iter()
+            .map(|server| server.in_folder(folder))
+            .collect();
+    }
     Ok((complete, warnings))
 }
 
@@ -237,16 +247,14 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
             .map(|entry| &entry.node)
             .filter(|n| !n.is_null())
     };
-    if let Some(
-        node @ Node {
-            value: Value::Map(_),
-            ..
-        },
-    ) = given("disagg_cluster")
-    {
-        cluster::read(node, "disagg_cluster", findings);
-        findings.not_served(node, "disagg_cluster", "service discovery; give `urls`");
-    }
+    // What is no mapping has been reported with the other keys.
+    let cluster = given("disagg_cluster")
+        .filter(|node| matches!(node.value, Value::Map(_)))
+        .and_then(|node| {
+            let config = cluster::read(node, "disagg_cluster", findings)?;
+            warn_of_unreachable_store(&config, node, &raw, findings);
+            Some(config)
+        });
     let model = given_text(&inherited, "model");
     let force_metrics = raw
         .return_perf_metrics
@@ -261,6 +269,7 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
         model,
         context_servers: context.server_group(),
         generation_servers: generation.server_group(),
+        cluster,
         ..resolve_proxy(raw, default_node_id)
     };
     Some(DisaggDocument {
@@ -268,6 +277,43 @@ fn read(root: &Node, default_node_id: u8, findings: &mut Findings) -> Option<Dis
         context: context.instances,
         generation: generation.instances,
     })
+}
+
+/// Workers register where the URI says; the proxy listens where its own keys say.
+fn warn_of_unreachable_store(
+    config: &ClusterConfig,
+    node: &Node,
+    raw: &RawDisagg,
+    findings: &mut Findings,
+) {
+    let host = raw
+        .hostname
+        .as_ref()
+        .map_or("localhost", |given| given.value.as_str());
+    let port = raw.port.as_ref().map_or(8000, |given| given.value);
+    let is_local = |host: &str| {
+        host.eq_ignore_ascii_case("localhost")
+            || host
+                .parse::<std::net::IpAddr>()
+                .is_ok_and(|address| address.is_loopback())
+    };
+    let place = node.entry("cluster_uri").and_then(|entry| entry.node.place);
+    let path = "disagg_cluster.cluster_uri";
+    let store = &config.store;
+    if is_local(host) && !is_local(&store.host) {
+        let text = format!(
+            "is at {store}, but the proxy listens on {host} only: servers on other machines cannot register; \
+             set `hostname: 0.0.0.0`"
+        );
+        findings.warn(place, path, text);
+    }
+    if port != 0 && port != store.port {
+        let text = format!(
+            "is at port {}, but the proxy listens on port {port}",
+            store.port
+        );
+        findings.warn(place, path, text);
+    }
 }
 
 /// The proxy's own keys; the servers are added by the caller.
@@ -306,7 +352,7 @@ pub(crate) fn effective_section(root: &Node, name: &str) -> (Node, Node) {
     let inherited = root
         .entries()
         .iter()
-        .filter(|entry| RawLlm::TABLE.knows(&entry.key))
+        .filter(|entry| RawLlm::TABLE.knows(&entry.key) && !RawDisagg::TABLE.knows(&entry.key))
         .cloned()
         .collect();
     let forced = root

@@ -142,7 +142,7 @@ pub fn explain_document(
     match kind {
         Kind::Disagg => explain_disagg(document.root(), &mut values),
         Kind::Layout => explain_layout(document.root(), &mut values),
-        Kind::Metadata | Kind::Llm => {
+        Kind::Metadata | Kind::Llm | Kind::Benchmark => {
             let mut walk = Walk {
                 values: &mut values,
                 role: None,

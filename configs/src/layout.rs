@@ -1,7 +1,13 @@
-//! Our layout file: a whole deployment on one machine, as `baton up` runs it (DESIGN.md §4).
+//! Our layout file: a whole deployment, as `baton up` runs it on one machine and `baton slurm` on a cluster.
 //!
 //! `baton up -c` also takes a `disagg_config.yaml` that names a model: its `urls` give the ports and its
-//! sections the engine options. [`load`] recognises which of the two it has.
+//! sections the engine options. An existing benchmark `config.yaml` is read as the layout that it means. [`load`]
+//! recognises which of the three it has.
+
+pub mod inspect;
+pub mod job;
+mod raw;
+pub mod render;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,10 +15,12 @@ use std::time::Duration;
 
 use crate::disagg::{self, DisaggConfig, DisaggDocument, Endpoint, InstanceGroup};
 use crate::error::{ConfigErrors, Warning};
-use crate::llm::{self, LlmOptions, RawLlm};
-use crate::section::kind::{Later, Port, Seconds, Size, StrictFlag, Sub, Text, TextMap, Whole};
+use crate::layout::job::{JobLayout, RawAddress};
+pub(crate) use crate::layout::raw::RawLayout;
+use crate::layout::raw::{RawProxy, RawRole};
+use crate::llm::{self, LlmOptions};
+use crate::section::Located;
 use crate::section::read::{Findings, read_section};
-use crate::section::{Located, section};
 use crate::transceiver::TransceiverConfig;
 use crate::yaml::{Document, Entry, Node, Origin, Value, join};
 
@@ -23,68 +31,6 @@ pub const QUICKSTART: &str = include_str!("../samples/quickstart.yaml");
 pub(crate) const CONTEXT_INSTANCES: u32 = 2;
 /// Generation instances of a layout that does not say.
 pub(crate) const GENERATION_INSTANCES: u32 = 1;
-
-section! {
-    /// One role's instances.
-    RawRole "role" {
-        /// How many instances there are. `null` is two that read prompts, or one that writes answers.
-        instances: Whole<u32, 1, 1024> = "null";
-        /// Engine options of this role; they cover those of the top-level `engine`, key by key.
-        engine: Later<RawLlm> = "{}";
-        /// Environment variables of this role's processes, beside the inherited ones.
-        environment: TextMap = "{}";
-    }
-    unserved {}
-    groups &[];
-}
-
-section! {
-    /// The proxy of the deployment.
-    RawProxy "proxy" {
-        /// Address that the proxy binds.
-        hostname: Text = "127.0.0.1";
-        /// Port that the proxy binds; 0 lets the kernel choose.
-        port: Port = "0";
-        /// How often a failed call to a server is tried again, each time on another server.
-        max_retries: Whole<u32, 0, 100> = "1";
-        /// For how many requests timings are kept for `/perf_metrics`; 0 keeps none.
-        perf_metrics_max_requests: Size = "0";
-        /// Number of this proxy in request ids. `null` takes the last byte of the machine's network address.
-        node_id: Whole<u8, 0, 255> = "null";
-        /// Whether a request may bring its own chat template.
-        allow_request_chat_template: StrictFlag = "false";
-        /// How long an idle client connection is kept, in seconds.
-        server_keep_alive_timeout: Seconds = "10";
-        /// How long the proxy waits for the servers to come up, in seconds.
-        server_start_timeout: Seconds = "180";
-        /// How long one call to a server may take, in seconds.
-        request_timeout: Seconds = "180";
-    }
-    unserved {}
-    groups &[];
-}
-
-section! {
-    /// A whole deployment on one machine.
-    RawLayout "layout" {
-        /// Model: a GGUF file, a Hugging Face directory, or a model id that is in the local cache.
-        model: Text = "null";
-        /// Name that `/v1/models` reports. `null` takes the model's directory or file name.
-        served_model_name: Text = "null";
-        /// Engine options of both roles.
-        engine: Later<RawLlm> = "{}";
-        /// The instances that read prompts.
-        context: Later<RawRole> = "{}";
-        /// The instances that write answers.
-        generation: Later<RawRole> = "{}";
-        /// The proxy.
-        proxy: Sub<RawProxy> = "{}";
-        /// Directory for one log file a process. `null` leaves the choice to `baton up`.
-        log_dir: Text = "null";
-    }
-    unserved {}
-    groups &[];
-}
 
 /// One role's instances, resolved.
 #[derive(Debug, Clone, PartialEq)]
@@ -108,9 +54,11 @@ pub struct ProxyLayout {
     pub server_start_timeout: Duration,
     /// How long one call to a server may take.
     pub request_timeout: Duration,
+    /// Environment variables of the proxy, beside the inherited ones.
+    pub environment: BTreeMap<String, String>,
 }
 
-/// A whole deployment on one machine.
+/// A whole deployment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layout {
     /// The model.
@@ -123,6 +71,10 @@ pub struct Layout {
     pub proxy: ProxyLayout,
     /// Directory for log files, if the file names one.
     pub log_dir: Option<PathBuf>,
+    /// How it becomes jobs of a cluster, if the file says.
+    pub job: Option<JobLayout>,
+    /// The keys that it gives for clusters only.
+    pub job_keys: Vec<&'static str>,
 }
 
 impl Layout {
@@ -130,8 +82,8 @@ impl Layout {
     #[must_use]
     pub fn disagg_config(&self, context: Vec<Endpoint>, generation: Vec<Endpoint>) -> DisaggConfig {
         let mut config = self.proxy.config.clone();
-        config.context_servers.servers = context;
-        config.generation_servers.servers = generation;
+        config.context_servers.servers = context.into_iter().map(Into::into).collect();
+        config.generation_servers.servers = generation.into_iter().map(Into::into).collect();
         config
     }
 }
@@ -163,18 +115,7 @@ pub fn resolve(
     document: &Document,
     model: Option<&str>,
 ) -> Result<(Layout, Vec<Warning>), ConfigErrors> {
-    let document = with_model(document, model);
-    if is_disagg(&document) {
-        let (resolved, warnings) = disagg::resolve(&document, disagg::default_node_id())?;
-        let mut findings = Findings::new(&document);
-        let layout = from_disagg(resolved, document.root(), &mut findings);
-        findings.finish()?;
-        return Ok((
-            layout.expect("a document without mistakes resolves"),
-            warnings,
-        ));
-    }
-    resolve_layout(&document, None)
+    inspect::inspect(document, model).finish(Vec::new())
 }
 
 /// Resolves a document that is a layout and nothing else.
@@ -182,12 +123,7 @@ pub(crate) fn resolve_layout(
     document: &Document,
     model: Option<&str>,
 ) -> Result<(Layout, Vec<Warning>), ConfigErrors> {
-    let document = with_model(document, model);
-    let mut findings = Findings::new(&document);
-    let layout = read(document.root(), &mut findings);
-    let warnings = findings.finish()?;
-    let complete = layout.expect("a document without mistakes resolves");
-    Ok((complete, warnings))
+    inspect::inspect_layout(document, model).finish(Vec::new())
 }
 
 /// The document with each role's engine options as they work, and without those that were inherited.
@@ -243,7 +179,7 @@ pub(crate) fn is_disagg(document: &Document) -> bool {
     document.top_level_keys().any(|key| SIGNS.contains(&key))
 }
 
-fn with_model(document: &Document, model: Option<&str>) -> Document {
+pub(crate) fn with_model(document: &Document, model: Option<&str>) -> Document {
     let named = document
         .root()
         .entry("model")
@@ -265,15 +201,15 @@ fn with_model(document: &Document, model: Option<&str>) -> Document {
     document.with_entries(entries)
 }
 
-fn read(root: &Node, findings: &mut Findings) -> Option<Layout> {
-    let raw = read_section::<RawLayout>(root, "", findings)?;
+pub(crate) fn read(root: &Node, findings: &mut Findings) -> Option<Layout> {
+    let mut raw = read_section::<RawLayout>(root, "", findings)?;
     if raw.model.is_none() && root.entry("model").is_none_or(|entry| entry.node.is_null()) {
         findings.missing(None, "model", MODEL_FORMS);
     }
     let shared = Shared {
         engine: raw.engine.as_ref().map(|given| given.value.clone()),
         model: raw.model.as_ref().map(|given| given.value.clone()),
-        served_model_name: raw.served_model_name.map(|given| given.value),
+        served_model_name: raw.served_model_name.take().map(|given| given.value),
     };
     let context = read_role(
         raw.context.as_ref(),
@@ -289,13 +225,22 @@ fn read(root: &Node, findings: &mut Findings) -> Option<Layout> {
         &shared,
         findings,
     );
-    let proxy = resolve_proxy(raw.proxy.map(|given| given.value).unwrap_or_default());
+    let raw_proxy = raw
+        .proxy
+        .take()
+        .map(|given| given.value)
+        .unwrap_or_default();
+    let address = address_of(&raw_proxy);
+    let proxy = resolve_proxy(raw_proxy, findings);
+    let job = job::read(&raw, root, address, findings);
     Some(Layout {
         model: shared.model?,
         context: context?,
         generation: generation?,
         proxy,
         log_dir: raw.log_dir.map(|given| PathBuf::from(given.value)),
+        job,
+        job_keys: job::keys_of(root),
     })
 }
 
@@ -329,12 +274,24 @@ fn read_role(
     options
         .transceiver
         .get_or_insert_with(TransceiverConfig::default);
+    if let Some(given) = &raw.environment {
+        check_names(given, findings);
+    }
     Some(RoleLayout {
         instances: raw.instances.map_or(default_instances, |given| given.value),
         endpoints: Vec::new(),
         options,
         environment: raw.environment.map(|given| given.value).unwrap_or_default(),
     })
+}
+
+fn check_names(given: &Located<BTreeMap<String, String>>, findings: &mut Findings) {
+    let at = Located {
+        value: (),
+        place: given.place,
+        path: given.path.clone(),
+    };
+    job::check_environment(given.value.keys(), &at, findings);
 }
 
 /// A role's engine options over those of the top level.
@@ -364,7 +321,27 @@ fn merge(shared: Vec<Entry>, mut own: Vec<Entry>, shared_path: &str) -> Vec<Entr
     own
 }
 
-fn resolve_proxy(raw: RawProxy) -> ProxyLayout {
+/// What of the proxy is another thing on a cluster.
+fn address_of(raw: &RawProxy) -> RawAddress {
+    let environment = raw.environment.as_ref();
+    RawAddress {
+        hostname: raw.hostname.as_ref().map(|given| given.value.clone()),
+        port: raw.port.clone(),
+        node_id: raw.node_id.as_ref().map(|given| given.value),
+        environment: environment
+            .filter(|given| !given.value.is_empty())
+            .map(|given| Located {
+                value: (),
+                place: given.place,
+                path: given.path.clone(),
+            }),
+    }
+}
+
+fn resolve_proxy(raw: RawProxy, findings: &mut Findings) -> ProxyLayout {
+    if let Some(given) = &raw.environment {
+        check_names(given, findings);
+    }
     let defaults = DisaggConfig::default();
     let seconds = Duration::from_secs;
     let config = DisaggConfig {
@@ -397,11 +374,16 @@ fn resolve_proxy(raw: RawProxy) -> ProxyLayout {
         request_timeout: raw
             .request_timeout
             .map_or(seconds(180), |given| given.value),
+        environment: raw.environment.map(|given| given.value).unwrap_or_default(),
     }
 }
 
 /// A layout from a `disagg_config.yaml`; every role must know its model.
-fn from_disagg(document: DisaggDocument, root: &Node, findings: &mut Findings) -> Option<Layout> {
+pub(crate) fn from_disagg(
+    document: DisaggDocument,
+    root: &Node,
+    findings: &mut Findings,
+) -> Option<Layout> {
     let groups = [
         ("context_servers", &document.context),
         ("generation_servers", &document.generation),
@@ -442,8 +424,11 @@ fn from_disagg(document: DisaggDocument, root: &Node, findings: &mut Findings) -
             config,
             server_start_timeout: timeout,
             request_timeout: timeout,
+            environment: BTreeMap::new(),
         },
         log_dir: None,
+        job: None,
+        job_keys: Vec::new(),
     })
 }
 

@@ -3,6 +3,7 @@
 //! Each document goes from a raw form, in which every field may be missing, to a resolved type whose
 //! fields all have a value. This crate reads text and returns values; it opens no socket and starts nothing.
 
+mod benchmark;
 pub mod check;
 pub mod cluster;
 pub mod disagg;

@@ -10,6 +10,7 @@ mod render;
 
 use std::path::Path;
 
+use crate::cluster::{self, ClusterConfig};
 use crate::error::{ConfigErrorKind, ConfigErrors, Warning};
 use crate::section::kind::{Choice, Choices};
 use crate::section::read::{Findings, read_open_section, report_unknown};
@@ -134,6 +135,8 @@ pub struct LlmOptions {
     pub chat_template: Option<String>,
     /// Tokenizer path that replaces the model's own.
     pub tokenizer: Option<String>,
+    /// Where this instance registers; `None` registers nowhere.
+    pub cluster: Option<ClusterConfig>,
 }
 
 impl Default for LlmOptions {
@@ -156,6 +159,7 @@ impl Default for LlmOptions {
             served_model_name: None,
             chat_template: None,
             tokenizer: None,
+            cluster: None,
         }
     }
 }
@@ -228,6 +232,9 @@ fn resolve_raw(raw: RawLlm, findings: &mut Findings) -> LlmOptions {
             .chat_template
             .and_then(|value| template_text(value, findings)),
         tokenizer: given(raw.tokenizer),
+        cluster: raw
+            .disagg_cluster
+            .and_then(|section| cluster::read(&section.value, &section.path, findings)),
     }
 }
 

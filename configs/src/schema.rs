@@ -145,7 +145,7 @@ fn value_schema(shape: &Shape, definitions: &mut Map<String, Json>) -> Map<Strin
             ("type", json!("string")),
             (
                 "pattern",
-                json!(r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$"),
+                json!(r"^(([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}|file:.+)$"),
             ),
         ]),
         Shape::OneOf(names) => object([("enum", spellings(&names()))]),

@@ -9,13 +9,14 @@
 //! bit-equal alone, batched, chunked, and from run to run.
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 pub mod cpu;
 
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::collective::CollectiveError;
 use crate::page::{Page, PageShape};
 
 /// A token of the vocabulary.
@@ -66,6 +67,27 @@ pub enum WeightDtype {
     Q4_K,
     Q5_K,
     Q6_K,
+}
+
+impl WeightDtype {
+    /// Weights and bytes of the smallest unit: rows are made of whole ones.
+    #[must_use]
+    pub const fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Q4_0 => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q8_0 => (32, 34),
+            Self::Q2_K => (256, 84),
+            Self::Q3_K => (256, 110),
+            Self::Q4_K => (256, 144),
+            Self::Q5_K => (256, 176),
+            Self::Q6_K => (256, 210),
+        }
+    }
 }
 
 /// Bytes that stay where they are (a memory-mapped file) or are owned.
@@ -176,6 +198,17 @@ pub enum BackendError {
         /// Its size.
         bytes: usize,
     },
+    /// Another rank of the instance is lost, or silent.
+    #[error(transparent)]
+    Peer(#[from] CollectiveError),
+    /// Another rank of the instance refused.
+    #[error("{rank}: {reason}")]
+    Rank {
+        /// `rank 3 (node2)`.
+        rank: String,
+        /// What it says.
+        reason: String,
+    },
 }
 
 /// A device's operations. `out` always comes last and has its final shape when the call is made.
@@ -249,6 +282,9 @@ pub trait Backend: Debug + Send + 'static {
 
     /// Copies activations to the host, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Vec<f32>;
+
+    /// Works on activations in host memory, row-major: sums over ranks, and what comes from another rank.
+    fn on_host(&self, x: &mut Self::Tensor, edit: &mut dyn FnMut(&mut [f32]));
 
     /// Makes the pool of `block_count` zeroed pages; called once, before the first step.
     ///

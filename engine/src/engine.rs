@@ -139,6 +139,9 @@ pub enum EngineError {
     /// The device failed.
     #[error("the engine's device failed: {0}")]
     Device(#[source] BackendError),
+    /// Another rank of the instance is lost, or failed.
+    #[error("the instance cannot go on: {0}")]
+    Rank(#[source] BackendError),
     /// A bug: the thread panicked with this message.
     #[error("the engine thread panicked: {0}")]
     Panicked(String),

@@ -1,14 +1,19 @@
 //! What the engine thread needs to know of a model: its shape, one forward pass, and its pages.
 
-mod checkpoint;
+pub(crate) mod checkpoint;
 mod config;
-mod decoder;
+mod cut;
+pub(crate) mod decoder;
 mod dummy;
+mod embedding;
 mod error;
 mod gguf;
 pub mod load;
+mod micro;
 mod mmap;
+pub(crate) mod peers;
 mod safetensors;
+pub(crate) mod shard;
 mod source;
 mod special_tokens;
 mod weights;
@@ -18,6 +23,7 @@ pub(crate) mod tests;
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::backend::{BackendError, BlockId, StepBatch};
 pub use crate::model::error::{ModelError, ModelErrorKind};
@@ -88,8 +94,11 @@ pub trait Model: Debug + Send {
     /// When the device fails.
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError>;
 
-    /// See [`crate::backend::Backend::share_page`].
-    fn share_page(&self, block: BlockId) -> Arc<Page>;
+    /// Another reader of each block's page, for a hand-off; see [`crate::backend::Backend::share_page`].
+    ///
+    /// # Errors
+    /// When a page is divided over several ranks, and one of them is lost.
+    fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError>;
 
     /// See [`crate::backend::Backend::page_is_unshared`].
     fn page_is_unshared(&self, block: BlockId) -> bool;
@@ -98,5 +107,21 @@ pub trait Model: Debug + Send {
     fn lend_page(&mut self, block: BlockId) -> Page;
 
     /// See [`crate::backend::Backend::return_page`].
-    fn return_page(&mut self, block: BlockId, page: Page);
+    ///
+    /// # Errors
+    /// When a page is divided over several ranks, and one of them is lost.
+    fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError>;
+
+    /// How long from now the model may be left alone before [`Model::keep_alive`] is due; `None` for ever.
+    fn keep_alive_due(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Keeps in touch with the other ranks while there is nothing to compute.
+    ///
+    /// # Errors
+    /// When one of them is lost.
+    fn keep_alive(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 }

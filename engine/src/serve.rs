@@ -8,6 +8,7 @@ mod memory;
 mod plan;
 mod port;
 mod progress;
+mod ranks;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,8 +26,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::load::Started;
+pub use self::ranks::follow;
 use crate::engine::{EngineError, EngineThread};
+use crate::group::GroupError;
 use crate::model::ModelError;
+use crate::parallel::ParallelError;
+use crate::ranks::LeaderRanks;
 use crate::server::app::App;
 pub use crate::server::listener::ListenError;
 use crate::server::listener::{Listener, reachable, report_address};
@@ -61,6 +67,8 @@ pub struct ServeOptions {
     pub llm: LlmOptions,
     /// How long running requests may go on after the shutdown was asked for.
     pub drain: Duration,
+    /// How to come by the other ranks, where `llm` asks for more than one.
+    pub ranks: Option<LeaderRanks>,
 }
 
 impl ServeOptions {
@@ -76,6 +84,7 @@ impl ServeOptions {
             instance: String::new(),
             llm: LlmOptions::default(),
             drain: Duration::from_secs(30),
+            ranks: None,
         }
     }
 }
@@ -117,6 +126,25 @@ pub enum ServeError {
     /// The engine did not start, or ended by itself.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// More than one rank is asked for, and nobody starts the others.
+    #[error(
+        "tensor_parallel_size {tensor} and pipeline_parallel_size {pipeline} need {} ranks, and nothing starts the others\nhint: start it with `baton serve` or `llmapi-launch`", tensor * pipeline
+    )]
+    NoRanks {
+        /// `tensor_parallel_size`.
+        tensor: usize,
+        /// `pipeline_parallel_size`.
+        pipeline: usize,
+    },
+    /// The other ranks were called for in vain.
+    #[error("cannot have the other ranks started: {0}")]
+    Call(String),
+    /// The ranks did not find each other.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// The ranks did not begin together, or one of them ended.
+    #[error(transparent)]
+    Parallel(#[from] ParallelError),
     /// A thread that start-up needs.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -141,14 +169,20 @@ pub async fn serve(
     let app = App::new();
     let http = Http::start(listener, &app);
     let mut shutdown = pin!(shutdown);
-    let loading = load::start(options.clone(), address, Arc::clone(&app))?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut loading = load::start(options.clone(), (address, Arc::clone(&app)), &stop)?;
     let started = tokio::select! {
         () = &mut shutdown => {
             tracing::info!("told to stop while loading");
+            stop.store(true, Ordering::Relaxed);
             http.stop(LAST_WORDS).await;
+            if options.ranks.is_some() {
+                // The other ranks are told, if that goes at once.
+                drop(timeout(LAST_WORDS, &mut loading).await);
+            }
             return Ok(());
         }
-        started = loading => started.unwrap_or(Err(ServeError::LoadingVanished)),
+        started = &mut loading => started.unwrap_or(Err(ServeError::LoadingVanished)),
     };
     let started = match started {
         Ok(started) => started,

@@ -1,13 +1,14 @@
 //! One supervised process: its command, its streams, its end.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -54,6 +55,36 @@ fn quoted(word: &str) -> String {
     }
 }
 
+/// What a child reads and where its lines go.
+#[derive(Debug)]
+pub(crate) struct ChildStreams {
+    /// Where its lines go; `None` lets it have this process's own streams.
+    pub(crate) sink: Option<LineSink>,
+    /// What it finds on its standard input.
+    pub(crate) input: Input,
+}
+
+/// A child's standard input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// Nothing.
+    Empty,
+    /// This text, then the end.
+    Text(String),
+    /// This process's own, unless it is a terminal: a background group must not read from one.
+    Inherited,
+}
+
+impl Input {
+    fn stdio(&self) -> Stdio {
+        match self {
+            Self::Text(_) => Stdio::piped(),
+            Self::Inherited if !io::stdin().is_terminal() => Stdio::inherit(),
+            Self::Inherited | Self::Empty => Stdio::null(),
+        }
+    }
+}
+
 /// A running child. Dropping it kills its process group.
 #[derive(Debug)]
 pub(crate) struct Child {
@@ -63,37 +94,60 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    /// Starts the process. Its end is reported as [`Event::Exited`] once its streams are read to the end.
+    /// Starts the process with nothing to read. Its end is reported as [`Event::Exited`] once its streams are read to
+    /// the end.
     pub(crate) fn start(
         spec: &ChildSpec,
         index: usize,
         sink: LineSink,
         events: mpsc::Sender<Event>,
     ) -> io::Result<Self> {
+        let streams = ChildStreams {
+            sink: Some(sink),
+            input: Input::Empty,
+        };
+        Self::start_with(spec, streams, index, events)
+    }
+
+    /// Starts the process with these streams.
+    pub(crate) fn start_with(
+        spec: &ChildSpec,
+        streams: ChildStreams,
+        index: usize,
+        events: mpsc::Sender<Event>,
+    ) -> io::Result<Self> {
         let mut command = Command::new(&spec.argv[0]);
         command
             .args(&spec.argv[1..])
             .envs(spec.environment.iter().map(|(name, value)| (name, value)));
+        let output = || match streams.sink {
+            Some(_) => Stdio::piped(),
+            None => Stdio::inherit(),
+        };
         command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdin(streams.input.stdio())
+            .stdout(output())
+            .stderr(output())
             .kill_on_drop(true);
         os::bind_to_parent(&mut command);
         let mut process = command.spawn()?;
+        if let (Input::Text(text), Some(mut pipe)) = (streams.input, process.stdin.take()) {
+            // A child that does not read its input to the end says so by itself.
+            tokio::spawn(async move {
+                let _ = pipe.write_all(text.as_bytes()).await;
+            });
+        }
         let id = process
             .id()
             .ok_or_else(|| io::Error::other("the process ended before it had an id"))?;
         let group = Pid::from_raw(i32::try_from(id).map_err(io::Error::other)?);
+        let sink = streams.sink;
         let readers = [
-            process
-                .stdout
-                .take()
-                .map(|stream| tokio::spawn(sink.clone().drain(stream))),
-            process
-                .stderr
-                .take()
-                .map(|stream| tokio::spawn(sink.drain(stream))),
+            sink.clone()
+                .zip(process.stdout.take())
+                .map(|(sink, stream)| tokio::spawn(sink.drain(stream))),
+            sink.zip(process.stderr.take())
+                .map(|(sink, stream)| tokio::spawn(sink.drain(stream))),
         ];
         let waiter = tokio::spawn(async move {
             let status = process.wait().await.ok();

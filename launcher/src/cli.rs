@@ -3,11 +3,16 @@
 //! Option names are declared with dashes; [`normalise`] maps TensorRT-LLM's underscore spellings onto them and
 //! puts `serve` in front when the first word is a model, as `trtllm-serve` does (COMPAT.md §3).
 
+pub(crate) mod slurm;
+mod world;
+
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
+use crate::cli::slurm::SlurmCommand;
 use crate::exit;
 
 /// Disaggregated LLM serving: context servers read, generation servers write, the KV cache travels between them.
@@ -26,15 +31,40 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Run the proxy in front of context and generation servers.
     Disaggregated(DisaggregatedArgs),
+    /// Run a deployment, or a command, on the ranks that srun or mpirun started: every task runs this.
+    Launch(LaunchArgs),
+    /// Run a command on rank 0 of the ranks that srun or mpirun started; the other ranks serve it.
+    LlmapiLaunch(LlmapiLaunchArgs),
+    /// Run a disagg_config.yaml on the ranks that mpirun or srun started (as `launch -c`).
+    #[command(name = "disaggregated_mpi_worker", alias = "disaggregated-mpi-worker")]
+    DisaggregatedMpiWorker(MpiWorkerArgs),
+    /// One follower rank of an instance; launchers start it.
+    #[command(hide = true)]
+    Rank,
     /// Send prompts to a deployment and write the answers.
     Client(ClientArgs),
     /// Check, explain and describe configuration files.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Plan, render, submit and end deployments on a Slurm cluster.
+    #[command(subcommand)]
+    Slurm(SlurmCommand),
 }
 
 /// Every sub-command's name, in the order of `--help`.
-pub(crate) const COMMANDS: &[&str] = &["up", "serve", "disaggregated", "client", "config", "help"];
+pub(crate) const COMMANDS: &[&str] = &[
+    "up",
+    "serve",
+    "disaggregated",
+    "launch",
+    "llmapi-launch",
+    "disaggregated_mpi_worker",
+    "rank",
+    "client",
+    "config",
+    "slurm",
+    "help",
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
@@ -155,6 +185,9 @@ pub(crate) struct DisaggregatedArgs {
     /// How long to wait for all workers, in seconds.
     #[arg(short = 't', long, default_value_t = 180, value_name = "SECONDS")]
     pub(crate) server_start_timeout: u64,
+    /// Bind port, in place of the file's; 0 lets the kernel choose.
+    #[arg(long)]
+    pub(crate) port: Option<u16>,
     /// Longest upstream call, in seconds.
     #[arg(short, long, default_value_t = 180, value_name = "SECONDS")]
     pub(crate) request_timeout: u64,
@@ -311,13 +344,15 @@ impl LogLevel {
     }
 }
 
-/// Maps `--foo_bar` to `--foo-bar` and `MODEL …` to `serve MODEL …`. Words behind `--` stay as they are.
+/// Maps `--foo_bar` to `--foo-bar` and `MODEL …` to `serve MODEL …`. Words behind `--` or `llmapi-launch` stay as they
+/// are: they are somebody else's.
 pub(crate) fn normalise(arguments: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut out: Vec<OsString> = Vec::new();
     let mut literal = false;
     for argument in arguments {
-        literal |= argument == "--";
-        out.push(if literal { argument } else { dashed(&argument) });
+        let word = if literal { argument } else { dashed(&argument) };
+        literal |= word == "--" || (out.len() == 1 && word == "llmapi-launch");
+        out.push(word);
     }
     let first = out.get(1).and_then(|word| word.to_str());
     if let Some(word) = first
@@ -400,6 +435,21 @@ mod tests {
     #[test]
     fn a_mistyped_command_is_not_a_model() {
         assert!(parse("baton srve m").is_err());
+    }
+
+    #[test]
+    fn a_launched_command_stays_as_it_is() {
+        for line in [
+            "baton llmapi-launch x --tp_size 2 --help -- --a_b",
+            "baton launch -- x --tp_size 2 --help -- --a_b",
+        ] {
+            let command = match parse(line).unwrap().command {
+                Command::LlmapiLaunch(args) => args.command,
+                Command::Launch(args) => args.command,
+                _ => panic!("{line}"),
+            };
+            assert_eq!(command, ["x", "--tp_size", "2", "--help", "--", "--a_b"]);
+        }
     }
 
     #[test]

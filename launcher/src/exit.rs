@@ -21,6 +21,8 @@ pub(crate) enum Outcome {
     TimedOut,
     /// Ended by a signal, after draining.
     Signal(i32),
+    /// As the command that was run ended, whatever that means.
+    Code(u8),
 }
 
 /// Code and meaning, as `baton --help` prints them.
@@ -35,6 +37,10 @@ pub(crate) const TABLE: &[(u8, &str)] = &[
     (130, "ended by Ctrl-C (128 + signal number for others)"),
 ];
 
+/// What stands below the table.
+const NOTE: &str =
+    "A launcher ends as the command that it runs; a drain by SIGUSR1 is a success.\n";
+
 impl Outcome {
     /// The number that the shell sees.
     pub(crate) fn code(self) -> u8 {
@@ -46,6 +52,7 @@ impl Outcome {
             Self::Unavailable => 69,
             Self::TimedOut => 75,
             Self::Address => 98,
+            Self::Code(code) => code,
             Self::Signal(number) => 128_u8.saturating_add(u8::try_from(number).unwrap_or(0)),
         }
     }
@@ -63,6 +70,7 @@ pub(crate) fn help_text() -> String {
     for (code, meaning) in TABLE {
         text.push_str(&format!("  {code:>3}  {meaning}\n"));
     }
+    text.push_str(NOTE);
     text
 }
 

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use baton_configs::disagg::{self, Endpoint};
 use baton_configs::error::Warning;
+use baton_configs::layout::inspect::{Fault, inspect};
+use baton_configs::layout::job::Fabric;
 use baton_configs::layout::{self, Layout, RoleLayout};
 use baton_configs::llm;
 
@@ -77,6 +79,11 @@ impl Deployment {
             self.layout.proxy.server_start_timeout.as_secs(),
             self.layout.proxy.request_timeout.as_secs(),
         )
+    }
+
+    /// Added to the proxy's inherited environment.
+    pub(crate) fn proxy_environment(&self) -> Vec<(String, String)> {
+        self.layout.proxy.environment.clone().into_iter().collect()
     }
 
     /// A process's place among all, for its colour.
@@ -152,7 +159,8 @@ fn role_plans(
         .collect()
 }
 
-fn endpoint(address: &str) -> anyhow::Result<Endpoint> {
+/// `host:port`, an IPv6 host in brackets.
+pub(crate) fn endpoint(address: &str) -> anyhow::Result<Endpoint> {
     let (host, port) = address
         .rsplit_once(':')
         .ok_or_else(|| anyhow!("`{address}` is not host:port"))?;
@@ -170,7 +178,11 @@ pub(crate) fn deployment(args: &UpArgs) -> anyhow::Result<Deployment> {
     let (mut layout, warnings) = match (&args.config, &args.model) {
         (Some(path), model) => {
             let document = baton_configs::yaml::Document::read(path).outcome(Outcome::Config)?;
-            layout::resolve(&document, model.as_deref()).outcome(Outcome::Config)?
+            let inspection = inspect(&document, model.as_deref());
+            let faults = inspection.layout().map(beyond_one_machine);
+            inspection
+                .finish(faults.unwrap_or_default())
+                .outcome(Outcome::Config)?
         }
         (None, Some(model)) => layout::quickstart(model).outcome(Outcome::Config)?,
         (None, None) => {
@@ -181,10 +193,28 @@ pub(crate) fn deployment(args: &UpArgs) -> anyhow::Result<Deployment> {
         }
     };
     warn(&warnings);
+    if !layout.job_keys.is_empty() {
+        tracing::warn!(
+            keys = layout.job_keys.join(", "),
+            "these keys are for clusters and have no effect on one machine; `baton slurm` uses them"
+        );
+    }
     if let Some(port) = args.port {
         layout.proxy.config.port = port;
     }
     Ok(Deployment::new(layout))
+}
+
+/// What of a layout cannot work where this program starts the processes itself.
+fn beyond_one_machine(layout: &Layout) -> Vec<Fault> {
+    let fabric = layout.job.as_ref().map(|job| job.fabric);
+    let needs_mpi = fabric == Some(Fabric::Mpi);
+    let what = "mpi needs processes that srun or mpirun started; `baton up` starts them itself";
+    let hint = "remove `fabric`, or use `baton slurm submit`";
+    needs_mpi
+        .then(|| Fault::new("fabric", what.to_owned(), hint))
+        .into_iter()
+        .collect()
 }
 
 /// Logs what a file's writer should know, once each.

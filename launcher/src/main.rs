@@ -2,6 +2,7 @@
 //!
 //! stdout is data, stderr is talk. Errors travel up to here, are printed once, and become an exit code.
 
+mod bind;
 mod child;
 mod cli;
 mod client;
@@ -9,13 +10,18 @@ mod config;
 mod exit;
 mod files;
 mod http;
+mod launch;
 mod logging;
 mod os;
 mod output;
+mod pmix;
+mod rank;
 mod servers;
+mod slurm;
 mod supervisor;
 mod timeline;
 mod up;
+mod world;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -56,7 +62,13 @@ fn log_level(command: &Command) -> LogLevel {
         Command::Up(args) => args.log_level,
         Command::Serve(args) => args.log_level,
         Command::Disaggregated(args) => args.log_level,
+        Command::Launch(args) => args.world.log_level,
+        Command::DisaggregatedMpiWorker(args) => args.world.log_level,
+        // The launched command's own words are the ones to be seen.
+        Command::LlmapiLaunch(_) => LogLevel::Warning,
+        Command::Rank => LogLevel::Info,
         Command::Client(_) | Command::Config(_) => LogLevel::Warning,
+        Command::Slurm(_) => LogLevel::Info,
     }
 }
 
@@ -64,10 +76,15 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
     match command {
         // Children are tied to the life of the thread that forks them, so the supervisor has just this one.
         Command::Up(args) => on_this_thread()?.block_on(up::run(args)),
+        Command::Launch(args) => launch::launch(args),
+        Command::LlmapiLaunch(args) => launch::llmapi_launch(args),
+        Command::DisaggregatedMpiWorker(args) => launch::mpi_worker(args),
+        Command::Rank => servers::rank(),
         Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
-        Command::Serve(args) => on_all_cores()?.block_on(servers::serve(*args)),
+        Command::Serve(args) => servers::serve(*args),
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
+        Command::Slurm(command) => slurm::run(command),
     }
 }
 

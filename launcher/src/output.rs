@@ -32,7 +32,7 @@ pub(crate) struct LineSink {
 #[derive(Debug)]
 struct SinkState {
     prefix: String,
-    file: File,
+    file: Option<File>,
     tail: VecDeque<String>,
 }
 
@@ -40,6 +40,15 @@ impl LineSink {
     /// A sink with a prefix padded to `width`, appending to `path`. `index` picks the colour.
     pub(crate) fn open(label: &str, index: usize, width: usize, path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
+        Ok(Self::with(label, index, width, Some(file)))
+    }
+
+    /// The same without a file.
+    pub(crate) fn terminal(label: &str, index: usize, width: usize) -> Self {
+        Self::with(label, index, width, None)
+    }
+
+    fn with(label: &str, index: usize, width: usize, file: Option<File>) -> Self {
         let padded = format!("{label:<width$} |");
         let prefix = if io::stderr().is_terminal() {
             let style = Style::new().fg_color(Some(COLOURS[index % COLOURS.len()].into()));
@@ -47,20 +56,22 @@ impl LineSink {
         } else {
             format!("{padded} ")
         };
-        Ok(Self {
+        Self {
             inner: Arc::new(Mutex::new(SinkState {
                 prefix,
                 file,
                 tail: VecDeque::new(),
             })),
-        })
+        }
     }
 
     /// Shows and keeps one line. A full disk or a closed terminal must not end the deployment, so failures
     /// to write are dropped here.
     fn line(&self, text: &str) {
         let mut state = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = writeln!(state.file, "{text}");
+        if let Some(file) = &mut state.file {
+            let _ = writeln!(file, "{text}");
+        }
         let _ = writeln!(io::stderr().lock(), "{}{text}", state.prefix);
         if state.tail.len() == TAIL_LINES {
             state.tail.pop_front();

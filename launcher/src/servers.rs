@@ -1,22 +1,95 @@
 //! `baton serve` and `baton disaggregated`: from typed flags to a running server, and its end to an outcome.
 
 use std::future::Future;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
 use baton_configs::llm::{self, LlmOverrides};
 use baton_configs::yaml::Document;
+use baton_engine::ranks::FollowerSpec;
 use baton_engine::serve::{ServeError, ServeOptions};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::cli::{DisaggregatedArgs, ServeArgs, ServerRole};
 use crate::exit::{Outcome, WithOutcome};
 use crate::files;
+use crate::launch;
+use crate::world::agent::EndSignals;
+use crate::world::membership::Membership;
 
-/// Runs one instance until it is asked to end.
-pub(crate) async fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
+/// Runs one instance until it is asked to end. One of several ranks finds the others through its launcher; without a
+/// launcher it becomes one itself, and starts all its ranks on this machine.
+pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
+    let membership = Membership::from_environment().outcome(Outcome::Usage)?;
+    let options = serve_options(&args)?;
+    let llm = &options.llm;
+    let ranks = llm
+        .tensor_parallel_size
+        .saturating_mul(llm.pipeline_parallel_size);
+    if membership.is_none() && ranks > 1 {
+        let arguments: Option<Vec<String>> = std::env::args_os()
+            .skip(1)
+            .map(|word| word.into_string().ok())
+            .collect();
+        let arguments = arguments
+            .ok_or_else(|| anyhow!("an argument is not UTF-8"))
+            .outcome(Outcome::Usage)?;
+        return launch::local(ranks, arguments, args.log_level);
+    }
+    crate::on_all_cores()?.block_on(serve_here(options, membership))
+}
+
+async fn serve_here(
+    mut options: ServeOptions,
+    membership: Option<Membership>,
+) -> anyhow::Result<Outcome> {
+    let supervised = membership.is_some();
+    if let Some(membership) = membership {
+        let threads = membership.num_threads;
+        options.llm.num_threads.get_or_insert(threads);
+        let ranks = options
+            .llm
+            .tensor_parallel_size
+            .saturating_mul(options.llm.pipeline_parallel_size);
+        if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
+            return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
+        }
+        if ranks > 1 {
+            let runtime = tokio::runtime::Handle::current();
+            options.ranks = Some(membership.leader_ranks(runtime).outcome(Outcome::Usage)?);
+        }
+    }
+    until_asked(supervised, |shutdown| async move {
+        baton_engine::serve::serve(options, shutdown)
+            .await
+            .map_err(of_serve)
+    })
+    .await
+}
+
+/// Runs one follower rank: its launcher writes what it needs to know to its standard input.
+pub(crate) fn rank() -> anyhow::Result<Outcome> {
+    let spec: FollowerSpec = serde_json::from_reader(std::io::stdin().lock())
+        .map_err(|error| anyhow!("`baton rank` is started by a launcher, which says on its standard input what to follow: {error}"))
+        .outcome(Outcome::Usage)?;
+    let runtime = crate::on_all_cores()?;
+    runtime.block_on(async {
+        // A rank ends when its leader says so: a signal that all processes of a step get must not end it in the middle
+        // of the leader's drain. Its launcher kills it when that is needed.
+        let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
+        tokio::task::spawn_blocking(move || {
+            baton_engine::serve::follow(&spec, &AtomicBool::new(false))
+        })
+        .await
+        .outcome(Outcome::Failure)?
+        .map_err(of_serve)?;
+        Ok(Outcome::Success)
+    })
+}
+
+fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
     if args.port == 0 && args.report_addr.is_none() {
         return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE"))
             .outcome(Outcome::Usage);
@@ -27,32 +100,34 @@ pub(crate) async fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
         .map(Document::read)
         .transpose()
         .outcome(Outcome::Config)?;
-    let (llm, warnings) =
-        llm::resolve(file.as_ref(), &overrides(&args)).outcome(Outcome::Config)?;
+    let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
     files::warn(&warnings);
-    let mut options = ServeOptions::new(args.model);
-    options.revision = args.revision;
-    options.host = args.host;
+    let mut options = ServeOptions::new(args.model.clone());
+    options.revision.clone_from(&args.revision);
+    options.host.clone_from(&args.host);
     options.port = args.port;
-    options.report_addr = args.report_addr;
-    options.instance = args.instance.unwrap_or_else(|| match args.server_role {
-        Some(ServerRole::Context) => "context".to_owned(),
-        Some(ServerRole::Generation) => "generation".to_owned(),
-        None => "server".to_owned(),
-    });
+    options.report_addr.clone_from(&args.report_addr);
+    options.instance = args
+        .instance
+        .clone()
+        .unwrap_or_else(|| match args.server_role {
+            Some(ServerRole::Context) => "context".to_owned(),
+            Some(ServerRole::Generation) => "generation".to_owned(),
+            None => "server".to_owned(),
+        });
     options.llm = llm;
-    until_asked(|shutdown| async move {
-        baton_engine::serve::serve(options, shutdown)
-            .await
-            .map_err(of_serve)
-    })
-    .await
+    Ok(options)
 }
 
 /// Runs the proxy until it is asked to end.
 pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Outcome> {
-    let (config, warnings) = baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
+    let (mut config, warnings) =
+        baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
     files::warn(&warnings);
+    config.port = args.port.unwrap_or(config.port);
+    let supervised = Membership::from_environment()
+        .outcome(Outcome::Usage)?
+        .is_some();
     let mut options = ProxyOptions::new(config);
     options.timeouts.server_start = Duration::from_secs(args.server_start_timeout);
     options.timeouts.request = Duration::from_secs(args.request_timeout);
@@ -62,9 +137,9 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
     options.report_addr = args.report_addr;
     options.metrics_log_interval =
         (args.metrics_log_interval > 0).then(|| Duration::from_secs(args.metrics_log_interval));
-    until_asked(
-        |shutdown| async move { baton_proxy::run(options, shutdown).await.map_err(of_proxy) },
-    )
+    until_asked(supervised, |shutdown| async move {
+        baton_proxy::run(options, shutdown).await.map_err(of_proxy)
+    })
     .await
 }
 
@@ -96,15 +171,15 @@ fn raise_open_files() {
     }
 }
 
-/// Runs a server with a shutdown that the first INT or TERM starts; a second one drops the server where it stands.
-async fn until_asked<F, R>(run: F) -> anyhow::Result<Outcome>
+/// Runs a server with a shutdown that the first INT, TERM or USR1 starts; a second one drops the server where it stands,
+/// unless it is supervised: a cluster's signal reaches it directly and through its launcher, which kills what is late.
+async fn until_asked<F, R>(supervised: bool, run: F) -> anyhow::Result<Outcome>
 where
     F: FnOnce(ShutdownFuture) -> R,
     R: Future<Output = anyhow::Result<()>>,
 {
     raise_open_files();
-    let mut interrupt = signal(SignalKind::interrupt()).outcome(Outcome::Unavailable)?;
-    let mut terminate = signal(SignalKind::terminate()).outcome(Outcome::Unavailable)?;
+    let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
     let (asked, mut seen) = watch::channel(None);
     let shutdown: ShutdownFuture = Box::pin(async move {
         // An error means that the sender is gone, and with it this whole function.
@@ -115,16 +190,27 @@ where
         let number = tokio::select! {
             result = &mut server => {
                 result?;
-                return Ok(asked.borrow().map_or(Outcome::Success, Outcome::Signal));
+                return Ok(ended(*asked.borrow()));
             }
-            _ = interrupt.recv() => nix::libc::SIGINT,
-            _ = terminate.recv() => nix::libc::SIGTERM,
+            signal = signals.next() => signal as i32,
         };
+        if supervised && asked.borrow().is_some() {
+            continue;
+        }
         if asked.borrow().is_some() {
             return Err(anyhow!("asked to end twice; what was in flight is lost"))
                 .outcome(Outcome::Signal(number));
         }
         asked.send_replace(Some(number));
+    }
+}
+
+/// A drain that was planned (USR1 before the wall time) is a success.
+fn ended(asked: Option<i32>) -> Outcome {
+    match asked {
+        None => Outcome::Success,
+        Some(number) if number == nix::libc::SIGUSR1 => Outcome::Success,
+        Some(number) => Outcome::Signal(number),
     }
 }
 

@@ -214,7 +214,8 @@ impl Supervisor {
             .is_some_and(Child::is_running)
     }
 
-    fn signal_one(&self, index: usize, signal: Signal) {
+    /// Sends a signal to one process's group, if it still runs.
+    pub(crate) fn signal_one(&self, index: usize, signal: Signal) {
         if let Some(child) = &self.slots[index].child {
             child.signal(signal);
         }
@@ -278,7 +279,7 @@ impl Supervisor {
     }
 }
 
-fn restart_pause(attempt: u32) -> Duration {
+pub(crate) fn restart_pause(attempt: u32) -> Duration {
     RESTART_PAUSE_MIN
         .saturating_mul(1 << attempt.saturating_sub(1).min(16))
         .min(RESTART_PAUSE_MAX)

@@ -369,7 +369,7 @@ fn proxy_spec(plan: &Deployment, folder: &Path, binary: &OsString, level: LogLev
     ChildSpec {
         label: "proxy".to_owned(),
         argv,
-        environment: Vec::new(),
+        environment: plan.proxy_environment(),
         log_file: log_file(folder, "proxy"),
     }
 }

@@ -9,13 +9,15 @@ use hyper::{Method, Request, StatusCode};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::cluster::Group;
 use crate::error::{Failure, Fault, UpstreamFailure};
 use crate::proxy::Proxy;
 use crate::reply::{self, Reply};
 use crate::request_body::Api;
+use crate::store::http::StoreCall;
 use crate::upstream::{self, Call};
-use crate::workers::{Group, Role, Worker};
-use crate::{perf, request};
+use crate::workers::{Role, Worker};
+use crate::{perf, request, store};
 
 /// Bytes of a `/v1/models` answer.
 const MODELS_BYTES_MAX: usize = 1 << 20;
@@ -33,6 +35,9 @@ pub(crate) async fn handle(proxy: &Proxy, request: Request<Incoming>) -> Reply {
             return wrong_method(method, path, "POST");
         }
         return request::serve(proxy, api, request).await;
+    }
+    if let (Some(store), Some(call)) = (&proxy.store, StoreCall::of_path(path)) {
+        return store::http::handle(store, call, request, proxy.timeouts.client_body).await;
     }
     if !is_known(path) {
         return reply::error(
@@ -99,38 +104,36 @@ fn health(proxy: &Proxy) -> Reply {
 /// Workers that can serve now under the known key, the others with their reasons beside it.
 fn cluster_info(proxy: &Proxy) -> Value {
     let describe = |worker: &Arc<Worker>| {
-        let (role, number) = worker.role().in_cluster_info();
+        let (_, number) = worker.role().in_cluster_info();
         let endpoint = worker.endpoint();
         json!({
-            "worker_id": format!("{role}-{endpoint}"),
+            "worker_id": worker.id(),
             "host": endpoint.host,
             "port": endpoint.port,
             "role": number,
         })
     };
     let up = |group: &Group| -> Vec<Value> {
-        let servers = group.servers().iter();
-        servers
-            .filter(|worker| worker.is_up())
-            .map(describe)
-            .collect()
+        let servers = group.servers();
+        let up = servers.iter().filter(|worker| worker.is_up());
+        up.map(describe).collect()
     };
     let missing = |group: &Group| -> Vec<Value> {
-        let servers = group.servers().iter().filter(|worker| !worker.is_up());
-        servers
-            .map(|worker| {
-                let mut value = describe(worker);
-                value["reason"] = json!(worker.condition().to_string());
-                value
-            })
-            .collect()
+        let servers = group.servers();
+        let down = servers.iter().filter(|worker| !worker.is_up());
+        down.map(|worker| {
+            let mut value = describe(worker);
+            value["reason"] = json!(worker.condition().to_string());
+            value
+        })
+        .collect()
     };
     let context = proxy.cluster.group(Role::Context);
     let generation = proxy.cluster.group(Role::Generation);
     json!({
         "is_ready": proxy.readiness().is_ok(),
         "current_workers": {"context_servers": up(context), "generation_servers": up(generation)},
-        "minimal_instances": {"context_servers": 1, "generation_servers": 1},
+        "minimal_instances": {"context_servers": context.up_min(), "generation_servers": generation.up_min()},
         "missing_workers": {"context_servers": missing(context), "generation_servers": missing(generation)},
     })
 }

@@ -25,11 +25,23 @@ const SILENT_COUNT_MAX: u32 = 2;
 /// Bytes of a `/health` answer.
 const TEXT_BYTES_MAX: usize = 64 << 10;
 
-/// Checks `worker` for ever; sets its clock offset when it comes up, if `sets_clock`.
-pub(crate) async fn watch(worker: Arc<Worker>, timeouts: Timeouts, sets_clock: bool) {
+/// How workers are watched.
+#[derive(Debug, Clone)]
+pub(crate) struct Watching {
+    pub(crate) timeouts: Timeouts,
+    /// Tell a worker its clock offset when it comes up.
+    pub(crate) sets_clock: bool,
+}
+
+/// Checks `worker` until it is retired.
+pub(crate) async fn watch(worker: Arc<Worker>, watching: Watching) {
+    let Watching {
+        timeouts,
+        sets_clock,
+    } = watching;
     let mut silent_count = 0;
     let mut down_interval = DOWN_INTERVAL_MIN;
-    loop {
+    while !worker.is_retired() {
         let seen = probe(&worker, timeouts.probe).await;
         silent_count = match &seen {
             Condition::Silent(_) => silent_count + 1,

@@ -9,11 +9,14 @@
 //! dropping a client's connection drops both upstream connections, because the task that serves a client also
 //! drives the sockets to the workers.
 
+mod address_file;
 mod admission;
 mod book;
 mod clock;
 mod clock_sync;
+mod cluster;
 mod context_answer;
+mod discovery;
 mod endpoints;
 mod error;
 mod flow;
@@ -33,6 +36,7 @@ mod router;
 mod server;
 mod socket;
 mod startup;
+mod store;
 mod stream;
 mod timeline;
 mod upstream;
@@ -41,3 +45,4 @@ mod workers;
 
 pub use options::{Environment, Limits, ProxyOptions, Timeouts};
 pub use server::{ProxyError, run};
+pub use store::StoreToken;

@@ -15,8 +15,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::cluster::Cluster;
 use crate::error::Failure;
-use crate::workers::{Cluster, Role};
+use crate::workers::Role;
 
 const SHORT_BUCKETS: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -213,6 +214,8 @@ impl Metrics {
         self.active_requests.set(active);
         self.queued_requests.set(queued);
         self.ready.set(i64::from(cluster.readiness().is_ok()));
+        // Workers come and go; a label of one that left would stay for ever.
+        self.worker_up.clear();
         for worker in cluster.workers() {
             let labels = ServerLabels {
                 role: worker.role().name(),
@@ -255,7 +258,7 @@ mod tests {
 
     #[test]
     fn names_and_buckets_are_the_known_ones() {
-        let cluster = Cluster::new(&Default::default(), &Default::default());
+        let cluster = Cluster::new(&Default::default());
         let text = Metrics::new().render(&cluster, 3, 2);
         for counter in [
             "total_requests",

@@ -5,7 +5,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_configs::cluster::JOB_SECRET_VARIABLE;
 use baton_configs::disagg::DisaggConfig;
+
+use crate::store::StoreToken;
 
 /// How long the proxy waits for what.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,12 +77,14 @@ impl Default for Limits {
 }
 
 /// The environment variables that the proxy honours (COMPAT.md §8.3, §8.4).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Environment {
     /// `TRTLLM_DISAGG_NO_RETRY=1`: every failure is final.
     pub no_retry: bool,
     /// `TRTLLM_DISAGG_WORKER_PROCESS_ID`, 0 to 63: part of every `disagg_request_id`.
     pub process_id: u8,
+    /// What `BATON_JOB_SECRET` makes callers of the store show; without that variable the store takes every caller.
+    pub store_token: Option<StoreToken>,
 }
 
 impl Environment {
@@ -109,6 +114,9 @@ impl Environment {
         Ok(Self {
             no_retry: lookup("TRTLLM_DISAGG_NO_RETRY").as_deref() == Some("1"),
             process_id,
+            store_token: lookup(JOB_SECRET_VARIABLE)
+                .filter(|secret| !secret.trim().is_empty())
+                .map(|secret| StoreToken::of_secret(&secret)),
         })
     }
 }
@@ -168,7 +176,8 @@ mod tests {
             both,
             Ok(Environment {
                 no_retry: true,
-                process_id: 63
+                process_id: 63,
+                store_token: None,
             })
         );
         // Booleans are true for the exact string 1 alone (COMPAT.md §12.3).
@@ -176,6 +185,10 @@ mod tests {
             of(&[("TRTLLM_DISAGG_NO_RETRY", "true")]),
             Ok(Environment::default())
         );
+        let guarded = of(&[("BATON_JOB_SECRET", "5ec4e7")]).unwrap();
+        assert!(guarded.store_token.is_some());
+        assert!(!format!("{guarded:?}").contains("5ec4e7"));
+        assert_eq!(of(&[("BATON_JOB_SECRET", " ")]), Ok(Environment::default()));
         let error = of(&[("TRTLLM_DISAGG_WORKER_PROCESS_ID", "64")]).unwrap_err();
         assert!(error.contains("\"64\""), "{error}");
     }

@@ -129,7 +129,7 @@ pub(crate) async fn drain(proxy: &Proxy) -> Bytes {
     let mut questions = JoinSet::new();
     if proxy.perf.size > 0 {
         for role in [Role::Context, Role::Generation] {
-            for worker in proxy.cluster.group(role).servers() {
+            for worker in proxy.cluster.group(role).servers().iter() {
                 if worker.is_up() {
                     questions.spawn(ask(worker.clone(), proxy.timeouts.probe));
                 }

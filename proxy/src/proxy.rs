@@ -9,17 +9,20 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::admission::Admission;
+use crate::cluster::Cluster;
 use crate::error::Failure;
 use crate::ids::IdSource;
 use crate::metrics::Metrics;
 use crate::options::{Limits, ProxyOptions, Timeouts};
 use crate::perf::PerfRing;
-use crate::workers::Cluster;
+use crate::store::Store;
 
 /// The shared state.
 #[derive(Debug)]
 pub(crate) struct Proxy {
     pub(crate) cluster: Arc<Cluster>,
+    /// Where workers register, with service discovery.
+    pub(crate) store: Option<Arc<Store>>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ids: IdSource,
     pub(crate) admission: Admission,
@@ -42,10 +45,11 @@ impl Proxy {
         timeouts.stream_idle = timeouts.stream_idle.min(timeouts.request);
         timeouts.connect = timeouts.connect.min(timeouts.request);
         Self {
-            cluster: Arc::new(Cluster::new(
-                &config.context_servers,
-                &config.generation_servers,
-            )),
+            cluster: Arc::new(Cluster::new(config)),
+            store: config
+                .cluster
+                .is_some()
+                .then(|| Arc::new(Store::new(options.environment.store_token.clone()))),
             metrics: Arc::new(Metrics::new()),
             ids: IdSource::new(config.node_id, options.environment.process_id),
             admission: Admission::new(limits.max_active, limits.max_queued, timeouts.request),

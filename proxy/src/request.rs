@@ -3,6 +3,8 @@
 //! The client is not answered before a generation server has written something: until then a failure costs a retry
 //! on another server, or reaches the client with its true status. What was started is ended by dropping it.
 
+use std::time::Duration;
+
 use baton_configs::wire::TIMELINE_REQUEST_HEADER;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
@@ -83,7 +85,13 @@ async fn answer(
     book: &mut RequestBook,
 ) -> Result<(Outcome, Place), Failure> {
     let (head, body) = request.into_parts();
-    let body = read_body(proxy, &head.headers, body).await?;
+    let body = read_body(
+        &head.headers,
+        body,
+        proxy.limits.max_body_bytes,
+        proxy.timeouts.client_body,
+    )
+    .await?;
     let conversation = CONVERSATION_HEADERS
         .iter()
         .filter_map(|name| head.headers.get(*name)?.to_str().ok())
@@ -127,12 +135,12 @@ async fn answer(
 
 /// The whole body, or why not. What is too long is still read for a while, so that a client that writes first and
 /// reads later gets the 413 instead of a broken pipe.
-async fn read_body(
-    proxy: &Proxy,
+pub(crate) async fn read_body(
     headers: &HeaderMap,
     mut body: Incoming,
+    limit: usize,
+    patience: Duration,
 ) -> Result<Bytes, Failure> {
-    let limit = proxy.limits.max_body_bytes;
     let too_long = || Failure::Request {
         status: StatusCode::PAYLOAD_TOO_LARGE,
         message: format!("body is longer than {limit} bytes"),
@@ -144,7 +152,6 @@ async fn read_body(
     if announced.is_some_and(|length| length > limit) && headers.contains_key(EXPECT) {
         return Err(too_long());
     }
-    let patience = proxy.timeouts.client_body;
     let read = async {
         let mut whole =
             BytesMut::with_capacity(announced.unwrap_or(0).min(limit).min(TRUSTED_LENGTH_MAX));

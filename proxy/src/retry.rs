@@ -4,8 +4,9 @@
 
 use std::sync::Arc;
 
+use crate::cluster::Cluster;
 use crate::error::UpstreamFailure;
-use crate::workers::{Cluster, Worker};
+use crate::workers::Worker;
 
 /// A request's retries.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_configs::disagg::Endpoint;
+use baton_configs::disagg::{DisaggConfig, Endpoint};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
@@ -20,14 +20,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
+use crate::address_file::FileServer;
+use crate::discovery::Discovery;
 use crate::endpoints;
-use crate::health;
+use crate::health::{self, Watching};
 use crate::metrics::Metrics;
 use crate::options::ProxyOptions;
 use crate::proxy::Proxy;
 use crate::reply::{self, Reply};
 use crate::socket::ImpatientStream;
 use crate::startup;
+use crate::workers::Role;
 
 /// Pause after a failed accept, so that a process without free descriptors does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -90,7 +93,7 @@ where
         ("context", &options.config.context_servers),
         ("generation", &options.config.generation_servers),
     ] {
-        if group.servers.is_empty() {
+        if group.servers.is_empty() && options.config.cluster.is_none() {
             return Err(ProxyError::NoServers { role });
         }
     }
@@ -101,14 +104,7 @@ where
     }
     let proxy = Arc::new(Proxy::new(&options));
     let mut tasks = JoinSet::new();
-    for worker in proxy.cluster.workers() {
-        let sets_clock = options.config.perf_metrics_max_requests > 0;
-        tasks.spawn(health::watch(
-            worker.clone(),
-            proxy.timeouts.clone(),
-            sets_clock,
-        ));
-    }
+    follow_workers(&proxy, &options.config, &mut tasks);
     if let Some(period) = options
         .metrics_log_interval
         .filter(|period| !period.is_zero())
@@ -128,6 +124,43 @@ where
     front.drain(proxy.timeouts.drain).await;
     tasks.shutdown().await;
     outcome
+}
+
+/// Starts what keeps the list of workers and their health.
+fn follow_workers(proxy: &Arc<Proxy>, config: &DisaggConfig, tasks: &mut JoinSet<()>) {
+    let watching = Watching {
+        timeouts: proxy.timeouts.clone(),
+        sets_clock: config.perf_metrics_max_requests > 0,
+    };
+    for worker in proxy.cluster.workers() {
+        tasks.spawn(health::watch(worker, watching.clone()));
+    }
+    for (role, group) in [
+        (Role::Context, &config.context_servers),
+        (Role::Generation, &config.generation_servers),
+    ] {
+        let files = group
+            .servers
+            .iter()
+            .filter(|server| server.fixed().is_none());
+        for address in files {
+            let server = FileServer {
+                role,
+                address: address.clone(),
+                watching: watching.clone(),
+            };
+            tasks.spawn(server.follow(proxy.cluster.clone()));
+        }
+    }
+    if let (Some(config), Some(store)) = (&config.cluster, &proxy.store) {
+        let discovery = Discovery {
+            config: config.clone(),
+            store: store.clone(),
+            cluster: proxy.cluster.clone(),
+            watching,
+        };
+        tasks.spawn(discovery.follow());
+    }
 }
 
 /// Returns only if the start fails.

@@ -1,5 +1,10 @@
-//! Pure planning of jobs on Slurm: text in, text out, nothing is run.
+//! Planning of jobs on Slurm: a layout becomes a plan, a plan becomes files; both pure, total and deterministic.
 //!
-//! Today: Slurm's compact lists, [`hostlist`], of nodes and of tasks per node.
+//! Slurm's compact lists of nodes and of tasks per node are in [`hostlist`]. Only [`commands`] runs anything.
 
+pub mod commands;
 pub mod hostlist;
+pub mod plan;
+pub mod render;
+mod script;
+pub mod srun;

@@ -4,6 +4,7 @@
 //! names what it waits for. Nothing here is skipped when a part is missing: the failure says how to get it.
 
 pub mod client;
+pub mod cluster;
 pub mod deployment;
 pub mod golden;
 pub mod process;

@@ -6,7 +6,7 @@ use super::*;
 use crate::error::Place;
 use crate::explain::explain_document;
 
-const SAMPLES: [(&str, &str, Kind); 9] = [
+const SAMPLES: [(&str, &str, Kind); 13] = [
     (
         "quickstart.yaml",
         include_str!("../../samples/quickstart.yaml"),
@@ -52,6 +52,26 @@ const SAMPLES: [(&str, &str, Kind); 9] = [
         include_str!("../../samples/metadata_config.yaml"),
         Kind::Metadata,
     ),
+    (
+        "benchmark_config.yaml",
+        include_str!("../../samples/benchmark_config.yaml"),
+        Kind::Benchmark,
+    ),
+    (
+        "slurm_one_world.yaml",
+        include_str!("../../samples/slurm_one_world.yaml"),
+        Kind::Layout,
+    ),
+    (
+        "slurm_steps.yaml",
+        include_str!("../../samples/slurm_steps.yaml"),
+        Kind::Layout,
+    ),
+    (
+        "slurm_jobs.yaml",
+        include_str!("../../samples/slurm_jobs.yaml"),
+        Kind::Layout,
+    ),
 ];
 
 fn check(text: &str, kind: Option<Kind>) -> CheckReport {
@@ -89,23 +109,11 @@ fn samples_are_recognised_and_good() {
     for (name, text, kind) in SAMPLES {
         let report = check(text, None);
         assert_eq!(report.kind, Some(kind), "{name}");
-        let served = name != "disagg_config_cluster.yaml";
-        assert_eq!(report.is_good(), served, "{name}: {report}");
-        if served && name != "quickstart.yaml" {
+        assert!(report.is_good(), "{name}: {report}");
+        if !["quickstart.yaml", "benchmark_config.yaml"].contains(&name) {
             assert_eq!(report.outcome, Ok(Vec::new()), "{name}");
         }
     }
-}
-
-#[test]
-fn the_cluster_sample_says_what_is_not_served() {
-    let (_, text, _) = SAMPLES[7];
-    let report = check(text, None).to_string();
-    assert_eq!(
-        report,
-        "f.yaml:5:3: disagg_cluster: `disagg_cluster` is not served by this version: service discovery; give `urls`\n\
-         f.yaml: 1 error (checked as disagg)"
-    );
 }
 
 #[test]
@@ -126,6 +134,8 @@ fn kinds_are_guessed_from_keys() {
         ),
         ("model: m\n", Kind::Layout),
         ("dtype: float32\n", Kind::Llm),
+        ("model: m\nslurm: {nodes: 2}\n", Kind::Layout),
+        ("slurm: {}\nhardware: {}\n", Kind::Benchmark),
     ] {
         let document = Document::parse("f.yaml", text).expect("valid YAML");
         assert_eq!(Kind::guess(&document), kind, "{text}");

@@ -20,12 +20,9 @@ fn both_spellings_of_the_silence_are_accepted() {
              heartbeat_interval_sec: 1\n{key}: 4\n"
         ));
         let expected = ClusterConfig {
-            store: ClusterStore::Proxy {
-                tls: false,
-                endpoint: Endpoint {
-                    host: "localhost".to_owned(),
-                    port: 8000,
-                },
+            store: Endpoint {
+                host: "localhost".to_owned(),
+                port: 8000,
             },
             name: "c".to_owned(),
             context_servers_min: 2,
@@ -45,9 +42,8 @@ fn both_spellings_of_the_silence_are_accepted() {
 
 #[test]
 fn nulls_keep_defaults() {
-    let config = outcome(
-        "cluster_uri: etcd://a:2379,etcd://b:2380\ncluster_name: null\nminimal_instances:\n",
-    );
+    let config =
+        outcome("cluster_uri: http://[::1]:2379/\ncluster_name: null\nminimal_instances:\n");
     let config = config.expect("good");
     assert_eq!(config.name, "");
     assert_eq!(
@@ -56,10 +52,8 @@ fn nulls_keep_defaults() {
     );
     assert_eq!(config.heartbeat_interval, Duration::from_secs(5));
     assert_eq!(config.inactive_timeout, Duration::from_secs(10));
-    let ClusterStore::Etcd { endpoints } = config.store else {
-        panic!("not etcd")
-    };
-    assert_eq!(endpoints.len(), 2);
+    assert_eq!(config.store.to_string(), "[::1]:2379");
+    assert_eq!(config.key_prefix(), "/trtllm-disagg//workers/");
 }
 
 #[test]
@@ -82,4 +76,29 @@ fn mistakes_are_named() {
     let order =
         outcome("cluster_uri: http://a:1\nheartbeat_interval_sec: 10\n").expect_err("refused");
     assert!(order.contains("every worker would be dropped"), "{order}");
+}
+
+#[test]
+fn other_stores_are_refused_by_name() {
+    for (uri, what) in [
+        ("etcd://a:2379,etcd://b:2380", "etcd as the list of workers"),
+        ("https://a:8000", "an encrypted connection"),
+    ] {
+        let message = outcome(&format!("cluster_uri: {uri}")).expect_err("refused");
+        assert!(
+            message.contains("is not served by this version"),
+            "{message}"
+        );
+        assert!(message.contains(what), "{message}");
+        assert!(message.contains("hint: "), "{message}");
+    }
+}
+
+#[test]
+fn a_token_follows_from_its_secret_alone() {
+    let token = store_token("abc");
+    assert_eq!(token.len(), 64);
+    assert_eq!(token, store_token(" abc\n"));
+    assert_ne!(token, store_token("abd"));
+    assert!(!token.contains("abc"));
 }

@@ -1,6 +1,7 @@
-//! `host:port` as users write it.
+//! `host:port` and `file:PATH`, as users write where a server is.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::ConfigErrorKind;
@@ -98,21 +99,90 @@ impl FromStr for Endpoint {
     }
 }
 
-/// Reads an [`Endpoint`].
-#[derive(Debug)]
-pub(crate) struct HostPort;
+/// Where a server is found.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ServerAddress {
+    /// At an address that does not change.
+    At(Endpoint),
+    /// Where a file says, which holds `host:port` as `--report-addr` writes it. The file may come later, and may change
+    /// when the server starts again elsewhere.
+    File(PathBuf),
+}
 
-impl Kind for HostPort {
-    type Value = Endpoint;
+impl ServerAddress {
+    /// The same with a file's path taken from `folder` when it is relative.
+    pub(crate) fn in_folder(self, folder: &Path) -> Self {
+        match self {
+            Self::At(endpoint) => Self::At(endpoint),
+            Self::File(path) => Self::File(folder.join(path)),
+        }
+    }
+
+    /// The address, where it does not change.
+    #[must_use]
+    pub fn fixed(&self) -> Option<&Endpoint> {
+        match self {
+            Self::At(endpoint) => Some(endpoint),
+            Self::File(_) => None,
+        }
+    }
+}
+
+impl From<Endpoint> for ServerAddress {
+    fn from(endpoint: Endpoint) -> Self {
+        Self::At(endpoint)
+    }
+}
+
+impl fmt::Display for ServerAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(endpoint) => endpoint.fmt(f),
+            Self::File(path) => write!(f, "{FILE_SCHEME}{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for ServerAddress {
+    type Err = EndpointError;
+
+    /// Reads `file:PATH`, or what [`Endpoint`] reads.
+    fn from_str(text: &str) -> Result<Self, EndpointError> {
+        match text.strip_prefix(FILE_SCHEME) {
+            Some("") => Err(EndpointError {
+                expected: "`file:` and the path of a file that holds `host:port`",
+                hint: None,
+            }),
+            // `file:///path` is how others write an absolute path.
+            Some(path) => {
+                let path = path
+                    .strip_prefix("//")
+                    .filter(|rest| rest.starts_with('/'))
+                    .unwrap_or(path);
+                Ok(Self::File(PathBuf::from(path)))
+            }
+            None => text.parse().map(Self::At),
+        }
+    }
+}
+
+const FILE_SCHEME: &str = "file:";
+
+/// Reads a [`ServerAddress`].
+#[derive(Debug)]
+pub(crate) struct Address;
+
+impl Kind for Address {
+    type Value = ServerAddress;
     const SHAPE: Shape = Shape::Endpoint;
 
-    fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<Endpoint> {
+    fn read(node: &Node, path: &str, findings: &mut Findings) -> Option<ServerAddress> {
         let Value::Text(text) = &node.value else {
             findings.wrong(node, path, HOST_AND_PORT, None);
             return None;
         };
-        match text.parse::<Endpoint>() {
-            Ok(endpoint) => Some(endpoint),
+        match text.parse::<ServerAddress>() {
+            Ok(address) => Some(address),
             Err(error) => {
                 let kind = ConfigErrorKind::WrongValue {
                     found: node.found(),

@@ -1,7 +1,7 @@
 //! `context_servers` and `generation_servers`: addresses, router, and the instances' engine options.
 
 use crate::disagg::router::{self, RouterConfig};
-use crate::disagg::{Endpoint, HostPort, ServerGroup};
+use crate::disagg::{Address, Endpoint, ServerAddress, ServerGroup};
 use crate::error::ConfigErrorKind;
 use crate::llm::{self, LlmOptions};
 use crate::section::kind::{Later, List, Whole};
@@ -14,8 +14,9 @@ section! {
     RawGroup "server section" {
         /// How many instances there are. Without it there are as many as `urls`, or one.
         num_instances: Whole<u32, 1, 65535> = "1";
-        /// Their addresses, `host:port`, one an instance; an IPv6 address stands in brackets.
-        urls: List<HostPort> = "null";
+        /// Their addresses, one an instance: `host:port`, an IPv6 address in brackets; or `file:PATH` for a file
+        /// that holds it, as `--report-addr` writes it, relative to this file.
+        urls: List<Address> = "null";
         /// How one of them is chosen for a request.
         router: Later<router::RawRoundRobin> = "{}";
     }
@@ -28,7 +29,7 @@ section! {
 pub struct InstanceGroup {
     /// How many there are.
     pub num_instances: u32,
-    /// Their addresses, one an instance; empty where the file gives none.
+    /// Their addresses, one an instance; empty where the file gives none, or gives address files.
     pub endpoints: Vec<Endpoint>,
     /// Their engine options.
     pub options: LlmOptions,
@@ -48,7 +49,7 @@ pub(crate) struct Group {
     pub(crate) instances: InstanceGroup,
     router: RouterConfig,
     /// The addresses with their places.
-    urls: Vec<(Endpoint, Node)>,
+    urls: Vec<(ServerAddress, Node)>,
     /// The engine options as given, inherited ones included.
     engine: Node,
 }
@@ -56,7 +57,7 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn server_group(&self) -> ServerGroup {
         ServerGroup {
-            servers: self.instances.endpoints.clone(),
+            servers: self.urls.iter().map(|(url, _)| url.clone()).collect(),
             router: self.router.clone(),
         }
     }
@@ -92,7 +93,8 @@ pub(crate) fn read(
     }
     let urls = urls.map(|given| given.value).unwrap_or_default();
     check_distinct(&urls, path, findings);
-    let endpoints = urls.iter().map(|(endpoint, _)| endpoint.clone()).collect();
+    let fixed = urls.iter().map(|(url, _)| url.fixed().cloned());
+    let endpoints = fixed.collect::<Option<_>>().unwrap_or_default();
     let instances = InstanceGroup {
         num_instances,
         endpoints,
@@ -106,7 +108,7 @@ pub(crate) fn read(
     })
 }
 
-type Urls = Located<Vec<(Endpoint, Node)>>;
+type Urls = Located<Vec<(ServerAddress, Node)>>;
 
 fn count(given: Option<&Located<u32>>, urls: Option<&Urls>, findings: &mut Findings) -> u32 {
     let Some(urls) = urls else {
@@ -126,10 +128,10 @@ fn count(given: Option<&Located<u32>>, urls: Option<&Urls>, findings: &mut Findi
     found
 }
 
-fn check_distinct(urls: &[(Endpoint, Node)], path: &str, findings: &mut Findings) {
-    for (index, (endpoint, node)) in urls.iter().enumerate() {
-        if urls[..index].iter().any(|(earlier, _)| earlier == endpoint) {
-            let what = format!("duplicated address {endpoint}");
+fn check_distinct(urls: &[(ServerAddress, Node)], path: &str, findings: &mut Findings) {
+    for (index, (url, node)) in urls.iter().enumerate() {
+        if urls[..index].iter().any(|(earlier, _)| earlier == url) {
+            let what = format!("duplicated address {url}");
             findings.conflict(node.place, &format!("{path}.urls[{index}]"), what);
         }
     }
@@ -166,11 +168,10 @@ pub(super) fn inherit(
 
 /// An address in both sections is one instance, so both must tell it the same.
 pub(crate) fn check_shared(context: &Group, generation: &Group, findings: &mut Findings) {
-    for (index, (endpoint, node)) in generation.urls.iter().enumerate() {
-        let shared = context.urls.iter().any(|(other, _)| other == endpoint);
+    for (index, (url, node)) in generation.urls.iter().enumerate() {
+        let shared = context.urls.iter().any(|(other, _)| other == url);
         if shared && !context.engine.same_value(&generation.engine) {
-            let what =
-                format!("{endpoint} is in both sections, which give it different engine options");
+            let what = format!("{url} is in both sections, which give it different engine options");
             findings.conflict(
                 node.place,
                 &format!("generation_servers.urls[{index}]"),

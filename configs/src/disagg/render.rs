@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use crate::cluster;
 use crate::disagg::{DisaggConfig, ServerGroup};
 use crate::yaml::{number_text, quoted};
 
@@ -35,6 +36,7 @@ pub fn to_yaml(config: &DisaggConfig) -> String {
     }
     render_group(&mut out, "context_servers", &config.context_servers);
     render_group(&mut out, "generation_servers", &config.generation_servers);
+    cluster::render(&mut out, config.cluster.as_ref());
     out
 }
 

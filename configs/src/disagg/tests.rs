@@ -114,6 +114,75 @@ disagg.yaml:14:9: generation_servers.urls: 1 addresses for `num_instances: 2`"
 }
 
 #[test]
+fn an_address_may_be_in_a_file_that_lies_beside_the_config() {
+    let parsed = |text: &str| {
+        let document = Document::parse("/etc/baton/d.yaml", text).expect("valid YAML");
+        let (resolved, _) = resolve(&document, 7).unwrap_or_else(|error| panic!("{error}"));
+        resolved
+    };
+    let config = parsed(
+        "context_servers: {urls: ['file:run/ctx0', 'file:/run/ctx1', 'file:///run/ctx2']}\n\
+         generation_servers: {urls: ['a:1', 'file:/run/ctx1'], num_instances: 2}\n",
+    );
+    let shown = |group: &ServerGroup| -> Vec<String> {
+        group.servers.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(
+        shown(&config.proxy.context_servers),
+        [
+            "file:/etc/baton/run/ctx0",
+            "file:/run/ctx1",
+            "file:/run/ctx2"
+        ]
+    );
+    assert_eq!(
+        shown(&config.proxy.generation_servers),
+        ["a:1", "file:/run/ctx1"]
+    );
+    assert_eq!(
+        (config.context.num_instances, config.context.endpoints.len()),
+        (3, 0)
+    );
+    assert_eq!(config.world_ranks(), 4, "one instance serves both roles");
+    assert!(errors("context_servers: {urls: ['file:']}").contains("the path of a file"));
+    assert!(
+        errors("context_servers: {urls: [file:x, file:x]}").contains("duplicated address file:x")
+    );
+}
+
+#[test]
+fn with_discovery_the_proxy_needs_no_addresses() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("d.yaml");
+    let text =
+        "hostname: 0.0.0.0\ndisagg_cluster: {cluster_uri: 'http://node1:8000', cluster_name: c}\n";
+    std::fs::write(&path, text).expect("written");
+    let (config, warnings) = load(&path).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(warnings, []);
+    assert_eq!(
+        config.cluster.expect("one").key_prefix(),
+        "/trtllm-disagg/c/workers/"
+    );
+}
+
+#[test]
+fn a_store_that_workers_would_not_reach_is_warned_of() {
+    let text = "port: 8001\ndisagg_cluster:\n  cluster_uri: http://node1:8000\n";
+    let (_, warnings) = resolve(&document(text), 0).expect("good");
+    let texts: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [
+            "disagg.yaml:3:16: disagg_cluster.cluster_uri: is at node1:8000, but the proxy listens on localhost only: \
+             servers on other machines cannot register; set `hostname: 0.0.0.0`",
+            "disagg.yaml:3:16: disagg_cluster.cluster_uri: is at port 8000, but the proxy listens on port 8001",
+        ]
+    );
+    let same = "hostname: 127.0.0.1\ndisagg_cluster: {cluster_uri: 'http://LOCALHOST:8000'}\n";
+    assert_eq!(resolve(&document(same), 0).expect("good").1, []);
+}
+
+#[test]
 fn an_address_stands_once_in_a_section() {
     assert_eq!(
         errors("context_servers:\n  urls: [a:1, b:1, a:1]\n"),
@@ -288,8 +357,8 @@ fn features_that_are_not_served_are_refused_by_name() {
         ("disagg_coordinator_url: http://x", "a coordinator"),
         ("perf_metrics_output_dir: /tmp", "writing request timings"),
         (
-            "disagg_cluster: {cluster_uri: 'http://localhost:8000'}",
-            "service discovery",
+            "disagg_cluster: {cluster_uri: 'etcd://localhost:8000'}",
+            "etcd as the list of workers",
         ),
     ] {
         let message = errors(text);
@@ -349,10 +418,21 @@ fn rendered_text_resolves_to_the_same() {
         port: 0,
         model: Some("dir/a \"b\" # c".to_owned()),
         context_servers: ServerGroup {
-            servers: vec![endpoint("localhost", 1), endpoint("::1", 2)],
+            servers: vec![
+                endpoint("localhost", 1).into(),
+                ServerAddress::File("/run/a b/ctx.addr".into()),
+            ],
             router: RouterConfig::RoundRobin,
         },
         generation_servers: ServerGroup::default(),
+        cluster: Some(ClusterConfig {
+            store: endpoint("::1", 8000),
+            name: "a: b".to_owned(),
+            context_servers_min: 2,
+            generation_servers_min: 0,
+            heartbeat_interval: Duration::from_millis(1500),
+            inactive_timeout: Duration::from_secs(7),
+        }),
         max_retries: 3,
         perf_metrics_max_requests: 9,
         node_id: 200,

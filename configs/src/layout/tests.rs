@@ -164,6 +164,7 @@ fn defaults_in_the_tables_are_those_of_the_types() {
     };
     let text = lines(RawLayout::TABLE, "")
         .replace("model: null\nserved", "model: m\nserved")
+        .replace("gpus_per_node: null", "gpus_per_node: 2")
         .replace(
             "context: {}",
             &format!("context:\n{}", lines(RawRole::TABLE, "  ")),
@@ -171,6 +172,14 @@ fn defaults_in_the_tables_are_those_of_the_types() {
         .replace(
             "proxy: {}",
             &format!("proxy:\n{}", lines(RawProxy::TABLE, "  ")),
+        )
+        .replace(
+            "slurm: {}",
+            &format!("slurm:\n{}", lines(raw::RawSlurm::TABLE, "  ")),
         );
-    assert_eq!(resolved(&text), resolved("model: m"), "{text}");
+    let mut explicit = resolved(&text);
+    // They differ in what was written, and in nothing else.
+    explicit.job_keys = vec!["gpus_per_node"];
+    let implied = resolved("model: m\ngpus_per_node: 2");
+    assert_eq!(explicit, implied, "{text}");
 }

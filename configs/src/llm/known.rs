@@ -83,12 +83,6 @@ pub(super) const TENSORRT_LLM_OPTIONS: &[OptionGroup] = &[
         treatment: Treatment::Refused("exporting traces"),
     },
     OptionGroup {
-        names: &["disagg_cluster"],
-        treatment: Treatment::Refused(
-            "service discovery; give the instances' addresses to the proxy",
-        ),
-    },
-    OptionGroup {
         names: &[
             "cuda_graph_config",
             "use_cuda_graph",

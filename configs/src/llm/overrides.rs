@@ -39,12 +39,23 @@ pub struct LlmOverrides {
     pub tokenizer: Option<String>,
     /// `--backend`.
     pub backend: Option<String>,
+    /// `--disagg_cluster_uri`. Unlike the others it covers what the file says (COMPAT.md §3.1).
+    pub disagg_cluster_uri: Option<String>,
     /// Any other option of COMPAT.md §3.1 that has a key of the same name in the file, such as
     /// `reasoning_parser`; each is treated exactly as that key is.
     pub others: Vec<(String, String)>,
 }
 
 impl LlmOverrides {
+    /// The section that a URI alone means.
+    fn cluster(&self) -> Option<Node> {
+        let uri = Node::text(self.disagg_cluster_uri.as_ref()?);
+        Some(Node::new(Value::Map(vec![typed(
+            "cluster_uri".to_owned(),
+            uri,
+        )])))
+    }
+
     fn entries(&self) -> Vec<Entry> {
         let whole = |number: &u32| Node::whole(*number);
         let text = |text: &String| Node::text(text);
@@ -88,6 +99,7 @@ impl LlmOverrides {
             ("chat_template", self.chat_template.as_ref().map(text)),
             ("tokenizer", self.tokenizer.as_ref().map(text)),
             ("backend", self.backend.as_ref().map(text)),
+            ("disagg_cluster", self.cluster()),
         ];
         let named = values
             .into_iter()
@@ -112,6 +124,17 @@ fn typed(key: String, node: Node) -> Entry {
     }
 }
 
+/// Puts the URI into the file's section, where there is one.
+fn cover_cluster_uri(entries: &mut [Entry], uri: &str) {
+    let section = entries
+        .iter_mut()
+        .find(|entry| entry.key == "disagg_cluster");
+    if let Some(Value::Map(keys)) = section.map(|entry| &mut entry.node.value) {
+        keys.retain(|entry| entry.key != "cluster_uri");
+        keys.push(typed("cluster_uri".to_owned(), Node::text(uri)));
+    }
+}
+
 /// The file's mapping, with the command line's values for the keys that the file does not give.
 pub(crate) fn merge(file: Option<&Document>, cli: &LlmOverrides) -> Document {
     let Some(document) = file else {
@@ -133,6 +156,9 @@ pub(crate) fn merge(file: Option<&Document>, cli: &LlmOverrides) -> Document {
             entries.retain(|own| own.key != entry.key);
             entries.push(entry);
         }
+    }
+    if let Some(uri) = &cli.disagg_cluster_uri {
+        cover_cluster_uri(&mut entries, uri);
     }
     document.with_entries(entries)
 }

@@ -1,8 +1,9 @@
 //! The keys of the LLM options file and of its `kv_cache_config`.
 
+use crate::cluster::RawCluster;
 use crate::llm::{ComputeDtype, LoadFormat};
 use crate::section::kind::{
-    Anything, Choice, Choices, Count, Flag, OneOf, Share, Size, Sub, Text, Whole,
+    Anything, Choice, Choices, Count, Flag, Later, OneOf, Share, Size, Sub, Text, Whole,
 };
 use crate::section::section;
 use crate::transceiver::RawTransceiver;
@@ -145,6 +146,8 @@ section! {
         chat_template: Text = "null";
         /// Tokenizer directory or file that replaces the model's own.
         tokenizer: Text = "null";
+        /// Where this server registers, so that a proxy finds it. Needs `--server_role`.
+        disagg_cluster: Later<RawCluster> = "null";
     }
     unserved {
         /// Which of the original's engines runs: only `pytorch` is known here, and means this engine.

@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 
+use crate::cluster;
 use crate::llm::{KvCacheConfig, LlmOptions};
 use crate::section::kind::name_of;
 use crate::transceiver::TransceiverConfig;
@@ -52,6 +53,7 @@ pub fn to_yaml(options: &LlmOptions) -> String {
         Some(transceiver) => write_transceiver(&mut out, transceiver),
         None => out.push_str("cache_transceiver_config: null\n"),
     }
+    cluster::render(&mut out, options.cluster.as_ref());
     out
 }
 

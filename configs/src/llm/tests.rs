@@ -306,3 +306,35 @@ proptest! {
         prop_assert_eq!(warnings, vec![]);
     }
 }
+
+#[test]
+fn the_command_lines_uri_covers_the_files() {
+    let cli = LlmOverrides {
+        disagg_cluster_uri: Some("http://b:2".to_owned()),
+        ..LlmOverrides::default()
+    };
+    let with = |file: Option<&str>| {
+        let file = file.map(document);
+        let (options, warnings) =
+            resolve(file.as_ref(), &cli).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(warnings, []);
+        let cluster = options.cluster.expect("a cluster");
+        (cluster.store.to_string(), cluster.name)
+    };
+    let unnamed = ("b:2".to_owned(), String::new());
+    let named = ("b:2".to_owned(), "c".to_owned());
+    assert_eq!(with(None), unnamed);
+    assert_eq!(with(Some("max_batch_size: 1")), unnamed);
+    assert_eq!(with(Some("disagg_cluster:")), unnamed);
+    assert_eq!(with(Some("disagg_cluster: {cluster_name: c}")), named);
+    let other = "disagg_cluster: {cluster_name: c, cluster_uri: 'http://a:1'}";
+    assert_eq!(with(Some(other)), named);
+    let alone = resolved(other).0.cluster.expect("a cluster");
+    assert_eq!(alone.store.to_string(), "a:1");
+    let bad = LlmOverrides {
+        disagg_cluster_uri: Some("b:2".to_owned()),
+        ..LlmOverrides::default()
+    };
+    let error = resolve(None, &bad).expect_err("refused").to_string();
+    assert!(error.contains("expected `http://host:port`"), "{error}");
+}

@@ -102,10 +102,13 @@ impl Findings {
     }
 
     /// The warnings, the one about options without effect last; or every error.
-    pub(crate) fn finish(mut self) -> Result<Vec<Warning>, ConfigErrors> {
-        if let Some(errors) = ConfigErrors::from_found(self.errors) {
-            return Err(errors);
-        }
+    pub(crate) fn finish(self) -> Result<Vec<Warning>, ConfigErrors> {
+        let (errors, warnings) = self.into_parts();
+        ConfigErrors::from_found(errors).map_or(Ok(warnings), Err)
+    }
+
+    /// The errors and the warnings, for those who look further before they decide.
+    pub(crate) fn into_parts(mut self) -> (Vec<ConfigError>, Vec<Warning>) {
         if !self.ignored.is_empty() {
             self.warnings.push(Warning {
                 file: self.file,
@@ -117,7 +120,7 @@ impl Findings {
                 ),
             });
         }
-        Ok(self.warnings)
+        (self.errors, self.warnings)
     }
 }
 

@@ -54,6 +54,7 @@ macro_rules! conformance_tests {
             add_and_silu_mul_match_the_reference,
             rope_matches_the_reference,
             rows_are_selected_and_copied,
+            rows_are_edited_on_the_host,
             attention_matches_the_reference,
             attention_is_bit_equal_alone_batched_and_chunked,
             attention_ignores_what_it_must_not_see,

@@ -218,6 +218,10 @@ impl Backend for CpuBackend {
         x.values().to_vec()
     }
 
+    fn on_host(&self, x: &mut CpuTensor, edit: &mut dyn FnMut(&mut [f32])) {
+        edit(x.values_mut());
+    }
+
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
         self.pages = Some(Pages::new(shape, block_count)?);
         Ok(())

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::backend::BackendError;
 use crate::blocks::BlockPool;
 use crate::handoff::{Handoff, HandoffTicket};
 use crate::metrics::EngineStats;
@@ -31,6 +32,8 @@ pub(super) struct Core {
     pub(super) leases: Leases,
     pub(super) stats: EngineStats,
     pub(super) shared: Arc<Shared>,
+    /// What failed between two steps, so that there will be no other.
+    pub(super) broken: Option<BackendError>,
     /// Longest prompt and answer together.
     pub(super) max_len: usize,
 }
@@ -64,6 +67,7 @@ impl Core {
             clients: HashMap::new(),
             leases: Leases::new(),
             stats: EngineStats::default(),
+            broken: None,
             max_len: shared.limits().max_seq_len,
             shared,
         };

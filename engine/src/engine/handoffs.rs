@@ -58,23 +58,34 @@ impl Core {
         }
     }
 
+    /// Shows a sequence's pages to the transceiver. Returns the state for the ticket.
+    fn hand_over(
+        &mut self,
+        ctx_request_id: u64,
+        sequence: &Sequence,
+    ) -> Result<Vec<u8>, HandoffError> {
+        let Some(handoff) = &mut self.handoff else {
+            return Err(HandoffError::Refused("there is no transceiver".to_owned()));
+        };
+        let pages = self.model.share_pages(&sequence.blocks).map_err(|error| {
+            let reason = HandoffError::Transport(error.to_string());
+            self.broken.get_or_insert(error);
+            reason
+        })?;
+        handoff.offer(Offer {
+            ctx_request_id,
+            token_count: sequence.prompt_len,
+            pages,
+        })
+    }
+
     /// Ends a context-only request: its blocks go under a lease.
     pub(super) fn offer(&mut self, id: RequestId, logprobs: Option<TokenLogprobs>) {
         let Some(sequence) = self.scheduler.take(id) else {
             return;
         };
         let ctx_request_id = self.leases.next_id();
-        let pages = sequence.blocks.iter();
-        let offer = Offer {
-            ctx_request_id,
-            token_count: sequence.prompt_len,
-            pages: pages.map(|&block| self.model.share_page(block)).collect(),
-        };
-        let offered = match &mut self.handoff {
-            Some(handoff) => handoff.offer(offer),
-            None => Err(HandoffError::Refused("there is no transceiver".to_owned())),
-        };
-        let opaque_state = match offered {
+        let opaque_state = match self.hand_over(ctx_request_id, &sequence) {
             Ok(state) => state,
             Err(error) => {
                 self.scheduler.pool.release(&sequence.blocks);
@@ -141,14 +152,21 @@ impl Core {
         }
     }
 
-    fn pages_returned(&mut self, pages: Vec<(BlockId, Page)>) {
-        for (block, page) in pages {
-            if self.scheduler.pool.is_lent(block) {
-                self.model.return_page(block, page);
-                self.scheduler.pool.page_back(block);
-            } else {
+    fn pages_returned(&mut self, mut pages: Vec<(BlockId, Page)>) {
+        pages.retain(|&(block, _)| {
+            let lent = self.scheduler.pool.is_lent(block);
+            if !lent {
                 tracing::error!(block, "a page came back that was not lent");
             }
+            lent
+        });
+        let blocks: Vec<BlockId> = pages.iter().map(|&(block, _)| block).collect();
+        if let Err(error) = self.model.return_pages(pages) {
+            // The engine ends before it uses any of them.
+            self.broken.get_or_insert(error);
+        }
+        for block in blocks {
+            self.scheduler.pool.page_back(block);
         }
     }
 

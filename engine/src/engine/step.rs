@@ -16,6 +16,9 @@ use super::core::Core;
 impl Core {
     /// Does what there is to do. False when nothing could be done: then only a command changes that.
     pub(super) fn step(&mut self) -> Result<bool, BackendError> {
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
         let started = Instant::now();
         let model = &self.model;
         let writable = |block| model.page_is_unshared(block);

@@ -81,6 +81,9 @@ pub(super) fn spawn(
 fn live(mut core: Core, commands: &Receiver<Command>) -> Result<(), EngineError> {
     let outcome = match catch_unwind(AssertUnwindSafe(|| run(&mut core, commands))) {
         Ok(Ok(())) => Ok(()),
+        Ok(Err(error @ (BackendError::Peer(_) | BackendError::Rank { .. }))) => {
+            Err(EngineError::Rank(error))
+        }
         Ok(Err(error)) => Err(EngineError::Device(error)),
         Err(payload) => Err(EngineError::Panicked(panic_text(payload.as_ref()))),
     };
@@ -120,6 +123,9 @@ fn run(core: &mut Core, commands: &Receiver<Command>) -> Result<(), BackendError
         if deadline.is_some_and(|deadline| core.is_idle() || Instant::now() >= deadline) {
             return Ok(());
         }
+        if core.model.keep_alive_due() == Some(Duration::ZERO) {
+            core.model.keep_alive()?;
+        }
         if core.step()? {
             continue;
         }
@@ -145,7 +151,8 @@ fn wait(
         .pool
         .take_skipped_shared()
         .then_some(READER_POLL);
-    match left.into_iter().chain(poll).min() {
+    let due = core.model.keep_alive_due();
+    match left.into_iter().chain(poll).chain(due).min() {
         Some(timeout) => commands.recv_timeout(timeout),
         None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
     }

@@ -1,40 +1,54 @@
 //! The Llama-shaped decoder: one forward pass over a batch of sequence pieces, written against [`Backend`] alone.
 //!
-//! Dimension letters are those of `backend.rs`. A residual stream `x [T, E]` passes through the layers; each adds
-//! attention over the paged KV and a gated feed-forward. Only rows whose logits are wanted go on after the last
-//! attention, because nothing reads the others any more. It keeps no state between steps but the pages.
+//! Dimension letters are those of `backend.rs`; in a shard they are the rank's own. A residual stream `x [T, E]` passes
+//! through the layers; each adds attention over the paged KV and a gated feed-forward. Only rows whose logits are wanted
+//! go on after the last attention, because nothing reads the others any more. It keeps no state between steps but the
+//! pages. A rank of several sums what it adds to `x` over its stage, and passes `x` on to the next stage; one that is
+//! alone does neither.
 
 use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::backend::{AttentionSpec, Backend, BackendError, BlockId, StepBatch};
+use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
+use crate::model::embedding::embed;
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::load::LoadProgress;
+use crate::model::micro;
+use crate::model::peers::Peers;
+use crate::model::shard::Shard;
 use crate::model::weights::{DecoderWeights, LayerWeights, Linear};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
 
-/// A decoder on its backend.
+/// A decoder on its backend, or the part of one that a rank holds.
 #[derive(Debug)]
 pub(crate) struct Decoder<B: Backend> {
     backend: B,
+    /// This rank's.
     config: DecoderConfig,
+    /// The whole model's.
     shape: ModelShape,
+    shard: Shard,
     weights: DecoderWeights<B::Weight>,
     weight_bytes: usize,
+    /// `None` when this rank is alone.
+    peers: Option<Peers>,
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Checks every tensor of the checkpoint first, then hands one after the other to the backend.
+    /// Checks every tensor of the shard first, then hands one after the other to the backend. `config` is the whole
+    /// model's.
     pub(crate) fn load(
-        config: DecoderConfig,
+        config: &DecoderConfig,
+        shard: Shard,
         checkpoint: &Checkpoint<'_>,
         mut backend: B,
         progress: &dyn Fn(LoadProgress<'_>),
     ) -> Result<Self, ModelError> {
-        let plan = DecoderWeights::plan(&config);
+        let plan = DecoderWeights::plan(config, &shard);
         let mut bytes_total = 0;
         plan.try_map(|slot| {
             bytes_total += checkpoint.bytes(slot)?;
@@ -58,10 +72,95 @@ impl<B: Backend> Decoder<B> {
         Ok(Self {
             shape: config.shape(),
             backend,
-            config,
+            config: shard.config(config),
+            shard,
             weights,
             weight_bytes: usize::try_from(bytes_total).expect("the weights' bytes are addressable"),
+            peers: None,
         })
+    }
+
+    /// Joins the other ranks, whose shards these are. From now on all of them make each step together.
+    pub(crate) fn join(&mut self, collective: Box<dyn Collective>, shards: &[Shard]) {
+        self.peers = Some(Peers::new(collective, shards));
+    }
+
+    /// The ranks that were joined.
+    pub(crate) fn collective(&mut self) -> &mut dyn Collective {
+        let peers = self.peers.as_mut();
+        peers
+            .expect("only a rank that has joined others is asked for them")
+            .collective
+            .as_mut()
+    }
+
+    /// The wanted logits `[R, V of this rank]` of a batch that is not empty, where this rank has them.
+    fn pass(&mut self, batch: &StepBatch) -> Result<Vec<f32>, BackendError> {
+        let (rows, wanted) = (batch.tokens.len(), batch.logit_rows.as_slice());
+        let place = self.shard.place;
+        let mut x = self.enter(batch)?;
+        let Self {
+            backend,
+            config,
+            weights,
+            peers,
+            ..
+        } = self;
+        let (last, layers) = weights
+            .layers
+            .split_last()
+            .expect("a configuration has layers");
+        let mut pass = Pass::new(backend, config, rows);
+        let mut tail = Tail::new(backend, config, rows);
+        for (index, layer) in layers.iter().enumerate() {
+            pass.attend(backend, config, (index, layer), batch, &x);
+            tail.finish((backend, config, peers), layer, &pass.mixed, &mut x)?;
+        }
+        pass.attend(backend, config, (layers.len(), last), batch, &x);
+        if !place.is_last_stage() {
+            tail.finish((backend, config, peers), last, &pass.mixed, &mut x)?;
+            self.leave(&x)?;
+            return Ok(Vec::new());
+        }
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        if wanted.len() < rows {
+            x = selected(backend, &x, wanted, config.width);
+            pass.mixed = selected(backend, &pass.mixed, wanted, config.heads * config.head_dim);
+            tail = Tail::new(backend, config, wanted.len());
+        }
+        tail.finish((backend, config, peers), last, &pass.mixed, &mut x)?;
+        Ok(self.logits(&x, wanted.len()))
+    }
+
+    /// The residual stream as it comes to this stage: from the embedding, or from the stage before.
+    fn enter(&mut self, batch: &StepBatch) -> Result<B::Tensor, BackendError> {
+        let Self {
+            backend,
+            config,
+            weights,
+            peers,
+            ..
+        } = self;
+        let mut x = backend.tensor(batch.tokens.len(), config.width);
+        match (&weights.embedding, peers) {
+            (Some(table), peers) => {
+                let rows = self.shard.vocab.clone();
+                embed(backend, (table, rows), peers, &batch.tokens, &mut x)?;
+            }
+            (None, Some(peers)) => on_host(backend, &mut x, |values| peers.take_over(values))?,
+            (None, None) => unreachable!("a rank that is alone has the embedding"),
+        }
+        Ok(x)
+    }
+
+    /// The residual stream goes on to the next stage.
+    fn leave(&mut self, x: &B::Tensor) -> Result<(), BackendError> {
+        match &mut self.peers {
+            Some(peers) => Ok(peers.pass_on(&self.backend.to_host(x))?),
+            None => unreachable!("a rank that is alone is the last stage"),
+        }
     }
 
     /// Logits `[R, V]` of the final hidden state `x [R, E]`.
@@ -72,9 +171,12 @@ impl<B: Backend> Decoder<B> {
             weights,
             ..
         } = self;
+        let norm = weights.final_norm.as_ref();
+        let norm = norm.expect("the last stage has the final norm");
         let mut normed = backend.tensor(rows, config.width);
-        backend.rms_norm(x, &weights.final_norm, config.rms_epsilon, &mut normed);
-        let head = weights.lm_head.as_ref().unwrap_or(&weights.embedding);
+        backend.rms_norm(x, norm, config.rms_epsilon, &mut normed);
+        let head = weights.lm_head.as_ref().or(weights.embedding.as_ref());
+        let head = head.expect("the last stage has an output projection");
         let mut logits = backend.tensor(rows, config.vocab);
         backend.linear(&normed, head, None, &mut logits);
         backend.to_host(&logits)
@@ -176,12 +278,11 @@ impl<B: Backend> Tail<B> {
     /// `x += mixed · Wo`, then `x += down(silu(gate(norm(x))) * up(norm(x)))`.
     fn finish(
         &mut self,
-        backend: &B,
-        config: &DecoderConfig,
+        (backend, config, peers): (&B, &DecoderConfig, &mut Option<Peers>),
         layer: &LayerWeights<B::Weight>,
         mixed: &B::Tensor,
         x: &mut B::Tensor,
-    ) {
+    ) -> Result<(), BackendError> {
         let Self {
             normed,
             projected,
@@ -189,18 +290,44 @@ impl<B: Backend> Tail<B> {
             up,
         } = self;
         linear(backend, mixed, &layer.output, projected);
+        sum(backend, peers, projected)?;
         backend.add(x, projected);
         backend.rms_norm(x, &layer.ffn_norm, config.rms_epsilon, normed);
         linear(backend, normed, &layer.gate, gate);
         linear(backend, normed, &layer.up, up);
         backend.silu_mul(gate, up);
         linear(backend, gate, &layer.down, projected);
+        sum(backend, peers, projected)?;
         backend.add(x, projected);
+        Ok(())
     }
 }
 
 fn linear<B: Backend>(backend: &B, x: &B::Tensor, linear: &Linear<B::Weight>, out: &mut B::Tensor) {
     backend.linear(x, &linear.weight, linear.bias.as_ref(), out);
+}
+
+/// Adds the other ranks' parts of a stage's result.
+pub(super) fn sum<B: Backend>(
+    backend: &B,
+    peers: &mut Option<Peers>,
+    x: &mut B::Tensor,
+) -> Result<(), BackendError> {
+    match peers {
+        Some(peers) if peers.sums() => on_host(backend, x, |values| peers.sum(values)),
+        _ => Ok(()),
+    }
+}
+
+/// What may fail, done with activations in host memory.
+fn on_host<B: Backend>(
+    backend: &B,
+    x: &mut B::Tensor,
+    mut act: impl FnMut(&mut [f32]) -> Result<(), CollectiveError>,
+) -> Result<(), BackendError> {
+    let mut outcome = Ok(());
+    backend.on_host(x, &mut |values| outcome = act(values));
+    Ok(outcome?)
 }
 
 /// `[rows.len(), cols]` of the given rows.
@@ -238,48 +365,30 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        let (rows, wanted) = (batch.tokens.len(), batch.logit_rows.as_slice());
-        let mut logits = Logits {
-            values: Vec::new(),
-            vocab: self.config.vocab,
+        let rows = batch.tokens.len();
+        let mut part = Vec::new();
+        if rows > 0 {
+            for cut in micro::cuts(rows, self.shard.place.grid.pipeline) {
+                if cut.len() == rows {
+                    part = self.pass(batch)?;
+                } else {
+                    part.extend(self.pass(&micro::piece(batch, cut))?);
+                }
+            }
+        }
+        let values = match &mut self.peers {
+            Some(peers) => peers.collect_logits(part, batch.logit_rows.len())?,
+            None => part,
         };
-        if rows == 0 {
-            return Ok(logits);
-        }
-        let Self {
-            backend,
-            config,
-            weights,
-            ..
-        } = self;
-        let mut x = backend.tensor(rows, config.width);
-        backend.embed(&weights.embedding, &batch.tokens, &mut x);
-        let (last, layers) = weights
-            .layers
-            .split_last()
-            .expect("a configuration has layers");
-        let mut pass = Pass::new(backend, config, rows);
-        let mut tail = Tail::new(backend, config, rows);
-        for (index, layer) in layers.iter().enumerate() {
-            pass.attend(backend, config, (index, layer), batch, &x);
-            tail.finish(backend, config, layer, &pass.mixed, &mut x);
-        }
-        pass.attend(backend, config, (layers.len(), last), batch, &x);
-        if wanted.is_empty() {
-            return Ok(logits);
-        }
-        if wanted.len() < rows {
-            x = selected(backend, &x, wanted, config.width);
-            pass.mixed = selected(backend, &pass.mixed, wanted, config.heads * config.head_dim);
-            tail = Tail::new(backend, config, wanted.len());
-        }
-        tail.finish(backend, config, last, &pass.mixed, &mut x);
-        logits.values = self.logits(&x, wanted.len());
-        Ok(logits)
+        Ok(Logits {
+            values,
+            vocab: self.shape.vocab,
+        })
     }
 
-    fn share_page(&self, block: BlockId) -> Arc<Page> {
-        self.backend.share_page(block)
+    fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
+        let pages = blocks.iter().map(|&block| self.backend.share_page(block));
+        Ok(pages.collect())
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
@@ -290,7 +399,10 @@ impl<B: Backend> Model for Decoder<B> {
         self.backend.lend_page(block)
     }
 
-    fn return_page(&mut self, block: BlockId, page: Page) {
-        self.backend.return_page(block, page);
+    fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
+        for (block, page) in pages {
+            self.backend.return_page(block, page);
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Random weights of a model's shape (`load_format: dummy`), for benchmarks: cheap to make, equal on every machine.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
@@ -10,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::backend::{WeightBytes, WeightDtype};
 use crate::model::checkpoint::RawTensor;
 use crate::model::error::ModelErrorKind;
-use crate::model::weights::{Part, Slot};
+use crate::model::weights::{Cut, Part, Slot, SlotShape};
 
 /// Seed of all dummy weights, so that two instances agree.
 const DUMMY_SEED: u64 = 0x00ba_7014;
@@ -21,39 +22,22 @@ const DUMMY_SPREAD: f32 = 0.035;
 
 /// The size of a slot's dummy tensor.
 pub(super) fn bytes(slot: &Slot, dtype: WeightDtype) -> usize {
-    slot.shape.rows() * slot.shape.cols() * float_bytes(dtype)
+    let shape = slot.cut_shape();
+    shape.rows() * shape.cols() * float_bytes(dtype)
 }
 
 fn float_bytes(dtype: WeightDtype) -> usize {
     if dtype == WeightDtype::F32 { 4 } else { 2 }
 }
 
-/// A tensor of noise; norms are ones.
+/// A slot's part of a tensor of noise; norms are ones. A part equals the same part of the whole.
 pub(super) fn tensor(
     name: &str,
     slot: &Slot,
     dtype: WeightDtype,
 ) -> Result<RawTensor, ModelErrorKind> {
-    let norm = matches!(
-        slot.part,
-        Part::AttentionNorm | Part::FfnNorm | Part::FinalNorm | Part::QueryNorm | Part::KeyNorm
-    );
-    let elements = slot.shape.rows() * slot.shape.cols();
     let bytes = bytes(slot, dtype);
-    let mut rng = ChaCha8Rng::seed_from_u64(DUMMY_SEED ^ xxh3_64(name.as_bytes()));
-    let mut pattern = Vec::with_capacity(DUMMY_PERIOD * float_bytes(dtype));
-    for _ in 0..elements.min(DUMMY_PERIOD) {
-        let value = if norm {
-            1.0
-        } else {
-            rng.random_range(-DUMMY_SPREAD..DUMMY_SPREAD)
-        };
-        match dtype {
-            WeightDtype::F32 => pattern.extend_from_slice(&value.to_le_bytes()),
-            WeightDtype::F16 => pattern.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
-            _ => pattern.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
-        }
-    }
+    let pattern = Pattern::new(name, slot, dtype);
     let mut buffer: Vec<u8> = Vec::new();
     buffer
         .try_reserve_exact(bytes)
@@ -61,15 +45,71 @@ pub(super) fn tensor(
             tensor: name.to_owned(),
             bytes,
         })?;
-    while buffer.len() < bytes {
-        buffer.extend_from_slice(&pattern[..pattern.len().min(bytes - buffer.len())]);
+    let (rows, cols) = (slot.shape.rows(), slot.shape.cols());
+    match (&slot.cut, slot.shape) {
+        (Cut::Whole, _) => pattern.write(0..rows * cols, &mut buffer),
+        (Cut::Rows(part), SlotShape::Matrix { .. }) => {
+            pattern.write(part.start * cols..part.end * cols, &mut buffer);
+        }
+        (Cut::Rows(part) | Cut::Cols(part), _) => {
+            for row in 0..rows {
+                pattern.write(row * cols + part.start..row * cols + part.end, &mut buffer);
+            }
+        }
     }
     Ok(RawTensor {
-        dims: slot.shape.dims(),
+        dims: slot.cut_shape().dims(),
         dtype,
         bytes: WeightBytes::Shared {
             buffer: Arc::new(buffer),
             range: 0..bytes,
         },
     })
+}
+
+/// The values that are repeated throughout a tensor.
+struct Pattern {
+    bytes: Vec<u8>,
+    element_bytes: usize,
+}
+
+impl Pattern {
+    fn new(name: &str, slot: &Slot, dtype: WeightDtype) -> Self {
+        let norm = matches!(
+            slot.part,
+            Part::AttentionNorm | Part::FfnNorm | Part::FinalNorm | Part::QueryNorm | Part::KeyNorm
+        );
+        let mut rng = ChaCha8Rng::seed_from_u64(DUMMY_SEED ^ xxh3_64(name.as_bytes()));
+        let len = (slot.shape.rows() * slot.shape.cols()).min(DUMMY_PERIOD);
+        let element_bytes = float_bytes(dtype);
+        let mut bytes = Vec::with_capacity(len * element_bytes);
+        for _ in 0..len {
+            let value = if norm {
+                1.0
+            } else {
+                rng.random_range(-DUMMY_SPREAD..DUMMY_SPREAD)
+            };
+            match dtype {
+                WeightDtype::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
+                WeightDtype::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
+                _ => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
+            }
+        }
+        Self {
+            bytes,
+            element_bytes,
+        }
+    }
+
+    /// Appends some consecutive elements of the whole tensor.
+    fn write(&self, elements: Range<usize>, out: &mut Vec<u8>) {
+        let mut left = elements.len() * self.element_bytes;
+        let mut at = elements.start * self.element_bytes % self.bytes.len();
+        while left > 0 {
+            let count = left.min(self.bytes.len() - at);
+            out.extend_from_slice(&self.bytes[at..at + count]);
+            left -= count;
+            at = 0;
+        }
+    }
 }

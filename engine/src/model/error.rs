@@ -101,6 +101,14 @@ pub enum ModelErrorKind {
         /// What to do instead.
         hint: &'static str,
     },
+    /// The model cannot be divided over so many ranks.
+    #[error("{reason}\nhint: {hint}")]
+    Parallelism {
+        /// The size that does not go, and the number that it does not fit.
+        reason: String,
+        /// Sizes that go.
+        hint: String,
+    },
     /// A key of the configuration is missing or out of range.
     #[error("`{key}` {reason}")]
     Config {

@@ -56,6 +56,11 @@ impl GgufFile {
         self.content.metadata
     }
 
+    /// The whole file.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.map
+    }
+
     /// A tensor's shape, rows first.
     pub(crate) fn dims(&self, name: &str) -> Option<&[usize]> {
         self.content

@@ -1,5 +1,6 @@
 //! From a MODEL argument to a running [`Model`], with what a server must know besides: where the tokenizer is, which
-//! tokens end an answer, which sampling the model's makers recommend.
+//! tokens end an answer, which sampling the model's makers recommend. The header comes first, and alone: what it rules out
+//! is refused before a weight is read.
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug};
@@ -9,12 +10,13 @@ use baton_configs::llm::{ComputeDtype, LlmOptions, LoadFormat};
 use candle_core::quantized::gguf_file::Value;
 
 use crate::backend::{Backend, WeightDtype};
-use crate::model::checkpoint::Checkpoint;
-use crate::model::config::{HuggingFaceConfig, from_gguf};
+use crate::model::checkpoint::{Checkpoint, WeightsIdentity};
+use crate::model::config::{DecoderConfig, HuggingFaceConfig, from_gguf};
 use crate::model::decoder::Decoder;
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::gguf::GgufFile;
 use crate::model::safetensors::Shards;
+use crate::model::shard::{self, Grid, Place, Shard};
 use crate::model::source::{self, HubCache, ModelFiles};
 use crate::model::special_tokens::{self, GenerationDefaults, SpecialTokens};
 use crate::model::{Model, ModelShape};
@@ -68,7 +70,7 @@ pub struct LoadedModel {
 /// Finds a model on this machine and loads it onto a backend. `progress` is called after each tensor.
 ///
 /// # Errors
-/// When it is not there, is damaged, or is of a kind that is not served.
+/// When it is not there, is damaged, is of a kind that is not served, or is to be divided over several ranks.
 pub fn load<B: Backend>(
     spec: &str,
     options: &LlmOptions,
@@ -76,14 +78,156 @@ pub fn load<B: Backend>(
     backend: B,
     progress: &dyn Fn(LoadProgress<'_>),
 ) -> Result<LoadedModel, ModelError> {
-    refuse_parallelism(options).map_err(|kind| kind.of(spec))?;
-    let cache = HubCache::from_environment();
-    let source = source::find(spec, revision, options.load_format, &cache)?;
-    let name = options.served_model_name.clone().unwrap_or(source.name);
-    match source.files {
-        ModelFiles::Gguf(path) => load_gguf(&path, name, options.load_format, backend, progress),
-        ModelFiles::HuggingFace(directory) => {
-            load_hugging_face(directory, name, options.load_format, backend, progress)
+    let size = Grid::of(options).size();
+    if size != 1 {
+        return Err(ModelErrorKind::Parallelism {
+            reason: format!("{size} ranks are asked for, and this is one alone"),
+            hint: "start it through `baton serve` or `llmapi-launch`, which start the ranks"
+                .to_owned(),
+        }
+        .of(spec));
+    }
+    let header = ModelHeader::read(spec, options, revision)?;
+    let loaded = header.load(backend, Place::ALONE, progress)?;
+    Ok(header.with_model(Box::new(loaded.decoder)))
+}
+
+/// Whether a model is there and can be divided as the options ask, as far as its header tells. Reads no weight.
+///
+/// # Errors
+/// As [`load`], and with the sizes that go where those asked for do not.
+pub fn check_sizes(
+    spec: &str,
+    options: &LlmOptions,
+    revision: Option<&str>,
+) -> Result<ModelShape, ModelError> {
+    let header = ModelHeader::read(spec, options, revision)?;
+    header.check(Grid::of(options))?;
+    Ok(header.config.shape())
+}
+
+/// A model whose header has been read, and none of its weights.
+#[derive(Debug)]
+pub(crate) struct ModelHeader {
+    pub(crate) config: DecoderConfig,
+    name: String,
+    origin: Origin,
+    load_format: LoadFormat,
+    tokens: SpecialTokens,
+    generation: GenerationDefaults,
+}
+
+/// Where a header was read.
+#[derive(Debug)]
+enum Origin {
+    Gguf(GgufFile),
+    HuggingFace {
+        directory: PathBuf,
+        weight_dtype: WeightDtype,
+    },
+}
+
+/// A rank's part of a model.
+#[derive(Debug)]
+pub(crate) struct LoadedShard<B: Backend> {
+    pub(crate) decoder: Decoder<B>,
+    pub(crate) identity: WeightsIdentity,
+}
+
+impl ModelHeader {
+    /// Finds a model on this machine and reads its `config.json` or GGUF header.
+    pub(crate) fn read(
+        spec: &str,
+        options: &LlmOptions,
+        revision: Option<&str>,
+    ) -> Result<Self, ModelError> {
+        let cache = HubCache::from_environment();
+        let source = source::find(spec, revision, options.load_format, &cache)?;
+        let name = options.served_model_name.clone().unwrap_or(source.name);
+        match source.files {
+            ModelFiles::Gguf(path) => Self::of_gguf(&path, name, options.load_format),
+            ModelFiles::HuggingFace(directory) => {
+                Self::of_hugging_face(directory, name, options.load_format)
+            }
+        }
+    }
+
+    fn of_gguf(path: &Path, name: String, load_format: LoadFormat) -> Result<Self, ModelError> {
+        let file = GgufFile::open(path)?;
+        Ok(Self {
+            config: from_gguf(&file).map_err(|kind| kind.at(path))?,
+            name,
+            load_format,
+            tokens: special_tokens::from_gguf(file.metadata()),
+            generation: GenerationDefaults::default(),
+            origin: Origin::Gguf(file),
+        })
+    }
+
+    fn of_hugging_face(
+        directory: PathBuf,
+        name: String,
+        load_format: LoadFormat,
+    ) -> Result<Self, ModelError> {
+        let path = directory.join("config.json");
+        let text =
+            std::fs::read_to_string(&path).map_err(|error| ModelErrorKind::Io(error).at(&path))?;
+        let raw = HuggingFaceConfig::parse(&text).map_err(|kind| kind.at(&path))?;
+        let (tokens, generation) = special_tokens::from_directory(&directory)?;
+        Ok(Self {
+            config: raw.decoder().map_err(|kind| kind.at(&path))?,
+            name,
+            load_format,
+            tokens,
+            generation,
+            origin: Origin::HuggingFace {
+                weight_dtype: raw.weight_dtype(),
+                directory,
+            },
+        })
+    }
+
+    /// Whether the model can be divided like this.
+    pub(crate) fn check(&self, grid: Grid) -> Result<(), ModelError> {
+        shard::check(&self.config, grid).map_err(|kind| kind.of(&self.name))
+    }
+
+    /// Loads the part of the rank at `place`, whose grid has passed [`Self::check`].
+    pub(crate) fn load<B: Backend>(
+        &self,
+        backend: B,
+        place: Place,
+        progress: &dyn Fn(LoadProgress<'_>),
+    ) -> Result<LoadedShard<B>, ModelError> {
+        let checkpoint = match (&self.origin, self.load_format) {
+            (Origin::Gguf(file), LoadFormat::Auto) => Checkpoint::Gguf(file),
+            // Random blocks of a quantised format would mean random scales; half precision says what it is.
+            (Origin::Gguf(_), LoadFormat::Dummy) => Checkpoint::Dummy(WeightDtype::F16),
+            (Origin::HuggingFace { directory, .. }, LoadFormat::Auto) => {
+                Checkpoint::Safetensors(Shards::open(directory)?)
+            }
+            (Origin::HuggingFace { weight_dtype, .. }, LoadFormat::Dummy) => {
+                Checkpoint::Dummy(*weight_dtype)
+            }
+        };
+        let part = Shard::new(&self.config, place);
+        Ok(LoadedShard {
+            decoder: Decoder::load(&self.config, part, &checkpoint, backend, progress)?,
+            identity: checkpoint.identity(),
+        })
+    }
+
+    /// What a server needs, with the model that was loaded from this.
+    pub(crate) fn with_model(self, model: Box<dyn Model>) -> LoadedModel {
+        LoadedModel {
+            model,
+            files: match self.origin {
+                Origin::Gguf(file) => TokenizerFiles::Gguf(file.into_metadata()),
+                Origin::HuggingFace { directory, .. } => TokenizerFiles::HuggingFace(directory),
+            },
+            tokens: self.tokens,
+            generation: self.generation,
+            name: self.name,
         }
     }
 }
@@ -112,71 +256,4 @@ pub fn page_shape(model: &ModelShape, options: &LlmOptions) -> PageShape {
         head_dim: model.head_dim,
         dtype: kv_dtype(options),
     }
-}
-
-fn refuse_parallelism(options: &LlmOptions) -> Result<(), ModelErrorKind> {
-    let sizes = [
-        ("tensor_parallel_size", options.tensor_parallel_size),
-        ("pipeline_parallel_size", options.pipeline_parallel_size),
-    ];
-    for (key, size) in sizes {
-        if size > 1 {
-            return Err(ModelErrorKind::Unsupported {
-                what: format!("`{key}` {size}"),
-                hint: "this version runs an instance as one rank; use more instances",
-            });
-        }
-    }
-    Ok(())
-}
-
-fn load_gguf<B: Backend>(
-    path: &Path,
-    name: String,
-    load_format: LoadFormat,
-    backend: B,
-    progress: &dyn Fn(LoadProgress<'_>),
-) -> Result<LoadedModel, ModelError> {
-    let file = GgufFile::open(path)?;
-    let config = from_gguf(&file).map_err(|kind| kind.at(path))?;
-    let checkpoint = match load_format {
-        LoadFormat::Auto => Checkpoint::Gguf(&file),
-        // Random blocks of a quantised format would mean random scales; half precision says what it is.
-        LoadFormat::Dummy => Checkpoint::Dummy(WeightDtype::F16),
-    };
-    let model = Decoder::load(config, &checkpoint, backend, progress)?;
-    Ok(LoadedModel {
-        model: Box::new(model),
-        tokens: special_tokens::from_gguf(file.metadata()),
-        generation: GenerationDefaults::default(),
-        files: TokenizerFiles::Gguf(file.into_metadata()),
-        name,
-    })
-}
-
-fn load_hugging_face<B: Backend>(
-    directory: PathBuf,
-    name: String,
-    load_format: LoadFormat,
-    backend: B,
-    progress: &dyn Fn(LoadProgress<'_>),
-) -> Result<LoadedModel, ModelError> {
-    let path = directory.join("config.json");
-    let text =
-        std::fs::read_to_string(&path).map_err(|error| ModelErrorKind::Io(error).at(&path))?;
-    let raw = HuggingFaceConfig::parse(&text).map_err(|kind| kind.at(&path))?;
-    let config = raw.decoder().map_err(|kind| kind.at(&path))?;
-    let (tokens, generation) = special_tokens::from_directory(&directory)?;
-    let checkpoint = match load_format {
-        LoadFormat::Auto => Checkpoint::Safetensors(Shards::open(&directory)?),
-        LoadFormat::Dummy => Checkpoint::Dummy(raw.weight_dtype()),
-    };
-    let model = Decoder::load(config, &checkpoint, backend, progress)?;
-    Ok(LoadedModel {
-        model: Box::new(model),
-        tokens,
-        generation,
-        files: TokenizerFiles::HuggingFace(directory),
-        name,
-    })
 }

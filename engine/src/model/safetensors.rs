@@ -70,6 +70,11 @@ impl Shards {
         &self.directory
     }
 
+    /// The whole files, in a fixed order.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &[u8]> {
+        self.shards.iter().map(|shard| &shard.map[..])
+    }
+
     /// A tensor's shape, type and bytes.
     pub(crate) fn tensor(&self, name: &str) -> Result<RawTensor, ModelError> {
         match self.owners.get(name) {

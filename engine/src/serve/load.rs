@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use baton_configs::llm::LlmOptions;
@@ -11,13 +12,13 @@ use tokio::sync::oneshot;
 
 use super::plan::Plan;
 use super::progress::Progress;
-use super::{ServeError, ServeOptions};
+use super::{ServeError, ServeOptions, ranks};
 use crate::backend::TokenId;
-use crate::backend::cpu::CpuBackend;
 use crate::engine::{Engine, EngineHandle, EngineThread, Inbox};
 use crate::handoff::Handoff;
 use crate::model::GenerationDefaults;
-use crate::model::load::{LoadedModel, TokenizerFiles, load};
+use crate::model::load::{LoadedModel, TokenizerFiles};
+use crate::parallel::Led;
 use crate::request::SamplingParams;
 use crate::server::app::App;
 use crate::server::listener::{reachable, reachable_host};
@@ -45,15 +46,16 @@ pub(super) struct Started {
 /// Begins to load.
 pub(super) fn start(
     options: ServeOptions,
-    address: SocketAddr,
-    app: Arc<App>,
+    (address, app): (SocketAddr, Arc<App>),
+    stop: &Arc<AtomicBool>,
 ) -> Result<oneshot::Receiver<Result<Started, ServeError>>, ServeError> {
     let (tell, told) = oneshot::channel();
+    let stop = Arc::clone(stop);
     thread::Builder::new()
         .name("load".to_owned())
         .spawn(move || {
             // Nobody listens when the server was told to stop meanwhile.
-            drop(tell.send(load_all(&options, address, app)));
+            drop(tell.send(load_all(&options, (address, app), &stop)));
         })
         .map_err(ServeError::Thread)?;
     Ok(told)
@@ -61,23 +63,16 @@ pub(super) fn start(
 
 fn load_all(
     options: &ServeOptions,
-    address: SocketAddr,
-    app: Arc<App>,
+    (address, app): (SocketAddr, Arc<App>),
+    stop: &AtomicBool,
 ) -> Result<Started, ServeError> {
     let llm = &options.llm;
     let progress = Progress::new(app, &options.model);
-    let threads = llm.num_threads.map(|threads| threads as usize);
-    let loaded = load(
-        &options.model,
-        llm,
-        options.revision.as_deref(),
-        CpuBackend::new(threads),
-        &|step| progress.advance(step.bytes_done, step.bytes_total),
-    )?;
+    let Led { loaded, rooms } = ranks::load(options, &progress, stop)?;
     progress.stage("reading the tokenizer");
     let (tools, eos_tokens) = text_tools(llm, &loaded)?;
     progress.stage("making the kv pool");
-    let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens)?;
+    let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens, &rooms)?;
     let inbox = Inbox::new(QUEUE_MAX);
     let transceiver = start_transceiver(options, address, &plan, &inbox)?;
     let info = transceiver.as_ref().map(Transceiver::info);

@@ -10,6 +10,7 @@ use crate::handoff::KvLayout;
 use crate::model::load::{LoadedModel, kv_dtype, page_shape};
 use crate::model::{Model, ModelShape};
 use crate::page::PageShape;
+use crate::parallel::Room;
 use crate::server::service::{Facts, KvLayoutFacts, LimitFacts, TransportFacts};
 use crate::server::unix_seconds;
 
@@ -29,28 +30,23 @@ impl Plan {
         llm: &LlmOptions,
         model: &dyn Model,
         eos_token_ids: Vec<TokenId>,
+        rooms: &[Room],
     ) -> Result<Self, ServeError> {
         let shape = model.shape();
         let max_seq_len = longest_sequence(llm, shape);
         let page = page_shape(shape, llm);
-        // Mapped weights count as available memory, yet taking theirs would mean reading them again at each step.
-        let weight_bytes = model.weight_bytes() as u64;
-        let available_bytes = memory::available_bytes().saturating_sub(weight_bytes);
-        let blocks = memory::block_count(
-            &llm.kv_cache,
-            &page,
-            PoolDemand {
-                max_batch_size: llm.max_batch_size,
-                max_seq_len,
-                available_bytes,
-            },
-        );
+        let demand = PoolDemand {
+            max_batch_size: llm.max_batch_size,
+            max_seq_len,
+        };
+        let blocks = memory::block_count(&llm.kv_cache, demand, rooms);
         let block_count = usize::try_from(blocks).unwrap_or(usize::MAX);
         if block_count == 0 {
+            let tight = memory::tightest(&llm.kv_cache, rooms);
             return Err(ServeError::NoPool {
-                needed_bytes: page.bytes() as u64,
+                needed_bytes: tight.map_or(page.bytes() as u64, |room| room.page_bytes),
                 tokens_per_block: llm.kv_cache.tokens_per_block,
-                granted_bytes: memory::granted_bytes(&llm.kv_cache, available_bytes),
+                granted_bytes: tight.map_or(0, |room| memory::granted_bytes(&llm.kv_cache, room)),
             });
         }
         tracing::info!(
@@ -77,8 +73,9 @@ impl Plan {
             layout: KvLayout {
                 model_fingerprint: shape.fingerprint,
                 page,
-                tensor_parallel: llm.tensor_parallel_size,
-                pipeline_parallel: llm.pipeline_parallel_size,
+                // Whole pages go over the wire, however many ranks hold their parts.
+                tensor_parallel: 1,
+                pipeline_parallel: 1,
             },
             page,
         })
@@ -105,8 +102,8 @@ impl Plan {
                 dtype: page.dtype.name(),
                 tokens_per_block: page.tokens_per_block,
                 page_bytes: page.bytes(),
-                tensor_parallel: self.layout.tensor_parallel,
-                pipeline_parallel: self.layout.pipeline_parallel,
+                tensor_parallel: llm.tensor_parallel_size,
+                pipeline_parallel: llm.pipeline_parallel_size,
             },
             transport,
             limits: LimitFacts {

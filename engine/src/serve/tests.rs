@@ -1,5 +1,7 @@
 //! Whole instances with a small real model: start, answer, hand off, end.
 
+mod ranks;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -311,7 +313,7 @@ impl Model for BrokenModel {
         })
     }
 
-    fn share_page(&self, _: BlockId) -> Arc<Page> {
+    fn share_pages(&mut self, _: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
         unreachable!("nothing is handed off")
     }
 
@@ -323,7 +325,7 @@ impl Model for BrokenModel {
         unreachable!("nothing is handed off")
     }
 
-    fn return_page(&mut self, _: BlockId, _: Page) {
+    fn return_pages(&mut self, _: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
         unreachable!("nothing is handed off")
     }
 }

@@ -26,9 +26,10 @@ pub(crate) fn group(addresses: &[SocketAddr]) -> ServerGroup {
     ServerGroup {
         servers: addresses
             .iter()
-            .map(|address| Endpoint {
-                host: address.ip().to_string(),
-                port: address.port(),
+            .map(|address| {
+                let host = address.ip().to_string();
+                let port = address.port();
+                Endpoint { host, port }.into()
             })
             .collect(),
         ..ServerGroup::default()
@@ -42,6 +43,7 @@ pub(crate) fn options(context: &[SocketAddr], generation: &[SocketAddr]) -> Prox
         model: None,
         context_servers: group(context),
         generation_servers: group(generation),
+        cluster: None,
         max_retries: 1,
         perf_metrics_max_requests: 0,
         node_id: 1,

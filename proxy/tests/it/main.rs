@@ -5,6 +5,8 @@ mod client;
 #[cfg(test)]
 mod disconnects;
 #[cfg(test)]
+mod discovery;
+#[cfg(test)]
 mod endpoints;
 #[cfg(test)]
 mod flow;

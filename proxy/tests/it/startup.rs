@@ -39,6 +39,11 @@ async fn until_every_worker_is_up_the_proxy_says_who_is_missing() {
         .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
+    // While just one subscriber lives, a line first reached by another test's thread is switched off for every thread.
+    let sink = tracing_subscriber::fmt()
+        .with_writer(std::io::sink)
+        .finish();
+    let _second = tracing::Dispatch::new(sink);
     let _guard = tracing::subscriber::set_default(subscriber);
     let context = Mock::start(ticket).await;
     context.set_health(Script::text(503, "text/plain", "loading 43 %"));

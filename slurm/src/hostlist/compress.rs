@@ -96,20 +96,20 @@ fn parts_of(host: &str) -> Vec<Part<'_>> {
 }
 
 /// Puts `last` into `before` where expanding the result gives the two in a row: they differ in one number part,
-/// and no part left of it (which would vary more slowly) has more than one number.
+/// and no part but that and the last (which varies fastest) has more than one number.
+///
+/// Slurm reads nothing after the last bracket and orders three brackets in a way of its own, so names end with their
+/// last bracket and have two at most.
 fn merge(before: &mut [Part<'_>], last: &[Part<'_>]) -> bool {
-    if before.len() != last.len() {
+    if before.len() != last.len() || !matches!(last.last(), Some(Part::Numbers(_))) {
         return false;
     }
     let mut different = (0..last.len()).filter(|&at| before[at] != last[at]);
     let (Some(at), None) = (different.next(), different.next()) else {
         return false;
     };
-    let single = |part: &Part<'_>| match part {
-        Part::Text(_) => true,
-        Part::Numbers(ranges) => matches!(ranges[..], [range] if range.first == range.last),
-    };
-    if !before[..at].iter().all(single) {
+    let mut fixed = (0..last.len() - 1).filter(|&part| part != at);
+    if !fixed.all(|part| is_single(&before[part])) {
         return false;
     }
     let (Part::Numbers(ranges), Part::Numbers(more)) = (&mut before[at], &last[at]) else {
@@ -124,19 +124,30 @@ fn merge(before: &mut [Part<'_>], last: &[Part<'_>]) -> bool {
     true
 }
 
+/// Whether a part is the same in all names.
+fn is_single(part: &Part<'_>) -> bool {
+    match part {
+        Part::Text(_) => true,
+        Part::Numbers(ranges) => matches!(ranges[..], [range] if range.first == range.last),
+    }
+}
+
 fn written(entry: &[Part<'_>]) -> String {
     let mut text = String::new();
-    for part in entry {
+    let several = !entry.iter().all(is_single);
+    for (index, part) in entry.iter().enumerate() {
         match part {
             Part::Text(fixed) => text.push_str(fixed),
-            Part::Numbers(ranges) => write_numbers(&mut text, ranges),
+            Part::Numbers(ranges) => {
+                let ends_name = index + 1 == entry.len();
+                write_numbers(&mut text, ranges, !is_single(part) || several && ends_name);
+            }
         }
     }
     text
 }
 
-fn write_numbers(text: &mut String, ranges: &[Range]) {
-    let brackets = !matches!(ranges, [range] if range.first == range.last);
+fn write_numbers(text: &mut String, ranges: &[Range], brackets: bool) {
     text.push_str(if brackets { "[" } else { "" });
     for (index, range) in ranges.iter().enumerate() {
         let Range { first, last, width } = *range;

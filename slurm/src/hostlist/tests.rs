@@ -113,7 +113,14 @@ fn lists_of_hosts() {
         &["r0n1", "r0n2", "r1n1", "r1n2", "r2n1"],
         "r[0-1]n[1-2],r2n1",
     );
-    compresses(&["r0-ib0", "r1-ib0"], "r[0-1]-ib0");
+    // As Slurm reads them: nothing after the last bracket, and two brackets at most.
+    compresses(&["r0-ib0", "r1-ib0"], "r[0-1]-ib[0]");
+    compresses(&["n1-ib", "n2-ib"], "n1-ib,n2-ib");
+    compresses(
+        &["r0n0g0", "r0n0g1", "r0n1g0", "r0n1g1", "r1n0g0"],
+        "r0n[0-1]g[0-1],r1n0g0",
+    );
+    compresses(&["r0n1g0", "r1n1g0"], "r[0-1]n1g[0]");
     compresses(
         &["x1234567890123456789", "x1234567890123456790"],
         "x1234567890123456789,x1234567890123456790",

@@ -160,3 +160,22 @@ pub(crate) fn rows_are_selected_and_copied<B: Backend>(backend: &mut B) {
     backend.select_rows(&x, &[], &mut none);
     assert!(backend.to_host(&none).is_empty());
 }
+
+pub(crate) fn rows_are_edited_on_the_host<B: Backend>(backend: &mut B) {
+    let values = noise(1, 5 * 7);
+    let mut x = upload(backend, 7, &values);
+    let mut seen = Vec::new();
+    backend.on_host(&mut x, &mut |x| {
+        seen = x.to_vec();
+        x[7..14].fill(0.5);
+    });
+    assert_same_bits(&seen, &values, "what the host sees");
+    let half = [0.5; 7];
+    let expected = [&values[..7], &half, &values[14..]].concat();
+    assert_same_bits(&backend.to_host(&x), &expected, "an edited row");
+    // The device goes on with what the host wrote.
+    let mut out = backend.tensor(2, 7);
+    backend.select_rows(&x, &[1, 4], &mut out);
+    let expected = [&half, &values[28..]].concat();
+    assert_same_bits(&backend.to_host(&out), &expected, "rows 1, 4");
+}

@@ -54,24 +54,6 @@ macro_rules! with_format {
 }
 pub(super) use with_format;
 
-/// Weights and bytes of a dtype's smallest unit.
-pub(super) const fn block_size(dtype: WeightDtype) -> (usize, usize) {
-    match dtype {
-        WeightDtype::F32 => (1, 4),
-        WeightDtype::F16 | WeightDtype::Bf16 => (1, 2),
-        WeightDtype::Q4_0 => (32, 18),
-        WeightDtype::Q4_1 => (32, 20),
-        WeightDtype::Q5_0 => (32, 22),
-        WeightDtype::Q5_1 => (32, 24),
-        WeightDtype::Q8_0 => (32, 34),
-        WeightDtype::Q2_K => (256, 84),
-        WeightDtype::Q3_K => (256, 110),
-        WeightDtype::Q4_K => (256, 144),
-        WeightDtype::Q5_K => (256, 176),
-        WeightDtype::Q6_K => (256, 210),
-    }
-}
-
 /// Decodes one row into `out`, whose length is the row's rounded up to [`PART`]; the padding becomes zero.
 pub(super) struct DecodeRow<'a> {
     pub(super) dtype: WeightDtype,

@@ -1,6 +1,6 @@
 //! A weight on the CPU: the bytes as the file holds them, decoded row by row when they are used.
 
-use super::quant::{self, DecodeRow, PART};
+use super::quant::{DecodeRow, PART};
 use super::simd::Isa;
 use crate::backend::{BackendError, WeightBytes, WeightDtype, WeightSource};
 
@@ -24,7 +24,7 @@ impl CpuWeight {
             reason,
         };
         let (rows, cols) = (source.rows, source.cols);
-        let (block_weights, block_bytes) = quant::block_size(source.dtype);
+        let (block_weights, block_bytes) = source.dtype.block();
         if cols % block_weights != 0 {
             return Err(refuse(format!(
                 "{cols} columns are not a multiple of the {block_weights} weights of a {:?} block",

@@ -39,6 +39,8 @@ pub(super) enum Mishap {
     Panic,
     /// The logits of sequences with this first token are not numbers.
     NanFor(TokenId),
+    /// The rank that has a part of the pages is lost.
+    Pages,
 }
 
 /// Keeps each token (keys) and its position (values) in its pages; answers from what it finds there.
@@ -111,6 +113,16 @@ impl FakeModel {
         assert_eq!(next, batch.tokens.len());
         assert_eq!(next, batch.positions.len());
         assert!(batch.logit_rows.is_sorted());
+    }
+
+    fn check_ranks(&self) -> Result<(), BackendError> {
+        match self.mishap {
+            Some(Mishap::Pages) => Err(BackendError::Rank {
+                rank: "rank 1".to_owned(),
+                reason: "lost on purpose".to_owned(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn fails(&mut self) -> Option<Mishap> {
@@ -207,8 +219,12 @@ impl Model for FakeModel {
         })
     }
 
-    fn share_page(&self, block: BlockId) -> Arc<Page> {
-        Arc::clone(self.pages[block as usize].as_ref().expect("not lent"))
+    fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
+        self.check_ranks()?;
+        let pages = blocks
+            .iter()
+            .map(|&block| Arc::clone(self.pages[block as usize].as_ref().expect("not lent")));
+        Ok(pages.collect())
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
@@ -221,9 +237,13 @@ impl Model for FakeModel {
         Arc::into_inner(page).expect("a lent page has no reader")
     }
 
-    fn return_page(&mut self, block: BlockId, page: Page) {
-        let before = self.pages[block as usize].replace(Arc::new(page));
-        assert!(before.is_none(), "the page of block {block} was here");
+    fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
+        self.check_ranks()?;
+        for (block, page) in pages {
+            let before = self.pages[block as usize].replace(Arc::new(page));
+            assert!(before.is_none(), "the page of block {block} was here");
+        }
+        Ok(())
     }
 }
 

@@ -190,3 +190,47 @@ fn an_engine_that_cannot_work_does_not_start() {
     handle.shutdown(Instant::now());
     thread.join(soon()).expect("a clean end");
 }
+
+#[tokio::test]
+async fn pages_that_a_lost_rank_has_a_part_of_end_the_engine() {
+    let mut model = FakeModel::new();
+    model.mishap = Some(Mishap::Pages);
+    let (handle, thread, _) = start(model, small_config());
+    let context_only = GenerateRequest {
+        kind: RequestKind::ContextOnly {
+            disagg_request_id: Some(1),
+        },
+        ..request(&long_running(11), 10)
+    };
+    let mut stream = handle.submit(context_only).expect("room");
+    let answer = read(&mut stream).await;
+    let RequestFailure::Handoff(text) = answer.failure() else {
+        panic!("{:?}", answer.failure());
+    };
+    assert!(text.contains("rank 1: lost on purpose"), "{text}");
+    let error = thread.join(soon()).expect_err("it cannot go on");
+    assert!(matches!(error, EngineError::Rank(_)), "{error}");
+
+    let mut model = FakeModel::new();
+    model.mishap = Some(Mishap::Pages);
+    let (wire, inbox) = (Wire::default(), Inbox::new(100));
+    let sink = inbox.handoff_sink();
+    let handoff = Box::new(FakeHandoff(wire.clone()));
+    let (handle, thread) =
+        Engine::start(Box::new(model), Some(handoff), small_config(), inbox).expect("starts");
+    let whole = request(&long_running(11), 10);
+    let half = hands::generation_half(&whole, 64);
+    let mut stream = handle.submit(half).expect("room");
+    let fetch = loop {
+        let id = wire.lock().fetches.keys().next().copied();
+        match id.and_then(|id| wire.take_fetch(id)) {
+            Some(fetch) => break fetch,
+            None => tokio::task::yield_now().await,
+        }
+    };
+    sink(HandoffEvent::PagesReturned { pages: fetch.pages });
+    let answer = read(&mut stream).await;
+    assert!(matches!(answer.failure(), RequestFailure::Engine(_)));
+    let error = thread.join(soon()).expect_err("it cannot go on");
+    assert!(matches!(error, EngineError::Rank(_)), "{error}");
+}

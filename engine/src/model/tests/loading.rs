@@ -337,7 +337,7 @@ fn variants_are_refused_by_name() {
     assert!(
         error
             .to_string()
-            .contains("`tensor_parallel_size` 2 is not served"),
+            .contains("2 ranks are asked for, and this is one alone\nhint: "),
         "{error}"
     );
 }

@@ -331,6 +331,10 @@ impl Backend for ReferenceBackend {
         x.values.clone()
     }
 
+    fn on_host(&self, x: &mut Matrix, edit: &mut dyn FnMut(&mut [f32])) {
+        edit(&mut x.values);
+    }
+
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
         self.pages = (0..block_count)
             .map(|_| Some(Arc::new(Page::zeroed(shape))))

@@ -24,7 +24,7 @@ fn halves(dtype: WeightDtype) -> &'static [usize] {
 
 /// Makes every number finite: infinities have no use as scales, and NaN's bits are nobody's promise.
 fn tame(dtype: WeightDtype, bytes: &mut [u8]) {
-    let (_, size) = block_size(dtype);
+    let (_, size) = dtype.block();
     for block in bytes.chunks_exact_mut(size) {
         for at in halves(dtype) {
             block[at + 1] &= 0xbf;
@@ -39,7 +39,7 @@ fn tame(dtype: WeightDtype, bytes: &mut [u8]) {
 }
 
 fn check(dtype: WeightDtype, mut bytes: Vec<u8>) {
-    let (weights, size) = block_size(dtype);
+    let (weights, size) = dtype.block();
     let per_row = if weights == 1 { 45 } else { 2 };
     bytes.truncate(per_row * size);
     tame(dtype, &mut bytes);

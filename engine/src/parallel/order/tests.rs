@@ -1,0 +1,124 @@
+//! Orders survive their bytes; bytes that are no orders are refused; a step is small.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn batch(spans: &[(usize, usize, Vec<BlockId>)], seed: u32) -> StepBatch {
+    let mut batch = StepBatch::default();
+    for (rows, past_len, blocks) in spans {
+        let start = batch.tokens.len();
+        let number = |len: usize| u32::try_from(len).expect("short");
+        let tokens = (1..=number(*rows)).map(|row| seed.wrapping_mul(row));
+        batch.tokens.extend(tokens);
+        let positions = number(*past_len)..number(past_len + rows);
+        batch.positions.extend(positions);
+        batch.sequences.push(SequenceSpan {
+            rows: start..start + rows,
+            past_len: *past_len,
+            blocks: blocks.clone(),
+        });
+        if seed.is_multiple_of(2) {
+            batch.logit_rows.push(start + rows - 1);
+        }
+    }
+    batch
+}
+
+fn survives(order: &Order<'_>) {
+    let message = order.encode();
+    assert_eq!(Order::decode(&message).as_ref(), Ok(order));
+    let longer = [&message[..], &[0]].concat();
+    assert!(Order::decode(&longer).is_err());
+    for len in 0..message.len() {
+        assert!(Order::decode(&message[..len]).is_err(), "{len} bytes");
+    }
+}
+
+#[test]
+fn orders_survive_their_bytes() {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
+        survives(&Order::Allocate {
+            page: PageShape {
+                layers: 30,
+                kv_heads: 3,
+                tokens_per_block: 32,
+                head_dim: 64,
+                dtype,
+            },
+            block_count: 123_456,
+        });
+    }
+    survives(&Order::Ping);
+    survives(&Order::Goodbye);
+    survives(&Order::Gather(vec![5, 4, 3, u32::MAX, 0]));
+    survives(&Order::Scatter(Vec::new()));
+    survives(&Order::Step(Cow::Owned(StepBatch::default())));
+}
+
+#[test]
+fn what_contradicts_itself_is_refused() {
+    let step = batch(&[(2, 5, vec![1]), (3, 0, vec![2])], 2);
+    let message = Order::Step(Cow::Borrowed(&step)).encode();
+    // The kind, how many tokens, five of one byte each, how many sequences, the first one's rows.
+    assert_eq!((message[1], message[7], message[8]), (5, 2, 2));
+    let change = |at: usize, value: u8| {
+        let mut changed = message.clone();
+        changed[at] = value;
+        Order::decode(&changed).map(drop)
+    };
+    assert!(change(8, 3).is_err(), "too many rows");
+    assert!(change(8, 1).is_err(), "too few rows");
+    assert!(change(0, 99).is_err(), "an unknown kind");
+    assert!(
+        change(message.len() - 1, 99).is_err(),
+        "a row that is not there"
+    );
+    assert!(change(1, 0xff).is_err(), "more tokens than bytes");
+}
+
+#[test]
+fn a_step_of_many_long_sequences_takes_some_kilobytes() {
+    // 64 sequences of 8,000 tokens, whose blocks were taken in turns, as they are when all grow at once.
+    let spans: Vec<_> = (0..64)
+        .map(|sequence| {
+            (
+                1,
+                8000,
+                (0..250).map(|block| block * 64 + sequence).collect(),
+            )
+        })
+        .collect();
+    let step = batch(&spans, 100_000);
+    let bytes = Order::Step(Cow::Borrowed(&step)).encode().len();
+    let plain = 64 * 250 * 4;
+    assert!(bytes < plain / 2 + 1000, "{bytes} bytes");
+    // Decoding of eight short sequences fits a packet.
+    let spans: Vec<_> = (0..8)
+        .map(|sequence| (1, 500, (sequence * 16..sequence * 16 + 16).collect()))
+        .collect();
+    let step = batch(&spans, 40_000);
+    let bytes = Order::Step(Cow::Borrowed(&step)).encode().len();
+    assert!(bytes < 300, "{bytes} bytes");
+}
+
+proptest! {
+    #[test]
+    fn steps_survive_their_bytes(
+        spans in prop::collection::vec(
+            (1_usize..20, 0_usize..5000, prop::collection::vec(any::<u32>(), 0..20)), 0..6),
+        seed in any::<u32>(),
+    ) {
+        let step = batch(&spans, seed);
+        let message = Order::Step(Cow::Borrowed(&step)).encode();
+        prop_assert_eq!(Order::decode(&message), Ok(Order::Step(Cow::Owned(step))));
+    }
+
+    #[test]
+    fn no_bytes_make_it_panic(message in prop::collection::vec(any::<u8>(), 0..200)) {
+        if let Ok(order) = Order::decode(&message) {
+            let again = order.encode();
+            prop_assert_eq!(Order::decode(&again), Ok(order));
+        }
+    }
+}

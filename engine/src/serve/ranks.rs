@@ -1,0 +1,125 @@
+//! The model of an instance: on this process alone, or divided over ranks that are called for; and the ranks that follow.
+//!
+//! What does not divide is refused from the model's header, before anybody is called.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use super::progress::Progress;
+use super::{ServeError, ServeOptions};
+use crate::backend::cpu::CpuBackend;
+use crate::collective::{Collective, RankNames};
+use crate::model::load::{LoadProgress, ModelHeader, page_shape};
+use crate::model::shard::{Grid, Place};
+use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
+use crate::ranks::{FollowerSpec, LeaderRanks, RankCall};
+use crate::{group, machine};
+
+/// Loads the model onto as many ranks as the options ask for.
+pub(super) fn load(
+    options: &ServeOptions,
+    progress: &Progress,
+    stop: &AtomicBool,
+) -> Result<Led, ServeError> {
+    let (llm, revision) = (&options.llm, options.revision.as_deref());
+    let header = ModelHeader::read(&options.model, llm, revision)?;
+    let grid = Grid::of(llm);
+    header.check(grid)?;
+    if grid == Grid::ALONE {
+        return load_alone(header, options, progress);
+    }
+    let Some(ranks) = &options.ranks else {
+        return Err(ServeError::NoRanks {
+            tensor: grid.tensor,
+            pipeline: grid.pipeline,
+        });
+    };
+    let group = gather(grid, ranks, progress, stop)?;
+    let leading = Leading {
+        model: everywhere(&options.model),
+        revision: options.revision.clone(),
+        options: llm,
+        names: RankNames::new(&ranks.hosts),
+        peer_timeout: ranks.peer_timeout,
+        stop,
+    };
+    let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
+    Ok(parallel::lead(group, header, &leading, backend, &advance)?)
+}
+
+fn backend(threads: usize) -> CpuBackend {
+    CpuBackend::new(Some(threads))
+}
+
+fn load_alone(
+    header: ModelHeader,
+    options: &ServeOptions,
+    progress: &Progress,
+) -> Result<Led, ServeError> {
+    let llm = &options.llm;
+    let threads = llm.num_threads.map(|threads| threads as usize);
+    let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
+    let shard = header.load(CpuBackend::new(threads), Place::ALONE, &advance)?;
+    let loaded = header.with_model(Box::new(shard.decoder));
+    let room = Room {
+        available_bytes: machine::available_bytes(),
+        weight_bytes: loaded.model.weight_bytes() as u64,
+        page_bytes: page_shape(loaded.model.shape(), llm).bytes() as u64,
+    };
+    Ok(Led {
+        loaded,
+        rooms: vec![room],
+    })
+}
+
+/// Calls for the other ranks and waits until they are there.
+fn gather(
+    grid: Grid,
+    ranks: &LeaderRanks,
+    progress: &Progress,
+    stop: &AtomicBool,
+) -> Result<Box<dyn Collective>, ServeError> {
+    let leader = group::Leader::bind(ranks)?;
+    let call = RankCall {
+        leader: leader.address(),
+        size: grid.size(),
+        tensor_parallel: grid.tensor,
+        pipeline_parallel: grid.pipeline,
+    };
+    (ranks.call)(&call).map_err(ServeError::Call)?;
+    progress.stage(&format!("waiting for {} ranks to join", grid.size() - 1));
+    Ok(Box::new(leader.gather(grid.size(), ranks, stop)?))
+}
+
+/// MODEL in a form that means the same in another working directory.
+fn everywhere(model: &str) -> String {
+    let path = Path::new(model);
+    let absolute = path.exists().then(|| std::path::absolute(path).ok());
+    let absolute = absolute
+        .flatten()
+        .and_then(|path| path.to_str().map(str::to_owned));
+    absolute.unwrap_or_else(|| model.to_owned())
+}
+
+/// The life of a rank that follows: joins its leader's group, loads its part, computes, and ends when the leader says
+/// goodbye. Blocks the calling thread.
+///
+/// `stop` ends it at the leader's next word, in the midst of whatever runs: set it only when the instance is to be given
+/// up. For an orderly end it is enough to stop the leader.
+///
+/// # Errors
+/// When the group does not come about, this rank cannot load or compute, or the leader or another rank is lost.
+pub fn follow(spec: &FollowerSpec, stop: &AtomicBool) -> Result<(), ServeError> {
+    let group = group::join(spec, stop)?;
+    let own = Following {
+        num_threads: spec.num_threads.map(|threads| threads as usize),
+        stop,
+    };
+    match parallel::follow(Box::new(group), &own, backend) {
+        Err(ParallelError::Stopped) => {
+            tracing::info!(rank = spec.rank, "told to stop");
+            Ok(())
+        }
+        ended => Ok(ended?),
+    }
+}
