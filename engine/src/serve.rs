@@ -27,6 +27,7 @@ use tokio::time::timeout;
 
 use self::load::Started;
 pub use self::ranks::follow;
+use crate::collective::mpi;
 use crate::engine::{EngineError, EngineThread};
 use crate::group::GroupError;
 use crate::model::ModelError;
@@ -199,7 +200,10 @@ pub async fn serve(
         url,
         drain: options.drain,
     };
-    ready.serve(shutdown).await
+    ready.serve(shutdown).await?;
+    // It waits for the other ranks of the world, where MPI is the fabric.
+    tokio::task::spawn_blocking(mpi::leave).await.ok();
+    Ok(())
 }
 
 /// An instance that has all it needs.

@@ -5,7 +5,7 @@
 //! log it. Sums are ours, over MPI's messages, and not `MPI_Allreduce`, whose order of additions is the library's own:
 //! they have the bits of every other fabric.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::RankNames;
@@ -59,15 +59,15 @@ pub enum MpiError {
         /// Seconds.
         waited_s: u64,
     },
-    /// The world has another size than the launcher says.
+    /// The world is too small: MPI does not see what the launcher started.
     #[error(
-        "MPI sees a world of {found}, the launcher one of {expected}\nhint: start with srun --mpi=pmix (srun --mpi=list says what there is) or with the mpirun of the MPI that the plug-in was built with ({library})"
+        "MPI sees a world of {found} where this instance alone has {size_min} ranks\nhint: start with srun --mpi=pmix (srun --mpi=list says what there is) or with the mpirun of the MPI that the plug-in was built with ({library})"
     )]
     WorldSize {
         /// What MPI says.
         found: usize,
-        /// What was expected.
-        expected: usize,
+        /// What must be there.
+        size_min: usize,
         /// The MPI library.
         library: String,
     },
@@ -79,15 +79,27 @@ pub enum MpiError {
 /// How to open the world.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MpiOptions {
-    /// Ranks that the world must have.
-    pub size: usize,
+    /// Ranks that the world must have at least.
+    pub size_min: usize,
     /// How long the other ranks may take to come.
     pub join_timeout: Duration,
     /// How long a rank may be silent while it is waited for.
     pub peer_timeout: Duration,
 }
 
-/// All ranks that one srun or mpirun started, connected by MPI. Once in a process; MPI ends with the last owner.
+/// MPI, while it is on: like MPI itself, once in a process.
+static OPEN: Mutex<Option<Arc<Watch>>> = Mutex::new(None);
+
+/// Ends MPI in good order, if this process uses it: a process that ends without it, as after a failure, takes the world
+/// along. Waits, with a limit, for all ranks of the world to do the same.
+pub fn leave() {
+    let open = OPEN.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(watch) = open {
+        watch.close();
+    }
+}
+
+/// All ranks that one srun or mpirun started, connected by MPI. Once in a process, until [`leave`].
 #[derive(Debug, Clone)]
 pub struct MpiWorld {
     watch: Arc<Watch>,
@@ -105,17 +117,19 @@ impl MpiWorld {
     pub fn open(options: MpiOptions) -> Result<Self, MpiError> {
         let plugin = Arc::new(Plugin::open()?);
         let (watch, facts) = Watch::start(plugin, options.join_timeout)?;
+        let watch = Arc::new(watch);
+        *OPEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&watch));
         let world = Self {
-            watch: Arc::new(watch),
+            watch,
             rank: facts.rank,
             size: facts.size,
             library: facts.library,
             options,
         };
-        if world.size != world.options.size {
+        if world.size < world.options.size_min {
             return Err(MpiError::WorldSize {
                 found: world.size,
-                expected: world.options.size,
+                size_min: world.options.size_min,
                 library: world.library,
             });
         }

@@ -7,15 +7,22 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use super::*;
 use crate::collective::conformance::CHECKS;
 use crate::collective::{Collective, CollectiveError};
+use crate::group::{self, Leader};
+use crate::ranks::{Fabric, FollowerSpec, LeaderRanks};
+use crate::secret::Secret;
 
 /// Says to a rank which part it plays.
 const PART: &str = "BATON_TEST_MPI_PART";
+
+/// Where the leader of the part `instance` tells its address.
+const PIPE: &str = "BATON_TEST_MPI_PIPE";
 
 /// Longer than any part takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -42,12 +49,16 @@ struct Ended {
 
 /// Runs a part on so many ranks. `None` where that cannot be done here.
 fn world(part: &str, ranks: usize) -> Option<Ended> {
+    world_with(part, ranks, Path::new("none"))
+}
+
+fn world_with(part: &str, ranks: usize, pipe: &Path) -> Option<Ended> {
     let Some(plugin) = plugin() else {
         eprintln!("skipped: no {} (scripts/build-mpi makes it)", find::NAME);
         return None;
     };
     let must = std::env::var_os(find::VARIABLE).is_some();
-    match start(&plugin, part, ranks) {
+    match start(&plugin, part, ranks, pipe) {
         Ok(child) => Some(wait(child)),
         Err(error) if must => panic!("mpirun does not start: {error}"),
         Err(error) => {
@@ -57,7 +68,7 @@ fn world(part: &str, ranks: usize) -> Option<Ended> {
     }
 }
 
-fn start(plugin: &Path, part: &str, ranks: usize) -> std::io::Result<Child> {
+fn start(plugin: &Path, part: &str, ranks: usize, pipe: &Path) -> std::io::Result<Child> {
     let own = std::env::current_exe()?;
     let rank = concat!(module_path!(), "::as_a_rank");
     let (_, rank) = rank.split_once("::").expect("a module of a crate");
@@ -78,6 +89,7 @@ fn start(plugin: &Path, part: &str, ranks: usize) -> std::io::Result<Child> {
             "--test-threads=1",
         ])
         .env(PART, part)
+        .env(PIPE, pipe)
         .env(find::VARIABLE, plugin)
         .env("BATON_TEST_MPI_SIZE", ranks.to_string())
         .stdin(Stdio::null())
@@ -116,17 +128,21 @@ fn as_a_rank() {
         .parse()
         .unwrap();
     let peer_timeout = match part.as_str() {
-        "conform" | "roles" => PATIENCE,
+        "conform" | "roles" | "instance" => PATIENCE,
         _ => SHORT,
     };
+    if part == "instance" {
+        instance();
+        return leave();
+    }
     let opened = MpiWorld::open(MpiOptions {
-        size: if part == "size" { size + 1 } else { size },
+        size_min: if part == "size" { size + 1 } else { size },
         join_timeout: Duration::from_secs(60),
         peer_timeout,
     });
     if part == "size" {
         say(&format!("refused: {}", opened.unwrap_err()));
-        return;
+        return leave();
     }
     let mut world = opened.unwrap();
     assert_eq!(world.size(), size);
@@ -139,7 +155,8 @@ fn as_a_rank() {
         }
     }
     if part == "roles" {
-        return roles(&world);
+        roles(&world);
+        return leave();
     }
     let mut group = world.group(Some(0), 0).unwrap().unwrap();
     assert_eq!((group.rank(), group.size()), (world.rank(), size));
@@ -150,6 +167,7 @@ fn as_a_rank() {
                 say(&format!("rank {}: {name}", group.rank()));
                 check(&mut group);
             }
+            leave();
         }
         "killed" if group.rank() == 1 => {
             nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).unwrap();
@@ -195,6 +213,68 @@ fn unread(group: &mut MpiGroup) {
         say(&format!("rank 0 says: {error}"));
     }
     stay()
+}
+
+/// Two ranks that meet over TCP and change over to MPI, as those of an instance do. The leader tells its address through
+/// a pipe with a name.
+fn instance() {
+    let rank: usize = std::env::var("OMPI_COMM_WORLD_RANK")
+        .unwrap()
+        .parse()
+        .unwrap();
+    let pipe = std::env::var(PIPE).unwrap();
+    let secret = Secret::from_hex(&"5a".repeat(32)).unwrap();
+    let stop = AtomicBool::new(false);
+    let met = if rank == 0 {
+        let ranks = LeaderRanks {
+            identity: "test".to_owned(),
+            secret,
+            host: "127.0.0.1".to_owned(),
+            hosts: Vec::new(),
+            join_timeout: PATIENCE,
+            peer_timeout: PATIENCE,
+            fabric: Fabric::Mpi,
+            call: Arc::new(|_| Ok(())),
+        };
+        let leader = Leader::bind(&ranks).unwrap();
+        std::fs::write(pipe, leader.address()).unwrap();
+        leader.gather(2, &ranks, &stop).unwrap()
+    } else {
+        let spec = FollowerSpec {
+            rank,
+            size: 2,
+            leader: std::fs::read_to_string(pipe).unwrap(),
+            identity: "test".to_owned(),
+            secret: secret.to_hex(),
+            host: "127.0.0.1".to_owned(),
+            hosts: Vec::new(),
+            join_timeout_ms: 60_000,
+            peer_timeout_ms: 60_000,
+            fabric: Fabric::Mpi,
+            num_threads: None,
+        };
+        group::join(&spec, &stop).unwrap()
+    };
+    let mut group = group::on_fabric(met, Fabric::Mpi, PATIENCE, PATIENCE).unwrap();
+    assert_eq!((group.rank(), group.name()), (rank, "mpi"));
+    for (_, check) in CHECKS {
+        check(&mut *group);
+    }
+    say(&format!("rank {rank} is done"));
+}
+
+#[test]
+fn an_instance_changes_over_to_mpi() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("address");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    if let Some(ended) = world_with("instance", 2, &pipe) {
+        assert!(ended.success, "{}", ended.text);
+        for rank in 0..2 {
+            let done = format!("rank {rank} is done");
+            assert!(ended.text.contains(&done), "{}", ended.text);
+        }
+    }
 }
 
 /// Two groups and one that stands aside, the second group in the opposite order.
@@ -255,9 +335,9 @@ fn a_world_splits_into_roles() {
 }
 
 #[test]
-fn a_world_of_another_size_is_refused() {
+fn a_world_that_is_too_small_is_refused() {
     if let Some(ended) = world("size", 2) {
-        let wanted = "MPI sees a world of 2, the launcher one of 3\nhint: ";
+        let wanted = "MPI sees a world of 2 where this instance alone has 3 ranks\nhint: ";
         assert!(ended.text.contains(wanted), "{}", ended.text);
     }
 }

@@ -28,8 +28,9 @@ const SENDING_TICK: Duration = Duration::from_micros(100);
 /// What may be left to be sent; more makes the sender wait.
 const LEFT_BYTES_MAX: usize = 64 << 20;
 
-/// How long ending MPI in good order may take.
-const FINALIZE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long ending MPI in good order may take. It waits for all ranks of the world, also for those of an instance that
+/// still serves its last requests.
+const FINALIZE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// The exit status of an aborted world.
 const ABORT_CODE: i32 = 1;
@@ -177,15 +178,9 @@ impl Watch {
         }
     }
 
-    /// Ends the world at once.
-    pub(super) fn abort(&self, cause: &str) {
-        self.shared.abort(cause);
-    }
-}
-
-impl Drop for Watch {
-    /// Ends MPI in good order where nothing failed. After a failure the thread goes on, to end the world.
-    fn drop(&mut self) {
+    /// Ends MPI in good order, which waits for all ranks of the world. After a failure the thread goes on by itself, to end
+    /// the world.
+    pub(super) fn close(&self) {
         let deadline = Instant::now() + FINALIZE_TIMEOUT;
         let mut state = self.shared.lock();
         state.closing = true;
@@ -193,14 +188,17 @@ impl Drop for Watch {
         while state.failure.is_none() && !state.closed {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                drop(state);
-                self.shared
-                    .abort("MPI did not end: other ranks still use it");
+                tracing::warn!("left MPI without its end: other ranks still use it");
                 return;
             }
             let waited = self.shared.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Ends the world at once.
+    pub(super) fn abort(&self, cause: &str) {
+        self.shared.abort(cause);
     }
 }
 
