@@ -7,6 +7,9 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+mod doing;
+pub mod mpi;
+mod sum;
 pub mod tcp;
 
 #[cfg(test)]

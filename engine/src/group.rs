@@ -10,14 +10,16 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::collective::RankNames;
+use crate::collective::mpi::MpiError;
 use crate::collective::tcp::TcpGroup;
+use crate::collective::{CollectiveError, RankNames};
 use crate::ranks::{FollowerSpec, LeaderRanks};
 use crate::secret::Secret;
 use handshake::Party;
 use meeting::Meeting;
 use waiting::Waiting;
 
+mod fabric;
 mod handshake;
 mod meeting;
 mod socket;
@@ -25,6 +27,8 @@ mod waiting;
 
 #[cfg(test)]
 mod tests;
+
+pub use fabric::{on_fabric, stand_aside};
 
 /// Why there is no group.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -93,6 +97,12 @@ pub enum GroupError {
         /// Its own error.
         reason: String,
     },
+    /// A rank was lost while the group changed over to its fabric.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// MPI is asked for and cannot be used.
+    #[error(transparent)]
+    Mpi(#[from] MpiError),
     /// This process is asked to stop.
     #[error("asked to stop while {doing}")]
     Stopped {

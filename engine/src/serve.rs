@@ -28,6 +28,7 @@ use tokio::time::timeout;
 
 use self::load::Started;
 pub use self::ranks::follow;
+use crate::collective::mpi;
 use crate::engine::{EngineError, EngineThread};
 use crate::group::GroupError;
 use crate::model::ModelError;
@@ -148,9 +149,6 @@ pub enum ServeError {
         /// `pipeline_parallel_size`.
         pipeline: usize,
     },
-    /// What is to move sums and messages between the ranks is not there.
-    #[error("ranks cannot be joined over mpi\nhint: use fabric tcp, which is the default")]
-    NoMpi,
     /// The other ranks were called for in vain.
     #[error("cannot have the other ranks started: {0}")]
     Call(String),
@@ -218,7 +216,10 @@ pub async fn serve(
         registration,
         drain: options.drain,
     };
-    ready.serve(shutdown).await
+    ready.serve(shutdown).await?;
+    // It waits for the other ranks of the world, where MPI is the fabric.
+    tokio::task::spawn_blocking(mpi::leave).await.ok();
+    Ok(())
 }
 
 /// What others are told of an address that was bound.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use baton_configs::llm::{self, LlmOverrides};
 use baton_configs::yaml::Document;
-use baton_engine::ranks::FollowerSpec;
+use baton_engine::ranks::{Fabric, FollowerSpec};
 use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
@@ -59,7 +59,8 @@ async fn serve_here(
         if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
             return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
         }
-        if ranks > 1 {
+        // With MPI an instance of one rank has to take part in the start of the world too.
+        if ranks > 1 || membership.fabric == Fabric::Mpi {
             let runtime = tokio::runtime::Handle::current();
             options.ranks = Some(membership.leader_ranks(runtime).outcome(Outcome::Usage)?);
         }

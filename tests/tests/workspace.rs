@@ -30,6 +30,8 @@ const UNSAFE_DOORS: &[&str] = &[
     "launcher/src/pmix/library.rs",
     "engine/src/backend/cpu/simd.rs",
     "engine/src/backend/cpu/team.rs",
+    "engine/src/collective/mpi/plugin.rs",
+    "engine/mpi/src/",
     "engine/src/model/mmap.rs",
 ];
 

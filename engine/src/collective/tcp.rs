@@ -1,15 +1,16 @@
 //! Ranks that talk over our own connections, one between each pair.
 //!
-//! A sum of few values is taken by everyone from everyone's values; of many, each rank sums one part and gives it to
-//! all. Either way each element is summed once more in the order of the ranks, so the bits are the same.
-//! Values travel as the machine has them: all ranks are little endian.
+//! One thread owns a group; there are no others. What a call needs moves on all its connections at once. Values travel as
+//! the machine has them: all ranks are little endian.
 
 use std::net::TcpStream;
 use std::ops::Range;
 use std::time::Duration;
 
 use super::{Collective, CollectiveError, RankNames};
-use exchange::{Doing, Links};
+use crate::collective::doing::Doing;
+use crate::collective::sum::{Members, sum_in_order};
+use exchange::Links;
 use frame::Kind;
 use link::{Link, Place, Receiving, Sending};
 
@@ -21,12 +22,6 @@ mod link;
 mod tests;
 
 const _: () = assert!(cfg!(target_endian = "little"), "values travel as they are");
-
-/// From so many values on, three and more ranks sum in parts.
-const PARTS_FROM_VALUES: usize = 16 << 10;
-
-/// What is summed at once; more is cut, which bounds the memory for the peers' values.
-const SUM_VALUES_MAX: usize = 4 << 20;
 
 /// One rank's end of a group over TCP.
 #[derive(Debug)]
@@ -57,75 +52,57 @@ impl TcpGroup {
     }
 
     /// Everyone sends all to everyone, and sums.
-    fn sum_whole(
-        &mut self,
-        members: &Range<usize>,
-        values: &mut [f32],
-    ) -> Result<(), CollectiveError> {
-        let others: Vec<usize> = others(members, self.rank).collect();
-        let count = values.len();
+    fn sum_whole(&mut self, members: &Members, values: &mut [f32]) -> Result<(), CollectiveError> {
+        let (others, count) = (members.others(), values.len());
         self.theirs.resize(others.len() * count, 0.0);
-        let (sends, receives) = (
-            others
-                .iter()
-                .map(|&to| Sending::new(to, Kind::Sum, bytemuck::cast_slice(values)))
-                .collect(),
-            others
-                .iter()
-                .zip(self.theirs.chunks_exact_mut(count))
-                .map(|(&from, part)| into(from, part))
-                .collect(),
-        );
+        let sends = others
+            .iter()
+            .map(|&to| Sending::new(to, Kind::Sum, bytemuck::cast_slice(values)))
+            .collect();
+        let receives = others
+            .iter()
+            .zip(self.theirs.chunks_exact_mut(count))
+            .map(|(&from, part)| into(from, part))
+            .collect();
         self.links
             .exchange(sends, receives, Doing::Summing(count))?;
-        sum_in_order(self.rank - members.start, values, &mut self.theirs);
+        sum_in_order(members.index(), values, &mut self.theirs);
         Ok(())
     }
 
     /// Each rank sums its part of the values, and gives the sum to everyone.
     fn sum_in_parts(
         &mut self,
-        members: &Range<usize>,
+        members: &Members,
         values: &mut [f32],
     ) -> Result<(), CollectiveError> {
-        let count = values.len();
-        let doing = Doing::Summing(count);
-        let part = |rank: usize| {
-            let index = rank - members.start;
-            count * index / members.len()..count * (index + 1) / members.len()
-        };
-        let own = part(self.rank);
-        let others: Vec<usize> = others(members, self.rank).collect();
+        let (others, count) = (members.others(), values.len());
+        let own = members.own_part(count);
         self.theirs.resize(others.len() * own.len(), 0.0);
-        let (sends, receives) = (
-            others
-                .iter()
-                .map(|&to| {
-                    let body = bytemuck::cast_slice(&values[part(to)]);
-                    Sending::new(to, Kind::Sum, body)
-                })
-                .collect(),
-            others
-                .iter()
-                .zip(self.theirs.chunks_exact_mut(own.len()))
-                .map(|(&from, part)| into(from, part))
-                .collect(),
-        );
-        self.links.exchange(sends, receives, doing)?;
-        sum_in_order(
-            self.rank - members.start,
-            &mut values[own],
-            &mut self.theirs,
-        );
+        let sends = others
+            .iter()
+            .map(|&to| {
+                let part = &values[members.part(to, count)];
+                Sending::new(to, Kind::Sum, bytemuck::cast_slice(part))
+            })
+            .collect();
+        let receives = others
+            .iter()
+            .zip(self.theirs.chunks_exact_mut(own.len()))
+            .map(|(&from, part)| into(from, part))
+            .collect();
+        self.links
+            .exchange(sends, receives, Doing::Summing(count))?;
+        sum_in_order(members.index(), &mut values[own], &mut self.theirs);
 
+        let mut parts = Vec::with_capacity(members.count());
         let mut rest = values;
-        let mut parts = Vec::with_capacity(members.len());
-        for rank in members.clone() {
-            let (head, tail) = rest.split_at_mut(part(rank).len());
-            parts.push(head);
+        for member in members.all() {
+            let (part, tail) = rest.split_at_mut(members.part(member, count).len());
+            parts.push(part);
             rest = tail;
         }
-        let own = parts.remove(self.rank - members.start);
+        let own = parts.remove(members.index());
         let sends = others
             .iter()
             .map(|&to| Sending::new(to, Kind::Sum, bytemuck::cast_slice(own)))
@@ -135,7 +112,7 @@ impl TcpGroup {
             .zip(parts)
             .map(|(&from, part)| into(from, part))
             .collect();
-        self.links.exchange(sends, receives, doing)
+        self.links.exchange(sends, receives, Doing::Summing(count))
     }
 }
 
@@ -157,20 +134,14 @@ impl Collective for TcpGroup {
         members: Range<usize>,
         values: &mut [f32],
     ) -> Result<(), CollectiveError> {
-        assert!(
-            members.contains(&self.rank) && members.end <= self.size(),
-            "rank {} of {} cannot sum over {members:?}",
-            self.rank,
-            self.size()
-        );
-        if members.len() == 1 {
+        let Some(members) = Members::new(self.rank, self.size(), members) else {
             return Ok(());
-        }
-        for values in values.chunks_mut(SUM_VALUES_MAX) {
-            if members.len() > 2 && values.len() >= PARTS_FROM_VALUES {
-                self.sum_in_parts(&members, values)?;
+        };
+        for piece in values.chunks_mut(members.piece(values.len())) {
+            if members.in_parts(piece.len()) {
+                self.sum_in_parts(&members, piece)?;
             } else {
-                self.sum_whole(&members, values)?;
+                self.sum_whole(&members, piece)?;
             }
         }
         Ok(())
@@ -201,38 +172,10 @@ impl Collective for TcpGroup {
     }
 }
 
-fn others(members: &Range<usize>, rank: usize) -> impl Iterator<Item = usize> + use<> {
-    members.clone().filter(move |member| *member != rank)
-}
-
 fn into(from: usize, part: &mut [f32]) -> Receiving<'_> {
     Receiving::new(
         from,
         Kind::Sum,
         Place::Exact(bytemuck::cast_slice_mut(part)),
     )
-}
-
-/// Adds up everyone's values in the order of the ranks: `theirs` holds the others' one after another, and is spoilt;
-/// `index` is this rank's place among them.
-fn sum_in_order(index: usize, values: &mut [f32], theirs: &mut [f32]) {
-    let (before, after) = theirs.split_at_mut(index * values.len());
-    let mut before = before.chunks_exact_mut(values.len());
-    if let Some(sum) = before.next() {
-        for part in before {
-            add(sum, part);
-        }
-        for (value, sum) in values.iter_mut().zip(sum) {
-            *value += *sum;
-        }
-    }
-    for part in after.chunks_exact(values.len()) {
-        add(values, part);
-    }
-}
-
-fn add(sum: &mut [f32], part: &[f32]) {
-    for (sum, value) in sum.iter_mut().zip(part) {
-        *sum += value;
-    }
 }

@@ -4,15 +4,16 @@
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use super::progress::Progress;
 use super::{ServeError, ServeOptions};
 use crate::backend::cpu::CpuBackend;
-use crate::collective::{Collective, RankNames};
+use crate::collective::{Collective, RankNames, mpi};
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
 use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
-use crate::ranks::{Fabric, FollowerSpec, LeaderRanks, RankCall};
+use crate::ranks::{FollowerSpec, LeaderRanks, RankCall};
 use crate::{group, machine};
 
 /// Loads the model onto as many ranks as the options ask for.
@@ -26,6 +27,9 @@ pub(super) fn load(
     let grid = Grid::of(llm);
     header.check(grid)?;
     if grid == Grid::ALONE {
+        if let Some(ranks) = &options.ranks {
+            group::stand_aside(ranks.fabric, ranks.join_timeout, ranks.peer_timeout)?;
+        }
         return load_alone(header, options, progress);
     }
     let Some(ranks) = &options.ranks else {
@@ -79,7 +83,6 @@ fn gather(
     progress: &Progress,
     stop: &AtomicBool,
 ) -> Result<Box<dyn Collective>, ServeError> {
-    check_fabric(ranks.fabric)?;
     let leader = group::Leader::bind(ranks)?;
     let call = RankCall {
         leader: leader.address(),
@@ -89,14 +92,9 @@ fn gather(
     };
     (ranks.call)(&call).map_err(ServeError::Call)?;
     progress.stage(&format!("waiting for {} ranks to join", grid.size() - 1));
-    Ok(Box::new(leader.gather(grid.size(), ranks, stop)?))
-}
-
-fn check_fabric(fabric: Fabric) -> Result<(), ServeError> {
-    match fabric {
-        Fabric::Tcp => Ok(()),
-        Fabric::Mpi => Err(ServeError::NoMpi),
-    }
+    let met = leader.gather(grid.size(), ranks, stop)?;
+    let (join, peer) = (ranks.join_timeout, ranks.peer_timeout);
+    Ok(group::on_fabric(met, ranks.fabric, join, peer)?)
 }
 
 /// MODEL in a form that means the same in another working directory.
@@ -118,17 +116,23 @@ fn everywhere(model: &str) -> String {
 /// # Errors
 /// When the group does not come about, this rank cannot load or compute, or the leader or another rank is lost.
 pub fn follow(spec: &FollowerSpec, stop: &AtomicBool) -> Result<(), ServeError> {
-    check_fabric(spec.fabric)?;
-    let group = group::join(spec, stop)?;
+    let met = group::join(spec, stop)?;
+    let join = Duration::from_millis(spec.join_timeout_ms);
+    let peer = Duration::from_millis(spec.peer_timeout_ms);
+    let group = group::on_fabric(met, spec.fabric, join, peer)?;
     let own = Following {
         num_threads: spec.num_threads.map(|threads| threads as usize),
         stop,
     };
-    match parallel::follow(Box::new(group), &own, backend) {
+    match parallel::follow(group, &own, backend) {
         Err(ParallelError::Stopped) => {
             tracing::info!(rank = spec.rank, "told to stop");
             Ok(())
         }
-        ended => Ok(ended?),
+        ended => {
+            ended?;
+            mpi::leave();
+            Ok(())
+        }
     }
 }

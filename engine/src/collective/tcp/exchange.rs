@@ -3,7 +3,6 @@
 //! Two ranks that send each other megabytes therefore never wait for each other, and what comes for a later call is
 //! taken in meanwhile. A peer that moves nothing for `peer_timeout` ends the call, with its name.
 
-use std::fmt::{self, Display};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -11,33 +10,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::link::{Fault, Link, Receiving, Sending};
+use crate::collective::doing::Doing;
 use crate::collective::{CollectiveError, RankNames};
-
-/// What a call does, for messages.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Doing {
-    /// So many values.
-    Summing(usize),
-    /// So many bytes.
-    Sending(usize),
-    Receiving,
-    /// Giving so many bytes to all.
-    Telling(usize),
-    /// Waiting for rank 0's message to all.
-    Listening,
-}
-
-impl Display for Doing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Summing(values) => write!(f, "summing {values} values"),
-            Self::Sending(bytes) => write!(f, "sending it {bytes} bytes"),
-            Self::Receiving => f.write_str("waiting for its message"),
-            Self::Telling(bytes) => write!(f, "telling all ranks {bytes} bytes"),
-            Self::Listening => f.write_str("waiting for the leader's next word"),
-        }
-    }
-}
 
 /// The links of a rank to all others.
 #[derive(Debug)]

@@ -180,12 +180,6 @@ async fn sizes_that_do_not_go_and_ranks_that_nobody_starts_are_refused() {
         "{text}"
     );
 
-    let (mut mpi, called) = divided("tiny-llama", 2, 1);
-    mpi.ranks.as_mut().unwrap().fabric = Fabric::Mpi;
-    let error = serve(mpi, std::future::pending()).await.unwrap_err();
-    assert!(matches!(error, ServeError::NoMpi), "{error}");
-    assert_eq!(called.count(), 0, "nobody is called for");
-
     let (mut deaf, _) = divided("tiny-llama", 2, 1);
     let ranks = deaf.ranks.as_mut().unwrap();
     ranks.call = Arc::new(|_| Err("node1 has no free slot".to_owned()));
