@@ -23,9 +23,9 @@ use crate::world::membership::Membership;
 
 /// Runs one instance until it is asked to end. One of several ranks finds the others through its launcher; without a
 /// launcher it becomes one itself, and starts all its ranks on this machine.
-pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Outcome> {
     let membership = Membership::from_environment().outcome(Outcome::Usage)?;
-    let options = serve_options(&args)?;
+    let options = serve_options(args)?;
     let llm = &options.llm;
     let ranks = llm
         .tensor_parallel_size
@@ -84,11 +84,10 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
         // of the leader's drain. Its launcher kills it when that is needed.
         let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
         tokio::task::spawn_blocking(move || {
-            baton_engine::serve::follow(&spec, &AtomicBool::new(false))
+            baton_engine::serve::follow(&spec, &AtomicBool::new(false)).map_err(of_serve)
         })
         .await
-        .outcome(Outcome::Failure)?
-        .map_err(of_serve)?;
+        .outcome(Outcome::Failure)??;
         Ok(Outcome::Success)
     })
 }
@@ -153,10 +152,11 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
 
 /// This machine's address for others: the one that other ranks use, else the likeliest.
 fn advertise(membership: Option<&Membership>) -> Option<IpAddr> {
-    match membership {
-        Some(membership) => membership.host.parse().ok(),
-        None => reach::addresses().into_iter().next(),
-    }
+    let of_world = membership.and_then(|membership| membership.host.parse().ok());
+    // A world on one machine talks over the loopback; its clients may be elsewhere.
+    of_world
+        .filter(|ip: &IpAddr| !ip.is_loopback())
+        .or_else(|| reach::addresses().into_iter().next())
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {

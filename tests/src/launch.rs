@@ -68,7 +68,7 @@ pub fn config(model: &str, host: &str, context: Shape, generation: Shape) -> Str
         write!(
             text,
             "{section}:\n  num_instances: {instances}\n  tensor_parallel_size: {tensor_parallel}\n  \
-             pipeline_parallel_size: {pipeline_parallel}\n  dtype: float32\n  max_seq_len: 512\n  \
+             pipeline_parallel_size: {pipeline_parallel}\n  dtype: float32\n  max_seq_len: 1536\n  \
              kv_cache_config:\n    max_tokens: 4096\n"
         )
         .expect("writing to a String cannot fail");

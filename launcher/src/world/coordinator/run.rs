@@ -438,7 +438,8 @@ impl Coordinator {
             Step::Grace => {
                 tracing::warn!(instance = label, "broken; its other ranks end");
                 if self.spec.policy == Policy::Command {
-                    self.first_cause = failed(instance).then(|| instance.cause().to_owned());
+                    let follower_first = instance.leader_end().is_none();
+                    self.first_cause = follower_first.then(|| instance.cause().to_owned());
                 }
                 let (slot, events) = (instance.slot(0), self.sender.clone());
                 tokio::spawn(async move {
@@ -530,10 +531,6 @@ impl Coordinator {
             });
         }
     }
-}
-
-fn failed(instance: &Instance) -> bool {
-    !matches!(instance.leader_end(), Some(_))
 }
 
 fn wrong_size(spec: &InstanceSpec, call: &RankCall) -> String {
