@@ -140,18 +140,32 @@ start_slurmd() {
 
 # The anchor keeps a node's namespaces while its slurmd comes and goes. Not `ip netns exec`, which mounts another /sys,
 # where slurmd finds no cgroups. /tmp is private because Slurm's PMIx plug-in uses fixed names there; /dev/shm because
-# two nodes share no memory.
+# two nodes share no memory. A checkout (or build folder) under /tmp is put back into the private one, at its own path.
 start_anchor() {
     local node=$1 pid_file=$slurm_run/$1/anchor.pid
     nsenter --net="/run/netns/$(space_of "$node")" setsid --fork unshare --uts --ipc --mount bash -euc '
         hostname "$2"
-        mount --bind "$1/$2/tmp" /tmp
+        run=$1 node=$2 pid_file=$3
+        shift 3
+        kept=()
+        for folder in "$@"; do
+            case $folder in /tmp/*) ;; *) continue ;; esac
+            kept+=("$folder")
+            mkdir -p "$run/$node/kept.${#kept[@]}"
+            mount --bind "$folder" "$run/$node/kept.${#kept[@]}"
+        done
+        mount --bind "$run/$node/tmp" /tmp
+        for index in "${!kept[@]}"; do
+            mkdir -p "${kept[index]}"
+            mount --bind "$run/$node/kept.$((index + 1))" "${kept[index]}"
+        done
         mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-        mount --bind "$1/etc/hosts" /etc/hosts
-        [ ! -d /etc/slurm ] || mount --bind "$1/etc" /etc/slurm
-        echo $$ >"$3.new"
-        mv "$3.new" "$3"
-        exec sleep infinity' _ "$slurm_run" "$node" "$pid_file" </dev/null >"$slurm_run/log/$node.log" 2>&1 9>&-
+        mount --bind "$run/etc/hosts" /etc/hosts
+        [ ! -d /etc/slurm ] || mount --bind "$run/etc" /etc/slurm
+        echo $$ >"$pid_file.new"
+        mv "$pid_file.new" "$pid_file"
+        exec sleep infinity' _ "$slurm_run" "$node" "$pid_file" "$baton_root" "${CARGO_TARGET_DIR:-$baton_root/target}" \
+        </dev/null >"$slurm_run/log/$node.log" 2>&1 9>&-
     until_true 5 test -s "$pid_file" || die "the namespaces of $node cannot be made: $(cat "$slurm_run/log/$node.log")"
 }
 
