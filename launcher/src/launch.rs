@@ -2,6 +2,7 @@
 //! from rank facts and options to a world, and its end to an outcome.
 
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
@@ -18,6 +19,7 @@ use crate::exit::{self, Outcome, WithOutcome};
 use crate::files;
 use crate::pmix;
 use crate::rank::{self, Environment, RankFacts};
+use crate::reach;
 use crate::world::bootstrap::{self, Ground};
 use crate::world::coordinator::{Policy, ProxySpec, ProxyStart, Timeouts, WorldSpec};
 use crate::world::instance::InstanceSpec;
@@ -110,6 +112,7 @@ pub(crate) fn local(
     };
     let mut spec = WorldSpec {
         local: true,
+        public: Ipv4Addr::LOCALHOST.into(),
         policy: Policy::Command,
         instances: vec![instance],
         ..empty_world(
@@ -188,6 +191,10 @@ fn empty_world(name: String, size: u32, secret: Secret, options: &WorldArgs) -> 
         size,
         local: false,
         local_environment: Vec::new(),
+        public: reach::addresses()
+            .into_iter()
+            .next()
+            .unwrap_or(Ipv4Addr::LOCALHOST.into()),
         secret,
         hosts: Vec::new(),
         policy: Policy::Command,

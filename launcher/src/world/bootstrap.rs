@@ -169,7 +169,7 @@ impl Ground {
         deadline: Moment,
     ) -> anyhow::Result<(Vec<String>, Secret)> {
         if let Some(pmix) = self.pmix {
-            let fetched = fetch_slowly(&pmix, facts, deadline);
+            let fetched = pmix.fetch(0, KEY, deadline);
             leave_pmix(pmix);
             let text = fetched
                 .map_err(|error| {
@@ -212,26 +212,6 @@ fn open_pmix(has_other_way: bool) -> anyhow::Result<Option<Pmix>> {
             Ok(None)
         }
     }
-}
-
-/// Waits for rank 0's notice, and says so now and then.
-fn fetch_slowly(pmix: &Pmix, facts: &RankFacts, deadline: Moment) -> Result<String, PmixError> {
-    let begun = Moment::now();
-    for mark in PROGRESS_MARKS
-        .into_iter()
-        .chain((2..).map(|minute| minute * 60))
-    {
-        let next = deadline.min(begun + Duration::from_secs(mark));
-        match pmix.fetch(0, KEY, next) {
-            Err(PmixError::TimedOut { .. }) if next < deadline => tracing::warn!(
-                waited_s = begun.elapsed().as_secs(),
-                host = facts.host_of(0),
-                "waiting for rank 0"
-            ),
-            other => return other,
-        }
-    }
-    pmix.fetch(0, KEY, deadline)
 }
 
 /// A rank that ends without taking leave takes mpirun's whole world with it.

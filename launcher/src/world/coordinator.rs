@@ -8,7 +8,7 @@ mod end;
 mod run;
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -55,6 +55,8 @@ pub(crate) struct WorldSpec {
     pub(crate) local: bool,
     /// For a local world: each rank's environment (devices).
     pub(crate) local_environment: Vec<Vec<(String, String)>>,
+    /// Where others reach a rank that has been reached over the loopback only.
+    pub(crate) public: IpAddr,
     /// The job's secret.
     pub(crate) secret: Secret,
     /// The host of each rank, as far as the starter told it.

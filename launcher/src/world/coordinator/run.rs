@@ -181,8 +181,10 @@ impl Coordinator {
     }
 
     fn address_of_agent(&self, agent: usize) -> IpAddr {
-        let unknown = IpAddr::from([127, 0, 0, 1]);
-        self.agents.get(&agent).map_or(unknown, |link| link.address)
+        // All ranks of a world on one host meet over the loopback; its servers' clients may be elsewhere.
+        let met = self.agents.get(&agent).map(|link| link.address);
+        met.filter(|address| !address.is_loopback())
+            .unwrap_or(self.spec.public)
     }
 
     fn host_names(&self, spec: &InstanceSpec) -> Vec<String> {
@@ -256,11 +258,11 @@ impl Coordinator {
 
     fn membership(&self, spec: &InstanceSpec, slot: &SlotId, link: &Link) -> Membership {
         let agent = self.agent_of(spec, 0);
-        let coordinator = if agent == 0 {
-            IpAddr::from([127, 0, 0, 1])
-        } else {
-            self.address_of_agent(0)
-        };
+        // Where all ranks are on one host, the coordinator listens there only.
+        let reached = self.agents.get(&0).map(|own| own.address);
+        let coordinator = reached
+            .filter(|_| agent != 0)
+            .unwrap_or(IpAddr::from([127, 0, 0, 1]));
         Membership {
             address: SocketAddr::new(coordinator, self.port).to_string(),
             secret: self.spec.secret.to_hex(),

@@ -57,6 +57,7 @@ fn spec(size: u32, instances: Vec<InstanceSpec>) -> WorldSpec {
         size,
         local: false,
         local_environment: Vec::new(),
+        public: [127, 0, 0, 1].into(),
         secret: Secret::generate(),
         hosts: (0..size).map(|rank| Some(format!("node{rank}"))).collect(),
         policy: Policy::Deployment,
