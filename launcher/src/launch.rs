@@ -167,6 +167,7 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
         };
         return on_this_thread(world::join(way, own));
     }
+    crate::servers::raise_open_files();
     let (listener, secret) = ground.host(&facts)?;
     let mut spec = empty_world(name, size, secret, options);
     spec.hosts = (0..size)

@@ -178,8 +178,9 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
     }
 }
 
-/// Lets this process hold as many sockets as the system allows: a request may need one to its client and two to workers.
-fn raise_open_files() {
+/// Lets this process hold as many sockets as the system allows: a request may need one to its client and two to workers,
+/// rank 0 one for every rank.
+pub(crate) fn raise_open_files() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
