@@ -166,7 +166,8 @@ enum Store {
     Elsewhere(&'static str),
 }
 
-fn store_of(uri: &Located<String>, findings: &mut Findings) -> Option<Endpoint> {
+/// The proxy that a URI names.
+pub(crate) fn store_of(uri: &Located<String>, findings: &mut Findings) -> Option<Endpoint> {
     let kind = match parse_store(&uri.value) {
         Some(Store::Proxy(endpoint)) => return Some(endpoint),
         Some(Store::Elsewhere(what)) => ConfigErrorKind::NotServed {

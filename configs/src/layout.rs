@@ -232,11 +232,19 @@ pub(crate) fn read(root: &Node, findings: &mut Findings) -> Option<Layout> {
         .unwrap_or_default();
     let address = address_of(&raw_proxy);
     let proxy = resolve_proxy(raw_proxy, findings);
-    let job = job::read(&raw, root, address, findings);
+    let mut job = job::read(&raw, root, address, findings);
+    let (mut context, mut generation) = (context?, generation?);
+    if let Some(store) = job.as_mut().and_then(|job| job.discovery.as_mut()) {
+        store.context_servers_min = context.instances;
+        store.generation_servers_min = generation.instances;
+        for role in [&mut context, &mut generation] {
+            role.options.cluster.get_or_insert_with(|| store.clone());
+        }
+    }
     Some(Layout {
         model: shared.model?,
-        context: context?,
-        generation: generation?,
+        context,
+        generation,
         proxy,
         log_dir: raw.log_dir.map(|given| PathBuf::from(given.value)),
         job,

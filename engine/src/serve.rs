@@ -13,6 +13,7 @@ mod ranks;
 mod tests;
 
 use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -36,6 +37,8 @@ use crate::ranks::LeaderRanks;
 use crate::server::app::App;
 pub use crate::server::listener::ListenError;
 use crate::server::listener::{Listener, reachable, report_address};
+use crate::server::registration::{Registration, RegistrationPlan};
+pub use crate::server::registration::{RegistrationError, WorkerRole};
 use crate::tokenizer::{ChatError, TokenizerError};
 use crate::transceiver::TransceiverStartError;
 use crate::transport::fault::FaultSyntaxError;
@@ -68,6 +71,10 @@ pub struct ServeOptions {
     pub llm: LlmOptions,
     /// How long running requests may go on after the shutdown was asked for.
     pub drain: Duration,
+    /// This machine's address for others, where [`ServeOptions::host`] is all of its addresses; else its name.
+    pub advertise: Option<IpAddr>,
+    /// As what it registers, where `llm` says where.
+    pub role: Option<WorkerRole>,
     /// How to come by the other ranks, where `llm` asks for more than one.
     pub ranks: Option<LeaderRanks>,
 }
@@ -85,6 +92,8 @@ impl ServeOptions {
             instance: String::new(),
             llm: LlmOptions::default(),
             drain: Duration::from_secs(30),
+            advertise: None,
+            role: None,
             ranks: None,
         }
     }
@@ -97,6 +106,9 @@ pub enum ServeError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// Where and as what to register.
+    #[error(transparent)]
+    Registration(#[from] RegistrationError),
     /// The model.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -163,7 +175,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let listener = Listener::bind(&options.host, options.port).await?;
-    let address = listener.address();
+    let bound = listener.address();
+    let cluster = options.llm.cluster.as_ref();
+    let registration = RegistrationPlan::new(cluster, options.role, bound)?;
+    let address = told_address(bound, options.advertise);
     if let Some(path) = &options.report_addr {
         report_address(path, address)?;
     }
@@ -198,6 +213,7 @@ pub async fn serve(
         http,
         app,
         url,
+        registration,
         drain: options.drain,
     };
     ready.serve(shutdown).await?;
@@ -206,12 +222,21 @@ pub async fn serve(
     Ok(())
 }
 
+/// What others are told of an address that was bound.
+fn told_address(bound: SocketAddr, advertise: Option<IpAddr>) -> SocketAddr {
+    match advertise {
+        Some(ip) if bound.ip().is_unspecified() => SocketAddr::new(ip, bound.port()),
+        _ => bound,
+    }
+}
+
 /// An instance that has all it needs.
 struct Ready {
     started: Started,
     http: Http,
     app: Arc<App>,
     url: String,
+    registration: Option<RegistrationPlan>,
     drain: Duration,
 }
 
@@ -227,13 +252,17 @@ impl Ready {
         let model = service.facts.model.clone();
         self.app.open(service);
         tracing::info!(%model, url = %self.url, "serving");
+        let registration = Registration::start(self.registration);
         tokio::select! {
             () = shutdown => {}
             ended = &mut watch => {
+                registration.end().await;
                 self.http.stop(LAST_WORDS).await;
                 return engine_end(ended);
             }
         }
+        // First of all, so that no new request is sent here.
+        registration.end().await;
         tracing::info!(drain_ms = self.drain.as_millis(), "draining");
         self.app.drain();
         engine.shutdown(Instant::now() + self.drain);

@@ -23,6 +23,7 @@ pub(crate) mod perf;
 pub(crate) mod port;
 mod prompt;
 pub(crate) mod pulse;
+pub(crate) mod registration;
 mod render;
 mod reply;
 mod route;

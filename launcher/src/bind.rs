@@ -138,17 +138,16 @@ fn devices_of_machine(environment: &Environment) -> Vec<String> {
     (0..count).map(|index| index.to_string()).collect()
 }
 
-/// CPUs of the node that the job may use: what Slurm gave, else what is there.
+/// CPUs of the node that the job may use: what Slurm gave, but no more than are there (a configuration may claim more).
 fn node_cpus(environment: &Environment) -> usize {
-    let given = environment.get("SLURM_CPUS_ON_NODE");
-    let online = || {
-        let list = std::fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
-        CpuMask::from_list(list.trim())
-    };
-    given
-        .and_then(|count| count.parse().ok())
-        .or_else(|| online().map(|mask| mask.count()))
-        .unwrap_or(1)
+    let given = environment
+        .get("SLURM_CPUS_ON_NODE")
+        .and_then(|count| count.parse().ok());
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online")
+        .ok()
+        .and_then(|list| CpuMask::from_list(list.trim()))
+        .map(|mask| mask.count());
+    given.into_iter().chain(online).min().unwrap_or(1)
 }
 
 fn own_mask() -> CpuMask {

@@ -116,9 +116,12 @@ pub(crate) struct ServeArgs {
     /// LLM options file (YAML). Wins over the command line.
     #[arg(long, visible_alias = "extra-llm-api-options", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// CONTEXT or GENERATION; a worker serves both kinds of request, so this only labels it.
+    /// CONTEXT or GENERATION; a worker serves both kinds of request, so this only says as what it registers.
     #[arg(long, value_parser = parse_role)]
     pub(crate) server_role: Option<ServerRole>,
+    /// Register with the proxy at http://HOST:PORT, so that it finds this server. Needs --server-role.
+    #[arg(long, value_name = "URI")]
+    pub(crate) disagg_cluster_uri: Option<String>,
     /// Name of this instance in logs and hand-off messages [default: its role].
     #[arg(long, value_name = "NAME")]
     pub(crate) instance: Option<String>,

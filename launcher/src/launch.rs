@@ -2,7 +2,6 @@
 //! from rank facts and options to a world, and its end to an outcome.
 
 use std::io::Write;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant as Moment};
 
@@ -291,8 +290,6 @@ fn instance(planned: &Planned, options: &WorldArgs) -> InstanceSpec {
 
 fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -> ProxySpec {
     let options = options.clone();
-    let host: Result<IpAddr, _> = document.proxy.hostname.parse();
-    let binds_all = host.is_ok_and(|ip| ip.is_unspecified());
     let start = move |addresses: &[String]| {
         let mut config = document.proxy.clone();
         let (mut context, mut generation) = (Vec::new(), Vec::new());
@@ -326,7 +323,6 @@ fn proxy(document: DisaggDocument, planned: Vec<Planned>, options: &WorldArgs) -
         })
     };
     ProxySpec {
-        binds_all,
         start: Box::new(start),
     }
 }

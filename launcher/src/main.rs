@@ -16,6 +16,7 @@ mod os;
 mod output;
 mod pmix;
 mod rank;
+mod reach;
 mod servers;
 mod slurm;
 mod supervisor;
@@ -81,7 +82,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::DisaggregatedMpiWorker(args) => launch::mpi_worker(args),
         Command::Rank => servers::rank(),
         Command::Client(args) => on_this_thread()?.block_on(client::run(args)),
-        Command::Serve(args) => servers::serve(*args),
+        Command::Serve(args) => servers::serve(&args),
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
         Command::Slurm(command) => slurm::run(command),

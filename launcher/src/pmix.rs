@@ -19,7 +19,7 @@ mod tests;
 
 use std::ffi::CString;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use self::library::{Fetched, Library, Process, RANK_WILDCARD, Status};
@@ -30,6 +30,9 @@ pub(crate) const CHILD_ENVIRONMENT: &[(&str, &str)] = &[("PMIX_MCA_gds", "hash")
 
 /// How long the local server may take to take a call that needs no other rank.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// When a wait for another rank says that it waits; every minute after the last.
+const PROGRESS_MARKS: [u64; 3] = [5, 15, 60];
 
 /// How long a rank's missing value is left alone before it is asked for again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -139,7 +142,8 @@ impl Pmix {
             reason: error.to_string(),
         })?);
         let shared = Arc::clone(&library);
-        let own = on_own_thread("PMIx_Init", LOCAL_TIMEOUT, move || shared.init())?
+        let own = OwnThread::start("PMIx_Init", move || shared.init())?
+            .wait(LOCAL_TIMEOUT)
             .ok_or(PmixError::Silent { call: "PMIx_Init" })?
             .map_err(|status| refused(&library, "PMIx_Init", status))?;
         let mut pmix = Self {
@@ -193,7 +197,7 @@ impl Pmix {
         committed.map_err(|status| refused("PMIx_Commit", status))
     }
 
-    /// Waits until a rank has published a key.
+    /// Waits until a rank has published a key, and says so when that takes long.
     ///
     /// # Errors
     /// When the deadline passes or the server refuses. PMIx cannot be called off: where its server ignores the
@@ -224,13 +228,14 @@ impl Pmix {
             waited: start.elapsed(),
             reason,
         };
+        let mut waiting = Waiting::since(start, rank);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             // Whole seconds, and 0 would be for ever.
             let seconds = u32::try_from(left.as_secs()).unwrap_or(u32::MAX).max(1);
             let (library, name) = (Arc::clone(&self.library), name.clone());
-            let got = on_own_thread("PMIx_Get", left, move || library.get(&of, &name, seconds))?;
-            let status = match got {
+            let call = OwnThread::start("PMIx_Get", move || library.get(&of, &name, seconds))?;
+            let status = match waiting.until(deadline, |limit| call.wait(limit)) {
                 None => return Err(late("the PMIx server is still waiting for it".to_owned())),
                 Some(Ok(fetched)) => return Ok(fetched),
                 Some(Err(status)) => status,
@@ -239,11 +244,15 @@ impl Pmix {
             if !comes_later {
                 return Err(refused(&self.library, "PMIx_Get", status));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let again = Instant::now() + RETRY_AFTER;
+            if again >= deadline {
                 return Err(late(self.library.text_of(status)));
             }
-            std::thread::park_timeout(left.min(RETRY_AFTER));
+            // The reason why this rank's own server knows nothing yet may pass.
+            waiting.until(again, |limit| {
+                std::thread::park_timeout(limit);
+                None::<()>
+            });
         }
     }
 
@@ -254,7 +263,8 @@ impl Pmix {
     pub(crate) fn finalize(self) -> Result<(), PmixError> {
         const CALL: &str = "PMIx_Finalize";
         let library = Arc::clone(&self.library);
-        on_own_thread(CALL, LOCAL_TIMEOUT, move || library.finalize())?
+        OwnThread::start(CALL, move || library.finalize())?
+            .wait(LOCAL_TIMEOUT)
             .ok_or(PmixError::Silent { call: CALL })?
             .map_err(|status| refused(&self.library, CALL, status))
     }
@@ -275,29 +285,97 @@ fn c_text(text: &str) -> Result<CString, PmixError> {
     })
 }
 
-/// Runs a call that may never return; `None` when it has not in time. Its thread then stays behind.
-fn on_own_thread<T: Send + 'static>(
-    name: &'static str,
-    limit: Duration,
-    call: impl FnOnce() -> T + Send + 'static,
-) -> Result<Option<T>, PmixError> {
-    let (answer, answered) = sync_channel(1);
-    let thread = std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            // Nobody listens any more when the time is over.
-            let _ = answer.send(call());
-        })
-        .map_err(|error| PmixError::Thread {
-            call: name,
-            reason: error.to_string(),
-        })?;
-    Ok(match answered.recv_timeout(limit) {
-        Ok(value) => {
-            // It has sent its value: it ends now.
-            let _ = thread.join();
-            Some(value)
+/// A wait for another rank that says from time to time that it goes on.
+#[derive(Debug)]
+struct Waiting {
+    start: Instant,
+    rank: u32,
+    mark: Instant,
+    marks: usize,
+}
+
+impl Waiting {
+    fn since(start: Instant, rank: u32) -> Self {
+        Self {
+            start,
+            rank,
+            mark: start + Duration::from_secs(PROGRESS_MARKS[0]),
+            marks: 1,
         }
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-    })
+    }
+
+    /// Waits in steps, each as long as `wait` is told at most, until that gives something or the time is over.
+    fn until<T>(
+        &mut self,
+        deadline: Instant,
+        mut wait: impl FnMut(Duration) -> Option<T>,
+    ) -> Option<T> {
+        loop {
+            let step = deadline
+                .min(self.mark)
+                .saturating_duration_since(Instant::now());
+            if let Some(value) = wait(step) {
+                return Some(value);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return None;
+            }
+            if now >= self.mark {
+                self.say();
+            }
+        }
+    }
+
+    fn say(&mut self) {
+        tracing::warn!(
+            waited_s = self.start.elapsed().as_secs(),
+            rank = self.rank,
+            "waiting for a rank to publish where it is"
+        );
+        let next = match PROGRESS_MARKS.get(self.marks) {
+            Some(seconds) => self.start + Duration::from_secs(*seconds),
+            None => self.mark + Duration::from_secs(60),
+        };
+        self.marks += 1;
+        self.mark = next;
+    }
+}
+
+/// A call that may never return, on a thread of its own. The thread stays behind when nobody waits any more.
+#[derive(Debug)]
+struct OwnThread<T> {
+    answered: Receiver<T>,
+}
+
+impl<T: Send + 'static> OwnThread<T> {
+    fn start(
+        call: &'static str,
+        run: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Self, PmixError> {
+        let (answer, answered) = sync_channel(1);
+        let run = move || {
+            // Nobody listens any more when the time is over.
+            let _ = answer.send(run());
+        };
+        std::thread::Builder::new()
+            .name(call.to_owned())
+            .spawn(run)
+            .map_err(|error| PmixError::Thread {
+                call,
+                reason: error.to_string(),
+            })?;
+        Ok(Self { answered })
+    }
+
+    /// `None`: it has not returned in time.
+    fn wait(&self, limit: Duration) -> Option<T> {
+        match self.answered.recv_timeout(limit) {
+            Ok(value) => Some(value),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                unreachable!("the thread answers before it ends")
+            }
+        }
+    }
 }

@@ -120,12 +120,15 @@ impl RankFacts {
     }
 }
 
+/// One kind of starter: nothing when it is another.
+type Source = fn(&Environment) -> Result<Option<RankFacts>, RankError>;
+
 /// Reads the facts, from the most specific starter to the least.
 ///
 /// # Errors
 /// When a variable is not what it should be, or two of them contradict each other.
 pub(crate) fn discover(environment: &Environment) -> Result<RankFacts, RankError> {
-    let sources: [fn(&Environment) -> Result<Option<RankFacts>, RankError>; 3] = [
+    let sources: [Source; 3] = [
         mpi::launched_by_mpirun,
         slurm::task_of_a_step,
         mpi::launched_by_pmi,

@@ -1,14 +1,15 @@
 //! `baton serve` and `baton disaggregated`: from typed flags to a running server, and its end to an outcome.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
 use baton_configs::llm::{self, LlmOverrides};
 use baton_configs::yaml::Document;
-use baton_engine::ranks::FollowerSpec;
-use baton_engine::serve::{ServeError, ServeOptions};
+use baton_engine::ranks::{Fabric, FollowerSpec};
+use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
 
@@ -16,14 +17,15 @@ use crate::cli::{DisaggregatedArgs, ServeArgs, ServerRole};
 use crate::exit::{Outcome, WithOutcome};
 use crate::files;
 use crate::launch;
+use crate::reach;
 use crate::world::agent::EndSignals;
 use crate::world::membership::Membership;
 
 /// Runs one instance until it is asked to end. One of several ranks finds the others through its launcher; without a
 /// launcher it becomes one itself, and starts all its ranks on this machine.
-pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<Outcome> {
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Outcome> {
     let membership = Membership::from_environment().outcome(Outcome::Usage)?;
-    let options = serve_options(&args)?;
+    let options = serve_options(args)?;
     let llm = &options.llm;
     let ranks = llm
         .tensor_parallel_size
@@ -46,6 +48,7 @@ async fn serve_here(
     membership: Option<Membership>,
 ) -> anyhow::Result<Outcome> {
     let supervised = membership.is_some();
+    options.advertise = advertise(membership.as_ref());
     if let Some(membership) = membership {
         let threads = membership.num_threads;
         options.llm.num_threads.get_or_insert(threads);
@@ -56,7 +59,8 @@ async fn serve_here(
         if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
             return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
         }
-        if ranks > 1 {
+        // With MPI an instance of one rank has to take part in the start of the world too.
+        if ranks > 1 || membership.fabric == Fabric::Mpi {
             let runtime = tokio::runtime::Handle::current();
             options.ranks = Some(membership.leader_ranks(runtime).outcome(Outcome::Usage)?);
         }
@@ -80,20 +84,15 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
         // of the leader's drain. Its launcher kills it when that is needed.
         let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
         tokio::task::spawn_blocking(move || {
-            baton_engine::serve::follow(&spec, &AtomicBool::new(false))
+            baton_engine::serve::follow(&spec, &AtomicBool::new(false)).map_err(of_serve)
         })
         .await
-        .outcome(Outcome::Failure)?
-        .map_err(of_serve)?;
+        .outcome(Outcome::Failure)??;
         Ok(Outcome::Success)
     })
 }
 
 fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
-    if args.port == 0 && args.report_addr.is_none() {
-        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE"))
-            .outcome(Outcome::Usage);
-    }
     let file = args
         .config
         .as_deref()
@@ -101,8 +100,16 @@ fn serve_options(args: &ServeArgs) -> anyhow::Result<ServeOptions> {
         .transpose()
         .outcome(Outcome::Config)?;
     let (llm, warnings) = llm::resolve(file.as_ref(), &overrides(args)).outcome(Outcome::Config)?;
+    if args.port == 0 && args.report_addr.is_none() && llm.cluster.is_none() {
+        return Err(anyhow!("--port 0 lets the kernel choose a port that nobody would know\nhint: add --report-addr FILE, or --disagg-cluster-uri URI to register"))
+            .outcome(Outcome::Usage);
+    }
     files::warn(&warnings);
     let mut options = ServeOptions::new(args.model.clone());
+    options.role = args.server_role.map(|role| match role {
+        ServerRole::Context => WorkerRole::Context,
+        ServerRole::Generation => WorkerRole::Generation,
+    });
     options.revision.clone_from(&args.revision);
     options.host.clone_from(&args.host);
     options.port = args.port;
@@ -125,9 +132,8 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
         baton_configs::disagg::load(&args.config).outcome(Outcome::Config)?;
     files::warn(&warnings);
     config.port = args.port.unwrap_or(config.port);
-    let supervised = Membership::from_environment()
-        .outcome(Outcome::Usage)?
-        .is_some();
+    let membership = Membership::from_environment().outcome(Outcome::Usage)?;
+    let supervised = membership.is_some();
     let mut options = ProxyOptions::new(config);
     options.timeouts.server_start = Duration::from_secs(args.server_start_timeout);
     options.timeouts.request = Duration::from_secs(args.request_timeout);
@@ -135,12 +141,22 @@ pub(crate) async fn disaggregated(args: DisaggregatedArgs) -> anyhow::Result<Out
         .map_err(anyhow::Error::msg)
         .outcome(Outcome::Usage)?;
     options.report_addr = args.report_addr;
+    options.advertise = advertise(membership.as_ref());
     options.metrics_log_interval =
         (args.metrics_log_interval > 0).then(|| Duration::from_secs(args.metrics_log_interval));
     until_asked(supervised, |shutdown| async move {
         baton_proxy::run(options, shutdown).await.map_err(of_proxy)
     })
     .await
+}
+
+/// This machine's address for others: the one that other ranks use, else the likeliest.
+fn advertise(membership: Option<&Membership>) -> Option<IpAddr> {
+    let of_world = membership.and_then(|membership| membership.host.parse().ok());
+    // A world on one machine talks over the loopback; its clients may be elsewhere.
+    of_world
+        .filter(|ip: &IpAddr| !ip.is_loopback())
+        .or_else(|| reach::addresses().into_iter().next())
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {
@@ -157,6 +173,7 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
         chat_template: args.chat_template.clone(),
         tokenizer: args.tokenizer.clone(),
         backend: args.backend.clone(),
+        disagg_cluster_uri: args.disagg_cluster_uri.clone(),
         ..LlmOverrides::default()
     }
 }
@@ -236,7 +253,7 @@ fn of_serve(error: ServeError) -> anyhow::Error {
         | ServeError::ChatTemplate(_)
         | ServeError::NoPool { .. }
         | ServeError::Transceiver(_) => Outcome::Unavailable,
-        ServeError::Fault(_) => Outcome::Usage,
+        ServeError::Registration(_) | ServeError::Fault(_) => Outcome::Usage,
         _ => Outcome::Failure,
     };
     crate::exit::coded(outcome, error)

@@ -2,6 +2,7 @@
 //!
 //! Plain values with documented defaults; reading files and flags is the caller's business.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -134,6 +135,8 @@ pub struct ProxyOptions {
     pub environment: Environment,
     /// File that gets `host:port` once the socket is bound (`--report_addr`), written atomically.
     pub report_addr: Option<PathBuf>,
+    /// This machine's address for others, where the config binds all of its addresses; else the loopback's.
+    pub advertise: Option<IpAddr>,
     /// How often a summary of the metrics is logged (`--metrics-log-interval`); `None` never.
     pub metrics_log_interval: Option<Duration>,
 }
@@ -148,6 +151,7 @@ impl ProxyOptions {
             limits: Limits::default(),
             environment: Environment::default(),
             report_addr: None,
+            advertise: None,
             metrics_log_interval: None,
         }
     }

@@ -100,7 +100,7 @@ where
     let listener = bind(&options).await?;
     let address = listener.local_addr().ok();
     if let (Some(path), Some(address)) = (&options.report_addr, address) {
-        report(path, address)?;
+        report(path, told_address(address, options.advertise))?;
     }
     let proxy = Arc::new(Proxy::new(&options));
     let mut tasks = JoinSet::new();
@@ -201,15 +201,20 @@ async fn bind(options: &ProxyOptions) -> Result<TcpListener, ProxyError> {
     })
 }
 
-/// Writes `host:port` under another name first, so that whoever waits for the file never reads half of it.
-fn report(path: &Path, address: SocketAddr) -> Result<(), ProxyError> {
-    let mut address = address;
-    if address.ip().is_unspecified() {
-        address.set_ip(match address.ip() {
+/// What others are told of an address that was bound: one that they can reach, where it is all of the machine's.
+fn told_address(mut bound: SocketAddr, advertise: Option<IpAddr>) -> SocketAddr {
+    if bound.ip().is_unspecified() {
+        let loopback = match bound.ip() {
             IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
             IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-        });
+        };
+        bound.set_ip(advertise.unwrap_or(loopback));
     }
+    bound
+}
+
+/// Writes `host:port` under another name first, so that whoever waits for the file never reads half of it.
+fn report(path: &Path, address: SocketAddr) -> Result<(), ProxyError> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(format!(".{}", std::process::id()));
     let partial = PathBuf::from(partial);

@@ -129,9 +129,13 @@ start_daemons() {
         _ "$slurm_run" 9>&- || die "slurmctld does not start"
     for number in $(seq 1 "$nodes"); do
         start_anchor "node$number"
-        nsenter --target "$(anchor_of "node$number")" --net --uts --ipc --mount -- \
-            slurmd -N "node$number" -f "$slurm_conf" 9>&- || die "slurmd of node$number does not start"
+        start_slurmd "node$number"
     done
+}
+
+start_slurmd() {
+    nsenter --target "$(anchor_of "$1")" --net --uts --ipc --mount -- slurmd -N "$1" -f "$slurm_conf" 9>&- \
+        || die "slurmd of $1 does not start"
 }
 
 # The anchor keeps a node's namespaces while its slurmd comes and goes. Not `ip netns exec`, which mounts another /sys,
@@ -167,9 +171,29 @@ is_whole() {
     local node
     daemon_pid munged >/dev/null && daemon_pid slurmctld >/dev/null || return 1
     for node in $(node_names); do
-        daemon_pid "slurmd.$node" >/dev/null || return 1
+        daemon_pid "slurmd.$node" >/dev/null && [ "$(link_state "$node")" = up ] || return 1
         case $(slurm_state "$node") in idle | mixed | allocated | completing) ;; *) return 1 ;; esac
     done
+}
+
+# Lets Slurm use a node again that it has given up.
+resume() {
+    case $(slurm_state "$1") in
+    down* | drain*) SLURM_CONF="$slurm_conf" scontrol update nodename="$1" state=resume || true ;;
+    esac
+}
+
+# Brings back nodes that were cut off, drained, or lost their slurmd, without ending anyone's jobs.
+mend() {
+    local node
+    daemon_pid munged >/dev/null && daemon_pid slurmctld >/dev/null || return 1
+    for node in $(node_names); do
+        kill -0 "$(cat "$slurm_run/$node/anchor.pid" 2>/dev/null)" 2>/dev/null || return 1
+        ip link set "$(link_of "$node")" up || return 1
+        daemon_pid "slurmd.$node" >/dev/null || start_slurmd "$node"
+        resume "$node"
+    done
+    until_true 15 is_whole
 }
 
 await_nodes() {

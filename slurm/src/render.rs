@@ -324,7 +324,7 @@ impl Site<'_> {
             format!("--fabric={}", self.job.fabric.name()),
             format!("--log-dir={}", self.folder.logs),
         ];
-        if self.job.discovery_uri.is_none() {
+        if self.job.discovery.is_none() {
             options.push(format!("--address-dir={}", self.folder.addresses()));
         }
         options.extend(only.map(|only| format!("--only={only}")));
@@ -438,12 +438,8 @@ impl Site<'_> {
 
     /// The node on which the proxy must run, where its own store has a fixed address.
     fn store_host(&self) -> Option<String> {
-        let uri = self.job.discovery_uri.as_deref()?;
-        let rest = uri
-            .strip_prefix("http://")
-            .or_else(|| uri.strip_prefix("https://"))?;
-        let (host, _) = rest.rsplit_once(':')?;
-        let is_address = host.starts_with('[') || host.parse::<std::net::IpAddr>().is_ok();
+        let host = self.job.discovery.as_ref()?.store.host.as_str();
+        let is_address = host.parse::<std::net::IpAddr>().is_ok();
         (!is_address).then(|| host.split('.').next().unwrap_or(host).to_owned())
     }
 }

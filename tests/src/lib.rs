@@ -7,6 +7,7 @@ pub mod client;
 pub mod cluster;
 pub mod deployment;
 pub mod golden;
+pub mod launch;
 pub mod process;
 
 use std::path::PathBuf;

@@ -7,6 +7,7 @@ mod checks;
 
 pub(crate) use checks::environment as check_environment;
 
+use crate::cluster::ClusterConfig;
 use crate::layout::raw::{RawContainer, RawLayout, RawSlurm};
 use crate::section::Located;
 use crate::section::kind::{Choice, Choices};
@@ -176,7 +177,7 @@ pub struct JobLayout {
     /// The `baton` program on the nodes.
     pub baton: String,
     /// Where workers register, if not in address files.
-    pub discovery_uri: Option<String>,
+    pub discovery: Option<ClusterConfig>,
     /// Address that the proxy binds.
     pub proxy_hostname: String,
     /// Port that the proxy binds.
@@ -222,7 +223,7 @@ pub(crate) fn read(
         .start
         .as_ref()
         .map_or(StartMode::OneWorld, |given| given.value);
-    let job = JobLayout {
+    let mut job = JobLayout {
         start,
         fabric: raw.fabric.as_ref().map_or(Fabric::Tcp, |given| given.value),
         gpus_per_node: raw.gpus_per_node.as_ref().map_or(1, |given| given.value),
@@ -232,7 +233,7 @@ pub(crate) fn read(
             .as_ref()
             .and_then(|given| checks::port_range(given, findings)),
         baton: text(raw.baton.as_ref()).unwrap_or_else(|| "baton".to_owned()),
-        discovery_uri: text(raw.discovery_uri.as_ref()),
+        discovery: None,
         proxy_hostname: proxy.hostname.unwrap_or_else(|| "0.0.0.0".to_owned()),
         proxy_port: proxy.port.as_ref().map_or(PROXY_PORT, |given| given.value),
         proxy_node_id: proxy.node_id,
@@ -246,7 +247,7 @@ pub(crate) fn read(
     // What depends on a start mode that nobody can read would only mislead.
     let start_known = raw.start.is_some() || !given("start");
     if start_known && let Some(uri) = &raw.discovery_uri {
-        checks::discovery(&job, uri, findings);
+        job.discovery = checks::discovery(&job, uri, findings);
     }
     if start == StartMode::OneWorld
         && let Some(own) = proxy.environment
@@ -274,10 +275,9 @@ fn read_slurm(raw: &RawSlurm, start: StartMode, findings: &mut Findings) -> Slur
     if let Some(signal) = &raw.signal {
         checks::signal(signal, start, findings);
     }
-    for word in [&raw.partition, &raw.account, &raw.job_name] {
-        if let Some(word) = word {
-            checks::one_line(word, findings);
-        }
+    let words = [&raw.partition, &raw.account, &raw.job_name];
+    for word in words.into_iter().flatten() {
+        checks::one_line(word, findings);
     }
     let flag = |given: &Option<Located<bool>>| given.as_ref().is_some_and(|given| given.value);
     SlurmOptions {

@@ -137,9 +137,9 @@ section! {
         ports: Text = "null";
         /// The `baton` program on the nodes.
         baton: Text = "baton";
-        /// Where the workers of `start: jobs` register and the proxy finds them: `http://host:port` for the proxy's
-        /// own store, `etcd://host:port[,etcd://host:port…]` for etcd. `null` takes address files in the run
-        /// folder, which all nodes must see.
+        /// Where the workers of `start: jobs` register and the proxy finds them: `http://host:port`, the proxy's
+        /// own address, whose host is the node that its job is given. `null` takes address files in the run folder,
+        /// which all nodes must see.
         discovery_uri: Text = "null";
         /// What Slurm is told.
         slurm: Sub<RawSlurm> = "{}";

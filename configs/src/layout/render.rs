@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 
+use crate::cluster;
 use crate::layout::job::JobLayout;
 use crate::layout::{Layout, RoleLayout};
 use crate::llm;
@@ -58,7 +59,8 @@ impl Layout {
     pub fn proxy_yaml(&self, job: &JobLayout, files: &[String]) -> String {
         let mut out = String::from("# Written by baton.\n");
         self.write_proxy(&mut out, job, self.shared_model());
-        if job.discovery_uri.is_some() {
+        if job.discovery.is_some() {
+            cluster::render(&mut out, job.discovery.as_ref());
             return out;
         }
         let (context, generation) = files.split_at(self.context.instances as usize);
@@ -79,8 +81,8 @@ impl Layout {
     fn shared_model(&self) -> Option<&str> {
         let model = |role: &RoleLayout| role.options.model.clone();
         let same = model(&self.context) == model(&self.generation);
-        same.then_some(())
-            .and_then(|()| self.context.options.model.as_deref())
+        let own = self.context.options.model.as_deref();
+        own.filter(|_| same)
     }
 
     fn write_proxy(&self, out: &mut String, job: &JobLayout, model: Option<&str>) {
@@ -110,23 +112,6 @@ impl Layout {
         );
         let keep_alive = number_text(config.keep_alive.as_secs_f64());
         line(out, &format!("server_keep_alive_timeout: {keep_alive}"));
-        if let Some(uri) = &job.discovery_uri {
-            line(out, "disagg_cluster:");
-            line(out, &format!("  cluster_uri: {}", quoted(uri)));
-            line(
-                out,
-                &format!("  cluster_name: {}", quoted(&job.slurm.job_name)),
-            );
-            line(out, "  minimal_instances:");
-            line(
-                out,
-                &format!("    context_servers: {}", self.context.instances),
-            );
-            line(
-                out,
-                &format!("    generation_servers: {}", self.generation.instances),
-            );
-        }
     }
 }
 

@@ -2,12 +2,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::ParallelError;
 use super::order::Order;
-use crate::backend::{Backend, BackendError, BlockId};
+use super::{ParallelError, pages};
+use crate::backend::{Backend, BackendError};
 use crate::model::Model;
 use crate::model::decoder::Decoder;
-use crate::model::peers::{receive_bytes, send_bytes};
 use crate::model::shard::Shard;
 
 /// Follows rank 0 to the end. `stop` is looked at between orders.
@@ -41,8 +40,8 @@ pub(crate) fn follow<B: Backend>(
                     }
                 }
             }
-            Order::Gather(blocks) => send_pages(decoder, shard, &blocks)?,
-            Order::Scatter(blocks) => receive_pages(decoder, &blocks)?,
+            Order::Gather(blocks) => pages::send_parts(decoder, shard, &blocks)?,
+            Order::Scatter(blocks) => pages::receive_parts(decoder, &blocks)?,
             Order::Goodbye => return Ok(()),
         }
     }
@@ -51,33 +50,4 @@ pub(crate) fn follow<B: Backend>(
 /// Answers rank 0: nothing when all is well.
 fn answer<B: Backend>(decoder: &mut Decoder<B>, text: &str) -> Result<(), BackendError> {
     Ok(decoder.collective().send(0, text.as_bytes())?)
-}
-
-/// This rank's parts of some pages, unless a rank before this one holds the same.
-fn send_pages<B: Backend>(
-    decoder: &mut Decoder<B>,
-    shard: &Shard,
-    blocks: &[BlockId],
-) -> Result<(), BackendError> {
-    if !shard.first_holder {
-        return Ok(());
-    }
-    for page in decoder.share_pages(blocks)? {
-        send_bytes(decoder.collective(), 0, page.as_bytes())?;
-    }
-    Ok(())
-}
-
-fn receive_pages<B: Backend>(
-    decoder: &mut Decoder<B>,
-    blocks: &[BlockId],
-) -> Result<(), BackendError> {
-    let mut message = Vec::new();
-    for &block in blocks {
-        let mut page = decoder.lend_page(block);
-        let target = (page.as_bytes_mut(), &mut message);
-        receive_bytes(decoder.collective(), 0, target)?;
-        decoder.return_pages(vec![(block, page)])?;
-    }
-    Ok(())
 }

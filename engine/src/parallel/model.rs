@@ -1,20 +1,16 @@
 //! Rank 0's view of all ranks: one model.
 //!
-//! Hand-offs see whole pages only. A page to hand over is put together from the ranks' parts when it is asked for, and
-//! one that came is divided among them; in between it is a copy that no rank writes, so lending and sharing block nothing
-//! but the blocks that the engine itself keeps.
+//! Each call is an order to all ranks and rank 0's part of it. Hand-offs see whole pages only (`parallel/pages.rs`).
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::order::Order;
-use super::pages;
+use super::pages::{self, WholePages};
 use crate::backend::{Backend, BackendError, BlockId, StepBatch};
 use crate::collective::{CollectiveError, RankNames};
 use crate::model::decoder::Decoder;
-use crate::model::peers::{receive_bytes, send_bytes};
 use crate::model::shard::Shard;
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
@@ -42,12 +38,8 @@ pub(crate) struct ParallelModel<B: Backend> {
     decoder: Decoder<B>,
     ranks: Ranks,
     description: String,
-    /// The whole model's, once there is a pool.
-    page: Option<PageShape>,
-    /// Blocks whose page a transport has.
-    lent: HashSet<BlockId>,
-    /// Whole pages that somebody may still read, as long as their blocks are not written.
-    copies: HashMap<BlockId, Weak<Page>>,
+    /// Once there is a pool.
+    pages: Option<WholePages>,
     /// Whether the others wait for an order. False for good once something failed on the way.
     in_touch: bool,
     /// When the last order was given.
@@ -69,9 +61,7 @@ impl<B: Backend> ParallelModel<B> {
             decoder,
             ranks,
             description,
-            page: None,
-            lent: HashSet::new(),
-            copies: HashMap::new(),
+            pages: None,
             in_touch: true,
             ordered: Instant::now(),
         }
@@ -106,66 +96,13 @@ impl<B: Backend> ParallelModel<B> {
         Ok(())
     }
 
-    fn whole_page(&self) -> PageShape {
-        self.page.expect("pages are allocated before any is used")
-    }
-
-    /// Puts whole pages together from the ranks' parts.
-    fn gather(&mut self, blocks: &[BlockId]) -> Result<Vec<Page>, BackendError> {
-        let whole = self.whole_page();
-        let mut gathered: Vec<Page> = blocks.iter().map(|_| Page::zeroed(whole)).collect();
-        let own = self.decoder.share_pages(blocks)?;
-        for (page, part) in gathered.iter_mut().zip(&own) {
-            pages::put(page, &self.ranks.shards[0], part.as_bytes());
-        }
-        let mut message = Vec::new();
-        for shard in self.ranks.shards[1..].iter().filter(|s| s.first_holder) {
-            let (from, mut part) = (shard.place.rank(), vec![0; shard.page(whole).bytes()]);
-            for page in &mut gathered {
-                let target = (part.as_mut_slice(), &mut message);
-                receive_bytes(self.decoder.collective(), from, target)?;
-                pages::put(page, shard, &part);
-            }
-        }
-        Ok(gathered)
-    }
-
-    /// Divides whole pages among the ranks.
-    fn scatter(&mut self, whole: &[(BlockId, Page)]) -> Result<(), BackendError> {
-        let (own, others) = self
-            .ranks
-            .shards
-            .split_first()
-            .expect("rank 0 is one of the ranks");
-        for shard in others {
-            for (_, page) in whole {
-                let part = pages::take(page, shard);
-                let to = shard.place.rank();
-                send_bytes(self.decoder.collective(), to, part.as_bytes())?;
-            }
-        }
-        let parts = whole.iter().map(|(block, page)| {
-            drop(self.decoder.lend_page(*block));
-            (*block, pages::take(page, own))
-        });
-        let parts = parts.collect();
-        self.decoder.return_pages(parts)
-    }
-
-    /// Blocks that a step writes are no longer what their copies are.
-    fn forget_written(&mut self, batch: &StepBatch) {
-        if self.copies.is_empty() {
-            return;
-        }
-        let per_block = self.whole_page().tokens_per_block;
-        for span in &batch.sequences {
-            let end = (span.past_len + span.rows.len()).div_ceil(per_block);
-            for block in &span.blocks[span.past_len / per_block..end] {
-                self.copies.remove(block);
-            }
-        }
+    fn pages(&mut self) -> &mut WholePages {
+        self.pages.as_mut().expect(POOL)
     }
 }
+
+/// Why there are pages.
+const POOL: &str = "pages are allocated before any is used";
 
 impl<B: Backend> Model for ParallelModel<B> {
     fn shape(&self) -> &ModelShape {
@@ -181,7 +118,7 @@ impl<B: Backend> Model for ParallelModel<B> {
     }
 
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
-        self.page = Some(shape);
+        self.pages = Some(WholePages::new(shape));
         let own = self.ranks.shards[0].page(shape);
         let order = Order::Allocate {
             page: shape,
@@ -194,66 +131,55 @@ impl<B: Backend> Model for ParallelModel<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        self.forget_written(batch);
+        if let Some(pages) = &mut self.pages {
+            pages.forget_written(batch);
+        }
         self.together(&Order::Step(Cow::Borrowed(batch)), |model| {
             model.decoder.forward(batch)
         })
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
-        self.copies.retain(|_, copy| copy.strong_count() > 0);
-        let held: Vec<_> = blocks
+        let copies = self.pages().copies(blocks);
+        let missing = blocks
             .iter()
-            .map(|block| self.copies.get(block).and_then(Weak::upgrade))
-            .collect();
-        let missing = blocks.iter().zip(&held).filter(|(_, held)| held.is_none());
+            .zip(&copies)
+            .filter(|(_, copy)| copy.is_none());
         let missing: Vec<BlockId> = missing.map(|(&block, _)| block).collect();
         let mut gathered = Vec::new();
         if !missing.is_empty() {
-            let order = Order::Gather(missing.clone());
-            gathered = self.together(&order, |model| model.gather(&missing))?;
+            let whole = self.pages().shape;
+            gathered = self.together(&Order::Gather(missing.clone()), |model| {
+                pages::gather(&mut model.decoder, &model.ranks.shards, whole, &missing)
+            })?;
         }
         let mut gathered = gathered.into_iter().map(Arc::new);
-        let pages = blocks.iter().zip(held).map(|(&block, held)| {
-            let page = held
-                .or_else(|| gathered.next())
-                .expect("a page was gathered for each that was missing");
-            self.copies.insert(block, Arc::downgrade(&page));
+        let pages = blocks.iter().zip(copies).map(|(&block, copy)| {
+            let page = copy.or_else(|| gathered.next());
+            let page = page.expect("a page was gathered for each that was missing");
+            self.pages().keep(block, &page);
             page
         });
         Ok(pages.collect())
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
-        !self.lent.contains(&block)
+        !self.pages.as_ref().expect(POOL).is_lent(block)
     }
 
     fn lend_page(&mut self, block: BlockId) -> Page {
-        assert!(
-            self.lent.insert(block),
-            "a page to lend is not lent already"
-        );
-        self.copies.remove(&block);
-        Page::zeroed(self.whole_page())
+        self.pages().lend(block)
     }
 
     fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
-        for (block, page) in &pages {
-            assert_eq!(
-                *page.shape(),
-                self.whole_page(),
-                "shape of the returned page"
-            );
-            assert!(
-                self.lent.remove(block),
-                "block {block} already has its page"
-            );
-        }
+        self.pages().take_back(&pages);
         if pages.is_empty() {
             return Ok(());
         }
         let blocks = pages.iter().map(|&(block, _)| block).collect();
-        self.together(&Order::Scatter(blocks), |model| model.scatter(&pages))
+        self.together(&Order::Scatter(blocks), |model| {
+            pages::scatter(&mut model.decoder, &model.ranks.shards, &pages)
+        })
     }
 
     fn keep_alive_due(&self) -> Option<Duration> {

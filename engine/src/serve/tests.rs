@@ -359,6 +359,7 @@ async fn an_engine_that_dies_ends_the_server_with_its_error() {
         http: Http::start(listener, &app),
         app: Arc::clone(&app),
         url: String::new(),
+        registration: None,
         drain: DEADLINE,
     };
     let (stop, stopped) = oneshot::channel();

@@ -68,6 +68,7 @@ fn no_device_is_none() {
     assert!(devices_of_machine(&none).is_empty());
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "each case makes its own")]
 fn threads(node: Node) -> u32 {
     decide(&node).threads
 }

@@ -82,8 +82,8 @@ pub(crate) struct CancelArgs {
     /// Run folder, or job numbers.
     #[arg(required = true, value_name = "DIR|JOB")]
     pub(crate) targets: Vec<String>,
-    /// How long running requests may take to finish, in seconds; 0 ends the jobs at once.
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    /// How long the jobs may take to drain and end, in seconds; 0 ends them at once.
+    #[arg(long, default_value_t = 40, value_name = "SECONDS")]
     pub(crate) drain_timeout: u64,
 }
 
@@ -92,8 +92,8 @@ pub(crate) struct RunArgs {
     /// The run.json that was written with the plan.
     #[arg(long, value_name = "FILE")]
     pub(crate) run: PathBuf,
-    /// How long running requests may take to finish, in seconds.
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    /// How long running requests may take to finish, in seconds; less than the cluster's KillWait.
+    #[arg(long, default_value_t = 25, value_name = "SECONDS")]
     pub(crate) drain_timeout: u64,
 }
 

@@ -247,8 +247,10 @@ fn take(value: *mut Value) -> Fetched {
     let fetched = match kind {
         TYPE_STRING => Fetched::Text(take_text(value)),
         TYPE_UINT32 => {
+            // SAFETY: not null, hence a whole pmix_value_t, which nobody else has.
+            let data = unsafe { &(*value).data };
             // SAFETY: the type says that this member was written.
-            Fetched::Number(unsafe { (*value).data.uint32 })
+            Fetched::Number(unsafe { data.uint32 })
         }
         other => Fetched::Other(other),
     };
@@ -258,8 +260,10 @@ fn take(value: *mut Value) -> Fetched {
 }
 
 fn take_text(value: *mut Value) -> String {
+    // SAFETY: the caller has seen that it is not null, hence a whole pmix_value_t, which nobody else has.
+    let data = unsafe { &(*value).data };
     // SAFETY: the caller has read the type, which says that this member was written.
-    let string = unsafe { (*value).data.string };
+    let string = unsafe { data.string };
     let text = static_text(string).unwrap_or_default();
     // SAFETY: the string was allocated with malloc along with its value; free takes null too.
     unsafe { libc::free(string.cast::<c_void>()) };

@@ -123,8 +123,13 @@ fn folder(args: &RenderArgs) -> anyhow::Result<PathBuf> {
         .outcome(Outcome::Usage)
 }
 
-/// Paths of this machine mean the same from every directory.
+/// Paths of this machine mean the same from every directory. In a container other paths count.
 fn make_absolute(layout: &mut Layout) -> anyhow::Result<()> {
+    if let Some(job) = layout.job.as_mut().filter(|job| job.baton.contains('/')) {
+        job.baton = std::path::absolute(&job.baton)?
+            .to_string_lossy()
+            .into_owned();
+    }
     let inside = layout
         .job
         .as_ref()

@@ -29,15 +29,15 @@ pub(super) fn text(prepared: &Prepared) -> String {
         indented(&mut out, file_text(&prepared.rendered, name));
     }
     out.push_str("environment:\n");
-    rows(&mut out, environment(prepared));
+    rows(&mut out, &environment(prepared));
     out.push_str("mounts:\n");
-    rows(&mut out, mounts(prepared));
+    rows(&mut out, &mounts(prepared));
     out
 }
 
 fn indented(out: &mut String, text: &str) {
     for line in text.lines() {
-        out.push_str(&format!("  {line}").trim_end());
+        out.push_str(format!("  {line}").trim_end());
         out.push('\n');
     }
 }
@@ -48,13 +48,13 @@ fn file_text<'a>(rendered: &'a Rendered, name: &str) -> &'a str {
 }
 
 /// Columns: whose, what, from where.
-fn rows(out: &mut String, rows: Vec<[String; 3]>) {
+fn rows(out: &mut String, rows: &[[String; 3]]) {
     if rows.is_empty() {
         out.push_str("  none\n");
     }
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let (first, second) = (width(0), width(1));
-    for [whose, what, source] in &rows {
+    for [whose, what, source] in rows {
         let line = format!("  {whose:first$}  {what:second$}  # {source}\n");
         out.push_str(&line);
     }

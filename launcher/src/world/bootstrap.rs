@@ -9,8 +9,6 @@ use std::time::{Duration, Instant as Moment};
 
 use anyhow::{Context, anyhow};
 use baton_engine::secret::Secret;
-use nix::ifaddrs::getifaddrs;
-use nix::net::if_::InterfaceFlags;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 use xxhash_rust::xxh3::xxh3_64;
@@ -20,6 +18,7 @@ use super::protocol::Hello;
 use crate::exit::{Outcome, WithOutcome};
 use crate::pmix::{Pmix, PmixError};
 use crate::rank::{RankFacts, Starter};
+use crate::reach;
 
 /// The job's secret in the environment: 64 hexadecimal digits, the same for all ranks.
 pub(crate) const SECRET_VARIABLE: &str = "BATON_JOB_SECRET";
@@ -305,27 +304,16 @@ impl Board {
 
 /// Where others may reach this machine, the likeliest first.
 fn own_addresses(one_host: bool, port: u16) -> Vec<String> {
-    let loopback = SocketAddr::from(([127, 0, 0, 1], port)).to_string();
-    if one_host {
-        return vec![loopback];
-    }
-    let mut found: Vec<String> = Vec::new();
-    let interfaces = getifaddrs()
-        .map(Iterator::collect::<Vec<_>>)
-        .unwrap_or_default();
-    for interface in interfaces {
-        let usable = interface.flags.contains(InterfaceFlags::IFF_UP)
-            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK);
-        let address = interface
-            .address
-            .as_ref()
-            .and_then(|address| address.as_sockaddr_in().map(|v4| v4.ip()));
-        if let (true, Some(ip)) = (usable, address) {
-            found.push(SocketAddr::from((ip, port)).to_string());
-        }
-    }
-    found.push(loopback);
-    found
+    let others = if one_host {
+        Vec::new()
+    } else {
+        reach::addresses()
+    };
+    others
+        .into_iter()
+        .chain([IpAddr::from([127, 0, 0, 1])])
+        .map(|ip| SocketAddr::new(ip, port).to_string())
+        .collect()
 }
 
 /// Makes a listener of the async kind.

@@ -85,12 +85,12 @@ pub(crate) struct Timeouts {
     pub(crate) drain: Duration,
 }
 
+type StartProxy = Box<dyn Fn(&[String]) -> anyhow::Result<ProxyStart> + Send>;
+
 /// The proxy of a world.
 pub(crate) struct ProxySpec {
-    /// Whether it binds all addresses of its machine, so that others are told one that they can reach.
-    pub(crate) binds_all: bool,
     /// Its command line, and the text of its config for instances at these addresses (in the order of the instances).
-    pub(crate) start: Box<dyn Fn(&[String]) -> anyhow::Result<ProxyStart> + Send>,
+    pub(crate) start: StartProxy,
 }
 
 impl std::fmt::Debug for ProxySpec {

@@ -227,11 +227,22 @@ fn the_proxys_job_runs_where_its_store_has_its_address() {
         let rendered = rendered(&layout);
         assert!(text_of(&rendered, "proxy_config.yaml").contains("cluster_uri"));
         assert!(!text_of(&rendered, "ctx.sbatch").contains("--address-dir"));
+        let world = text_of(&rendered, "disagg_config.yaml");
+        let document = Document::parse("disagg_config.yaml", world).expect("valid YAML");
+        let (world, _) = disagg::resolve(&document, 0).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(
+            world.context.options.cluster,
+            world.generation.options.cluster
+        );
+        let cluster = world.context.options.cluster.expect("the workers register");
+        assert_eq!(
+            (cluster.name.as_str(), cluster.context_servers_min),
+            ("baton", 2)
+        );
         text_of(&rendered, "proxy.sbatch").to_owned()
     };
     assert!(script("http://head.cluster:8000").contains("#SBATCH --nodelist=head\n"));
     assert!(!script("http://10.0.0.1:8000").contains("--nodelist"));
-    assert!(!script("etcd://e1:2379,etcd://e2:2379").contains("--nodelist"));
 }
 
 #[test]

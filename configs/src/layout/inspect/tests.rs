@@ -63,98 +63,101 @@ fn mistakes_of_others_stand_with_ours() {
     assert_eq!(lines[3], "  hint: possible: 1, 2, 4, 8");
 }
 
+/// A value and what is said about it.
+const MISTAKES: &[(&str, &str)] = &[
+    ("slurm: {nodes: 2}", "gpus_per_node: missing"),
+    (
+        "start: world",
+        "start: found text \"world\", expected one of `one_world`, `steps`, `jobs`",
+    ),
+    (
+        "gpus_per_node: 4\nports: 9000",
+        "ports: found 9000, expected text",
+    ),
+    (
+        "gpus_per_node: 4\nports: 9100-9000",
+        "ports: found \"9100-9000\"",
+    ),
+    ("gpus_per_node: 4\nports: 80-90", "ports: found \"80-90\""),
+    (
+        "gpus_per_node: 4\nports: 7990-8010",
+        "ports: the proxy's port 8000 is one of",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {time: '1:2:3:4'}",
+        "slurm.time: found",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {signal: 'B:HUP@60'}",
+        "slurm.signal: found",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {signal: 'B:TERM@60'}",
+        "reaches srun, which ends its tasks at once",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {sbatch_args: [gres]}",
+        "slurm.sbatch_args[0]: found \"gres\", expected an option",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {sbatch_args: ['-N4']}",
+        "slurm.sbatch_args[0]: \"-N4\" is decided by the plan",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {srun_args: ['--mpi=none']}",
+        "slurm.srun_args[0]: \"--mpi=none\" is decided",
+    ),
+    (
+        "gpus_per_node: 4\nslurm: {job_name: \"a\\nb\"}",
+        "slurm.job_name: found \"a\\nb\"",
+    ),
+    (
+        "gpus_per_node: 4\ncontainer: {mounts: []}",
+        "container.image: missing",
+    ),
+    (
+        "gpus_per_node: 4\ncontainer: {image: i, mounts: ['a:b']}",
+        "container.mounts[0]: found \"a:b\"",
+    ),
+    (
+        "gpus_per_node: 4\ncontainer: {image: i, mounts: ['/a:/x', '/b:/x']}",
+        "/x is mounted twice, first from /a",
+    ),
+    (
+        "gpus_per_node: 4\ncontainer: {image: i, workdir: w}",
+        "container.workdir: found \"w\", expected an absolute path",
+    ),
+    (
+        "gpus_per_node: 4\nfabric: mpi\nmpi: none",
+        "mpi: is none, but `fabric: mpi` needs",
+    ),
+    (
+        "gpus_per_node: 4\ndiscovery_uri: http://h:8000",
+        "discovery_uri: is for `start: jobs`",
+    ),
+    (
+        "gpus_per_node: 4\nstart: jobs\ndiscovery_uri: h:8000",
+        "discovery_uri: found \"h:8000\"",
+    ),
+    (
+        "gpus_per_node: 4\nstart: jobs\ndiscovery_uri: http://h:9",
+        "discovery_uri: the store is in the proxy, which binds port 8000",
+    ),
+    (
+        "gpus_per_node: 4\ncontext: {environment: {A-B: x}}",
+        "context.environment: found \"A-B\"",
+    ),
+    (
+        "gpus_per_node: 4\nproxy: {environment: {A: x}}",
+        "proxy.environment: the proxy of `start: one_world`",
+    ),
+];
+
 #[test]
 fn values_of_the_cluster_part_are_checked() {
-    for (text, expected) in [
-        ("slurm: {nodes: 2}", "gpus_per_node: missing"),
-        (
-            "start: world",
-            "start: found text \"world\", expected one of `one_world`, `steps`, `jobs`",
-        ),
-        (
-            "gpus_per_node: 4\nports: 9000",
-            "ports: found 9000, expected text",
-        ),
-        (
-            "gpus_per_node: 4\nports: 9100-9000",
-            "ports: found \"9100-9000\"",
-        ),
-        ("gpus_per_node: 4\nports: 80-90", "ports: found \"80-90\""),
-        (
-            "gpus_per_node: 4\nports: 7990-8010",
-            "ports: the proxy's port 8000 is one of",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {time: '1:2:3:4'}",
-            "slurm.time: found",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {signal: 'B:HUP@60'}",
-            "slurm.signal: found",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {signal: 'B:TERM@60'}",
-            "reaches srun, which ends its tasks at once",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {sbatch_args: [gres]}",
-            "slurm.sbatch_args[0]: found \"gres\", expected an option",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {sbatch_args: ['-N4']}",
-            "slurm.sbatch_args[0]: \"-N4\" is decided by the plan",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {srun_args: ['--mpi=none']}",
-            "slurm.srun_args[0]: \"--mpi=none\" is decided",
-        ),
-        (
-            "gpus_per_node: 4\nslurm: {job_name: \"a\\nb\"}",
-            "slurm.job_name: found \"a\\nb\"",
-        ),
-        (
-            "gpus_per_node: 4\ncontainer: {mounts: []}",
-            "container.image: missing",
-        ),
-        (
-            "gpus_per_node: 4\ncontainer: {image: i, mounts: ['a:b']}",
-            "container.mounts[0]: found \"a:b\"",
-        ),
-        (
-            "gpus_per_node: 4\ncontainer: {image: i, mounts: ['/a:/x', '/b:/x']}",
-            "/x is mounted twice, first from /a",
-        ),
-        (
-            "gpus_per_node: 4\ncontainer: {image: i, workdir: w}",
-            "container.workdir: found \"w\", expected an absolute path",
-        ),
-        (
-            "gpus_per_node: 4\nfabric: mpi\nmpi: none",
-            "mpi: is none, but `fabric: mpi` needs",
-        ),
-        (
-            "gpus_per_node: 4\ndiscovery_uri: http://h:8000",
-            "discovery_uri: is for `start: jobs`",
-        ),
-        (
-            "gpus_per_node: 4\nstart: jobs\ndiscovery_uri: h:8000",
-            "discovery_uri: found \"h:8000\"",
-        ),
-        (
-            "gpus_per_node: 4\nstart: jobs\ndiscovery_uri: http://h:9",
-            "discovery_uri: the store is in the proxy, which binds port 8000",
-        ),
-        (
-            "gpus_per_node: 4\ncontext: {environment: {A-B: x}}",
-            "context.environment: found \"A-B\"",
-        ),
-        (
-            "gpus_per_node: 4\nproxy: {environment: {A: x}}",
-            "proxy.environment: the proxy of `start: one_world`",
-        ),
-    ] {
+    for (text, expected) in MISTAKES {
         let found = errors(text);
-        assert!(found.contains(expected), "{text}\n{found}");
+        assert!(found.contains(*expected), "{text}\n{found}");
     }
 }
 

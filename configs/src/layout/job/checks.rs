@@ -1,6 +1,8 @@
 //! What a value of the cluster part must look like, and which values exclude each other.
 
-use crate::disagg::Endpoint;
+use std::time::Duration;
+
+use crate::cluster::{self, ClusterConfig};
 use crate::error::ConfigErrorKind;
 use crate::layout::job::{Fabric, JobLayout, Mount, PortRange, StartMode};
 use crate::layout::raw::RawLayout;
@@ -289,40 +291,34 @@ pub(super) fn together(
     }
 }
 
-/// The address of the store, and whether the start mode has one.
-pub(super) fn discovery(job: &JobLayout, uri: &Located<String>, findings: &mut Findings) {
-    const FORMS: &str =
-        "`http://host:port`, `https://host:port` or `etcd://host:port[,etcd://host:port…]`";
+/// The store that the workers of this job register in, if the start mode and the proxy's port allow one.
+pub(super) fn discovery(
+    job: &JobLayout,
+    uri: &Located<String>,
+    findings: &mut Findings,
+) -> Option<ClusterConfig> {
     if job.start != StartMode::Jobs {
         let what = format!(
             "is for `start: jobs`; with `start: {}` the processes find each other inside the job",
             job.start.name()
         );
         findings.conflict(uri.place, &uri.path, what);
-        return;
+        return None;
     }
-    let endpoint = |part: &str, schemes: &[&str]| -> Option<Endpoint> {
-        let rest = schemes
-            .iter()
-            .find_map(|scheme| part.strip_prefix(scheme))?;
-        rest.trim_end_matches('/').parse().ok()
-    };
-    if uri.value.starts_with("etcd://") {
-        let good = |part: &str| endpoint(part.trim(), &["etcd://"]).is_some();
-        if !uri.value.split(',').all(good) {
-            wrong(uri, FORMS, None, findings);
-        }
-        return;
+    let store = cluster::store_of(uri, findings)?;
+    if store.port != job.proxy_port {
+        let what = format!(
+            "the store is in the proxy, which binds port {}, not {}",
+            job.proxy_port, store.port
+        );
+        findings.conflict(uri.place, &uri.path, what);
     }
-    match endpoint(&uri.value, &["http://", "https://"]) {
-        None => wrong(uri, FORMS, None, findings),
-        Some(store) if store.port != job.proxy_port => {
-            let what = format!(
-                "the store is in the proxy, which binds port {}, not {}",
-                job.proxy_port, store.port
-            );
-            findings.conflict(uri.place, &uri.path, what);
-        }
-        Some(_) => {}
-    }
+    Some(ClusterConfig {
+        store,
+        name: job.slurm.job_name.clone(),
+        context_servers_min: 1,
+        generation_servers_min: 1,
+        heartbeat_interval: Duration::from_secs(5),
+        inactive_timeout: Duration::from_secs(10),
+    })
 }

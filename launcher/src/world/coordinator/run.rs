@@ -344,7 +344,6 @@ impl Coordinator {
     }
 
     fn bound(&mut self, slot: &SlotId, address: &str) {
-        let address = &self.told_address(slot, address);
         let (url, events, found) = (
             format!("http://{address}/health"),
             self.sender.clone(),
@@ -367,22 +366,6 @@ impl Coordinator {
             if let Err(error) = written {
                 tracing::error!(error = format!("{error:#}"), "an address is told to nobody");
             }
-        }
-    }
-
-    /// A proxy on all addresses reports one that only its own machine can use.
-    fn told_address(&self, slot: &SlotId, address: &str) -> String {
-        let binds_all = slot.instance == PROXY
-            && self
-                .spec
-                .proxy
-                .as_ref()
-                .is_some_and(|proxy| proxy.binds_all);
-        match files::endpoint(address) {
-            Ok(bound) if binds_all => {
-                SocketAddr::new(self.address_of_agent(0), bound.port).to_string()
-            }
-            _ => address.to_owned(),
         }
     }
 
@@ -455,7 +438,8 @@ impl Coordinator {
             Step::Grace => {
                 tracing::warn!(instance = label, "broken; its other ranks end");
                 if self.spec.policy == Policy::Command {
-                    self.first_cause = failed(instance).then(|| instance.cause().to_owned());
+                    let follower_first = instance.leader_end().is_none();
+                    self.first_cause = follower_first.then(|| instance.cause().to_owned());
                 }
                 let (slot, events) = (instance.slot(0), self.sender.clone());
                 tokio::spawn(async move {
@@ -547,10 +531,6 @@ impl Coordinator {
             });
         }
     }
-}
-
-fn failed(instance: &Instance) -> bool {
-    !matches!(instance.leader_end(), Some(_))
 }
 
 fn wrong_size(spec: &InstanceSpec, call: &RankCall) -> String {

@@ -361,7 +361,6 @@ async fn a_lost_host_ends_a_world_that_cannot_do_without() {
 async fn the_proxy_drains_before_the_servers() {
     let mut with_proxy = spec(1, vec![instance("ctx0", 0, 1)]);
     with_proxy.proxy = Some(ProxySpec {
-        binds_all: false,
         start: Box::new(|addresses| {
             Ok(super::ProxyStart {
                 arguments: addresses.to_vec(),
