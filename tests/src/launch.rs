@@ -237,7 +237,9 @@ impl Launcher {
         self.child.try_wait().expect("a child can be waited for")
     }
 
-    fn pid(&self) -> Pid {
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).expect("process ids fit in i32"))
     }
 }

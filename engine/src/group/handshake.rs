@@ -5,9 +5,9 @@
 //! connector → acceptor   magic(8) nonce(32) proof(32) length(2) claim
 //! acceptor → connector   0 proof(32)   or   1 length(2) reason
 //! ```
-//! The claim is JSON; the connector's proof is over `connector `claim, the acceptor's over `acceptor `claim. The reason
-//! of a refusal is told only to one that knows the secret. All of it fits the socket's buffer, so a write that
-//! doesn't go at once ends the handshake.
+//! The claim is JSON; the connector's proof is over `connector `claim, the acceptor's over `acceptor `claim. Who doesn't
+//! know the secret is told just that; the reasons of other refusals are for those who do. All of it fits the socket's
+//! buffer, so a write that doesn't go at once ends the handshake.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
