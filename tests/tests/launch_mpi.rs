@@ -23,6 +23,7 @@ struct World {
 }
 
 /// Two contexts' ranks and a generation server that is one rank by itself.
+#[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
 async fn world() -> Option<World> {
     let named = std::env::var_os(PLUGIN);
     let there = |path: &Path| path.is_file();
