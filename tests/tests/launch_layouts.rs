@@ -117,6 +117,31 @@ async fn the_single_node_example_answers() {
 }
 
 #[tokio::test]
+async fn the_mpirun_example_answers() {
+    if !launch::has_mpirun() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut variables = variables(folder.path(), "0");
+    let mpirun = "--allow-run-as-root --oversubscribe --bind-to none";
+    variables.push(("MPIRUN_ARGS", mpirun.to_owned()));
+    variables.push(("RANKS", "6".to_owned()));
+    let script = [example("mpirun-single-node.sh")];
+    let mut script = Launcher::start("bash", &[&script[0]], &borrowed(&variables));
+    let address = eventually("the world to be ready", READY, async || {
+        assert!(script.try_status().is_none(), "{}", script.log());
+        let log = script.log();
+        let (_, rest) = log.split_once("ready: OpenAI API at http://")?;
+        Some(rest.split_once("/v1")?.0.to_owned())
+    })
+    .await;
+    launch::answers_tiny(&address, "llama").await;
+    // mpirun hands it on to its ranks, which drain.
+    script.signal(Signal::SIGUSR1);
+    script.ended(GONE).await;
+}
+
+#[tokio::test]
 async fn the_multi_node_example_answers() {
     let Some(cluster) = Cluster::alone().await else {
         return;
