@@ -60,14 +60,8 @@ pub(crate) fn launch(args: LaunchArgs) -> anyhow::Result<Outcome> {
 /// Runs `llmapi-launch`: no options of its own, so everything is as by default.
 pub(crate) fn llmapi_launch(args: LlmapiLaunchArgs) -> anyhow::Result<Outcome> {
     let options = WorldArgs {
-        log_dir: None,
-        server_start_timeout: 180,
-        request_timeout: 180,
-        peer_timeout: 60,
-        drain_timeout: 25,
-        max_restarts: 0,
-        fabric: FabricArg::Tcp,
         log_level: LogLevel::Warning,
+        ..WorldArgs::default()
     };
     world(&Work::Command(args.command), &options)
 }
@@ -90,14 +84,10 @@ pub(crate) fn local(
     log_level: LogLevel,
 ) -> anyhow::Result<Outcome> {
     let options = WorldArgs {
-        log_dir: None,
-        server_start_timeout: 180,
-        request_timeout: 180,
-        peer_timeout: 60,
+        // Longer than the server's own drain.
         drain_timeout: 35,
-        max_restarts: 0,
-        fabric: FabricArg::Tcp,
         log_level,
+        ..WorldArgs::default()
     };
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).outcome(Outcome::Address)?;
     listener.set_nonblocking(true).outcome(Outcome::Address)?;
@@ -112,7 +102,6 @@ pub(crate) fn local(
     };
     let mut spec = WorldSpec {
         local: true,
-        public: Ipv4Addr::LOCALHOST.into(),
         policy: Policy::Command,
         instances: vec![instance],
         ..empty_world(
@@ -135,7 +124,8 @@ pub(crate) fn local(
         hello,
         environment: Vec::new(),
     };
-    on_this_thread(async { world::lead(spec, bootstrap::async_listener(listener)?, own).await })
+    crate::on_this_thread()?
+        .block_on(async { world::lead(spec, bootstrap::async_listener(listener)?, own).await })
 }
 
 /// One task of a world: rank 0 leads, the others join.
@@ -165,16 +155,17 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
             deadline: Instant::now() + timeout.saturating_sub(start.elapsed()),
             peer_timeout: Duration::from_secs(options.peer_timeout),
         };
-        return on_this_thread(world::join(way, own));
+        return crate::on_this_thread()?.block_on(world::join(way, own));
     }
     crate::servers::raise_open_files();
     let (listener, secret) = ground.host(&facts)?;
     let mut spec = empty_world(name, size, secret, options);
+    spec.public = reach::likeliest().unwrap_or(spec.public);
     spec.hosts = (0..size)
         .map(|rank| facts.host_of(rank).map(str::to_owned))
         .collect();
     let filled = fill(&mut spec, work, &facts, options);
-    on_this_thread(async {
+    crate::on_this_thread()?.block_on(async {
         let listener = bootstrap::async_listener(listener)?;
         match filled {
             Ok(()) => world::lead(spec, listener, own).await,
@@ -192,10 +183,7 @@ fn empty_world(name: String, size: u32, secret: Secret, options: &WorldArgs) -> 
         size,
         local: false,
         local_environment: Vec::new(),
-        public: reach::addresses()
-            .into_iter()
-            .next()
-            .unwrap_or(Ipv4Addr::LOCALHOST.into()),
+        public: Ipv4Addr::LOCALHOST.into(),
         secret,
         hosts: Vec::new(),
         policy: Policy::Command,
@@ -386,13 +374,4 @@ fn host_name() -> String {
         .ok()
         .and_then(|name| name.into_string().ok())
         .unwrap_or_else(|| "localhost".to_owned())
-}
-
-fn on_this_thread<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    // Children are tied to the life of the thread that forks them, so a launcher has just this one.
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .outcome(Outcome::Unavailable)?
-        .block_on(work)
 }

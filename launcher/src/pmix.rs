@@ -23,6 +23,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use self::library::{Fetched, Library, Process, RANK_WILDCARD, Status};
+use crate::marks::Marks;
 
 /// What a child of a rank needs in its environment to call MPI_Init as that rank: without it, the shared-memory store
 /// of PMIx 4 gives a second client of a rank none of the rank's own facts ("getting local rank failed").
@@ -30,9 +31,6 @@ pub(crate) const CHILD_ENVIRONMENT: &[(&str, &str)] = &[("PMIX_MCA_gds", "hash")
 
 /// How long the local server may take to take a call that needs no other rank.
 const LOCAL_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// When a wait for another rank says that it waits; every minute after the last.
-const PROGRESS_MARKS: [u64; 3] = [5, 15, 60];
 
 /// How long a rank's missing value is left alone before it is asked for again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
@@ -291,16 +289,17 @@ struct Waiting {
     start: Instant,
     rank: u32,
     mark: Instant,
-    marks: usize,
+    marks: Marks,
 }
 
 impl Waiting {
     fn since(start: Instant, rank: u32) -> Self {
+        let mut marks = Marks::default();
         Self {
             start,
             rank,
-            mark: start + Duration::from_secs(PROGRESS_MARKS[0]),
-            marks: 1,
+            mark: start + marks.advance(),
+            marks,
         }
     }
 
@@ -333,12 +332,7 @@ impl Waiting {
             rank = self.rank,
             "waiting for a rank to publish where it is"
         );
-        let next = match PROGRESS_MARKS.get(self.marks) {
-            Some(seconds) => self.start + Duration::from_secs(*seconds),
-            None => self.mark + Duration::from_secs(60),
-        };
-        self.marks += 1;
-        self.mark = next;
+        self.mark = self.start + self.marks.advance();
     }
 }
 

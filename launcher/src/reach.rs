@@ -29,6 +29,11 @@ pub(crate) fn addresses() -> Vec<IpAddr> {
     found
 }
 
+/// The likeliest of [`addresses`].
+pub(crate) fn likeliest() -> Option<IpAddr> {
+    addresses().into_iter().next()
+}
+
 /// The address that packets to elsewhere would carry. None are sent: a UDP socket's connecting only asks for the route.
 fn default_route() -> Option<IpAddr> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;

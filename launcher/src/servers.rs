@@ -18,7 +18,7 @@ use crate::exit::{Outcome, WithOutcome};
 use crate::files;
 use crate::launch;
 use crate::reach;
-use crate::world::agent::EndSignals;
+use crate::signals::EndSignals;
 use crate::world::membership::Membership;
 
 /// Runs one instance until it is asked to end. One of several ranks finds the others through its launcher; without a
@@ -82,7 +82,7 @@ pub(crate) fn rank() -> anyhow::Result<Outcome> {
     runtime.block_on(async {
         // A rank ends when its leader says so: a signal that all processes of a step get must not end it in the middle
         // of the leader's drain. Its launcher kills it when that is needed.
-        let _deaf = EndSignals::new().outcome(Outcome::Unavailable)?;
+        let _deaf = EndSignals::new(EndSignals::ALL).outcome(Outcome::Unavailable)?;
         tokio::task::spawn_blocking(move || {
             baton_engine::serve::follow(&spec, &AtomicBool::new(false)).map_err(of_serve)
         })
@@ -156,7 +156,7 @@ fn advertise(membership: Option<&Membership>) -> Option<IpAddr> {
     // A world on one machine talks over the loopback; its clients may be elsewhere.
     of_world
         .filter(|ip: &IpAddr| !ip.is_loopback())
-        .or_else(|| reach::addresses().into_iter().next())
+        .or_else(reach::likeliest)
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {
@@ -197,7 +197,7 @@ where
     R: Future<Output = anyhow::Result<()>>,
 {
     raise_open_files();
-    let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
+    let mut signals = EndSignals::new(EndSignals::ALL).outcome(Outcome::Unavailable)?;
     let (asked, mut seen) = watch::channel(None);
     let shutdown: ShutdownFuture = Box::pin(async move {
         // An error means that the sender is gone, and with it this whole function.

@@ -8,12 +8,12 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::child::{self, Child, ChildSpec};
 use crate::output::LineSink;
+use crate::signals::EndSignals;
 
 /// First pause before a restart; doubles up to [`RESTART_PAUSE_MAX`].
 const RESTART_PAUSE_MIN: Duration = Duration::from_millis(250);
@@ -84,23 +84,19 @@ pub(crate) struct Supervisor {
     slots: Vec<Slot>,
     sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
-    interrupt: SignalStream,
-    terminate: SignalStream,
-    hangup: SignalStream,
+    signals: EndSignals,
 }
 
 impl Supervisor {
-    /// A supervisor of nothing yet; it receives this process's INT, TERM and HUP from now on.
-    pub(crate) fn new() -> std::io::Result<Self> {
+    /// A supervisor of nothing yet, which these signals ask to end.
+    pub(crate) fn new(signals: EndSignals) -> Self {
         let (sender, events) = mpsc::channel(64);
-        Ok(Self {
+        Self {
             slots: Vec::new(),
             sender,
             events,
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hangup: signal(SignalKind::hangup())?,
-        })
+            signals,
+        }
     }
 
     /// Starts a process and keeps watch over it. Returns its slot.
@@ -132,9 +128,7 @@ impl Supervisor {
         };
         tokio::select! {
             biased;
-            _ = self.interrupt.recv() => Event::Asked(Signal::SIGINT),
-            _ = self.terminate.recv() => Event::Asked(Signal::SIGTERM),
-            _ = self.hangup.recv() => Event::Asked(Signal::SIGHUP),
+            signal = self.signals.next() => Event::Asked(signal),
             Some(event) = self.events.recv() => {
                 if let Event::Exited { index, .. } = event
                     && let Some(child) = self.slots[index].child.as_mut()
@@ -312,7 +306,7 @@ mod tests {
     #[tokio::test]
     async fn an_end_is_reported_with_its_cause_and_last_lines() {
         let folder = tempfile::tempdir().unwrap();
-        let mut supervisor = Supervisor::new().unwrap();
+        let mut supervisor = Supervisor::new(EndSignals::new(EndSignals::BY_HAND).unwrap());
         let (spec, sink) = shell(
             "ctx0",
             folder.path(),
@@ -333,7 +327,7 @@ mod tests {
     #[tokio::test]
     async fn a_process_that_keeps_dying_is_given_up() {
         let folder = tempfile::tempdir().unwrap();
-        let mut supervisor = Supervisor::new().unwrap();
+        let mut supervisor = Supervisor::new(EndSignals::new(EndSignals::BY_HAND).unwrap());
         let (spec, sink) = shell("gen0", folder.path(), "true");
         supervisor.start(spec, sink).unwrap();
         supervisor.slots[0].restarts = RESTARTS_MAX - 1;
@@ -347,7 +341,7 @@ mod tests {
     #[tokio::test]
     async fn drain_kills_what_ignores_term() {
         let folder = tempfile::tempdir().unwrap();
-        let mut supervisor = Supervisor::new().unwrap();
+        let mut supervisor = Supervisor::new(EndSignals::new(EndSignals::BY_HAND).unwrap());
         let (spec, sink) = shell(
             "ctx0",
             folder.path(),
@@ -364,7 +358,7 @@ mod tests {
     #[tokio::test]
     async fn drain_ends_the_front_before_the_others() {
         let folder = tempfile::tempdir().unwrap();
-        let mut supervisor = Supervisor::new().unwrap();
+        let mut supervisor = Supervisor::new(EndSignals::new(EndSignals::BY_HAND).unwrap());
         let mark = folder.path().join("order");
         for label in ["ctx0", "proxy"] {
             let order = mark.display();

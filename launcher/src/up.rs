@@ -20,6 +20,7 @@ use crate::exit::{Outcome, WithOutcome};
 use crate::files::{self, Deployment, InstancePlan};
 use crate::http::HttpClient;
 use crate::output::LineSink;
+use crate::signals::EndSignals;
 use crate::supervisor::{Event, FirstCause, Supervisor};
 
 /// How often an address file or the proxy's health is looked at while starting.
@@ -64,7 +65,9 @@ pub(crate) async fn run(args: UpArgs) -> anyhow::Result<Outcome> {
         .with_context(|| format!("cannot make the log directory {}", folder.display()))
         .outcome(Outcome::Unavailable)?;
     let mut up = Up {
-        supervisor: Supervisor::new().context("cannot watch for signals")?,
+        supervisor: Supervisor::new(
+            EndSignals::new(EndSignals::BY_HAND).context("cannot watch for signals")?,
+        ),
         label_width: plan
             .instances()
             .iter()

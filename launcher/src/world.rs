@@ -23,11 +23,12 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
-use self::agent::{Agent, EndSignals, Leave};
+use self::agent::{Agent, Leave};
 use self::channel::Channel;
 use self::coordinator::{Coordinator, Verdict, WorldSpec};
 use self::protocol::{AgentHello, Hello, Order, Report};
 use crate::exit::{Outcome, WithOutcome, coded};
+use crate::signals::EndSignals;
 
 /// Orders and reports that wait between an agent and its connection.
 const MESSAGES_MAX: usize = 256;
@@ -51,7 +52,7 @@ pub(crate) async fn lead(
 ) -> anyhow::Result<Outcome> {
     let (orders, received) = mpsc::channel(MESSAGES_MAX);
     let (reports, told) = mpsc::channel(MESSAGES_MAX);
-    let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
+    let mut signals = EndSignals::new(EndSignals::ALL).outcome(Outcome::Unavailable)?;
     let agent = Agent::new(reports, own.environment);
     let coordinator =
         Coordinator::new(spec, listener, (own.hello, orders, told)).outcome(Outcome::Address)?;
@@ -108,7 +109,7 @@ pub(crate) struct Way {
 /// # Errors
 /// When rank 0 is not found, turns this rank away, or is lost.
 pub(crate) async fn join(way: Way, own: Own) -> anyhow::Result<Outcome> {
-    let mut signals = EndSignals::new().outcome(Outcome::Unavailable)?;
+    let mut signals = EndSignals::new(EndSignals::ALL).outcome(Outcome::Unavailable)?;
     let rank = own.hello.rank;
     let hello = Hello::Agent(own.hello);
     let reached = bootstrap::reach(
@@ -130,11 +131,7 @@ pub(crate) async fn join(way: Way, own: Own) -> anyhow::Result<Outcome> {
         .await;
     let lost = pump.await.unwrap_or_default();
     match leave {
-        Leave::Told { code, reason: None } => Ok(Outcome::Code(code)),
-        Leave::Told {
-            code,
-            reason: Some(reason),
-        } => Err(coded(Outcome::Code(code), anyhow!(reason))),
+        Leave::Told(code) => Ok(Outcome::Code(code)),
         Leave::Abandoned => Err(anyhow!(
             "rank {rank} lost rank 0 at {peer}: {lost}\nhint: rank 0's last lines, or its machine, say why"
         )),

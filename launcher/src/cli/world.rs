@@ -45,25 +45,40 @@ pub(crate) struct WorldArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) log_dir: Option<PathBuf>,
     /// How long all ranks may take to come, and the deployment to serve, in seconds.
-    #[arg(short = 't', long, default_value_t = 180, value_name = "SECONDS")]
+    #[arg(short = 't', long, default_value_t = Self::default().server_start_timeout, value_name = "SECONDS")]
     pub(crate) server_start_timeout: u64,
     /// Longest call of the proxy to an instance, in seconds.
-    #[arg(long, default_value_t = 180, value_name = "SECONDS")]
+    #[arg(long, default_value_t = Self::default().request_timeout, value_name = "SECONDS")]
     pub(crate) request_timeout: u64,
     /// How long a rank may be silent before it counts as lost, in seconds.
-    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..))]
+    #[arg(long, default_value_t = Self::default().peer_timeout, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) peer_timeout: u64,
     /// How long running requests may take to finish after SIGTERM or SIGUSR1, in seconds.
-    #[arg(long, default_value_t = 25, value_name = "SECONDS")]
+    #[arg(long, default_value_t = Self::default().drain_timeout, value_name = "SECONDS")]
     pub(crate) drain_timeout: u64,
     /// How often a broken instance is started again without a minute of good life in between.
-    #[arg(long, default_value_t = 6, value_name = "N")]
+    #[arg(long, default_value_t = Self::default().max_restarts, value_name = "N")]
     pub(crate) max_restarts: u32,
     /// What moves sums between the ranks of an instance.
     #[arg(long, value_enum, default_value_t)]
     pub(crate) fabric: FabricArg,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) log_level: LogLevel,
+}
+
+impl Default for WorldArgs {
+    fn default() -> Self {
+        Self {
+            log_dir: None,
+            server_start_timeout: 180,
+            request_timeout: 180,
+            peer_timeout: 60,
+            drain_timeout: 25,
+            max_restarts: 6,
+            fabric: FabricArg::default(),
+            log_level: LogLevel::default(),
+        }
+    }
 }
 
 /// `--fabric`.

@@ -12,7 +12,6 @@ use anyhow::Context;
 use baton_slurm::render::ADDRESSES;
 use baton_slurm::srun::{Launch, RunFile};
 use nix::sys::signal::Signal;
-use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::time::Instant;
 
 use super::{bind, folder};
@@ -20,6 +19,7 @@ use crate::child::ChildSpec;
 use crate::cli::slurm::RunArgs;
 use crate::exit::{Outcome, WithOutcome};
 use crate::output::LineSink;
+use crate::signals::EndSignals;
 use crate::supervisor::{Event, FirstCause, Supervisor};
 
 /// How long `srun` gets for ending its tasks by force.
@@ -35,8 +35,6 @@ enum End {
 
 struct Steps {
     supervisor: Supervisor,
-    /// `--signal=B:USR1@N` and `baton slurm cancel`.
-    drain_signal: SignalStream,
     folder: PathBuf,
     labels: Vec<String>,
     /// Steps that have not ended.
@@ -52,8 +50,10 @@ pub(super) async fn run(args: &RunArgs) -> anyhow::Result<Outcome> {
         .with_context(|| format!("cannot make the log directory {}", run.logs))
         .outcome(Outcome::Unavailable)?;
     let mut steps = Steps {
-        supervisor: Supervisor::new().context("cannot watch for signals")?,
-        drain_signal: signal(SignalKind::user_defined1()).context("cannot watch for USR1")?,
+        // USR1 is for `--signal=B:USR1@N` and `baton slurm cancel`.
+        supervisor: Supervisor::new(
+            EndSignals::new(EndSignals::ALL).context("cannot watch for signals")?,
+        ),
         folder,
         labels: run
             .launches
@@ -120,10 +120,7 @@ impl Steps {
     }
 
     async fn next(&mut self, deadline: Option<Instant>) -> Event {
-        let event = tokio::select! {
-            event = self.supervisor.next(deadline) => event,
-            _ = self.drain_signal.recv() => Event::Asked(Signal::SIGUSR1),
-        };
+        let event = self.supervisor.next(deadline).await;
         if let Event::Exited { index, .. } = event {
             self.running.remove(&index);
         }

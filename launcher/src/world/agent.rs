@@ -5,17 +5,14 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
-use std::future::poll_fn;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
-use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
@@ -23,6 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use super::protocol::{End, Order, Program, Report, SlotId, Start, Streams};
 use crate::child::{Child, ChildSpec, ChildStreams, Input};
 use crate::output::LineSink;
+use crate::signals::EndSignals;
 use crate::supervisor::Event;
 
 /// How often a file that a process will write is looked for.
@@ -35,63 +33,10 @@ const LABEL_WIDTH: usize = 7;
 /// How an agent's life ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Leave {
-    /// The coordinator said so.
-    Told {
-        /// With this exit code.
-        code: u8,
-        /// To be printed, if anything.
-        reason: Option<String>,
-    },
+    /// The coordinator said so, and with which exit code.
+    Told(u8),
     /// The coordinator is gone.
     Abandoned,
-}
-
-/// The signals that ask a process to end.
-#[derive(Debug)]
-pub(crate) struct EndSignals {
-    streams: Vec<(Signal, SignalStream)>,
-}
-
-impl EndSignals {
-    /// Receives INT, TERM, HUP and USR1 from now on: the last is what `sbatch --signal=USR1@N` sends before the end. A
-    /// signal that this process was started to ignore (`nohup`) stays ignored.
-    pub(crate) fn new() -> std::io::Result<Self> {
-        let ignored = ignored_signals();
-        let kinds = [
-            (Signal::SIGINT, SignalKind::interrupt()),
-            (Signal::SIGTERM, SignalKind::terminate()),
-            (Signal::SIGHUP, SignalKind::hangup()),
-            (Signal::SIGUSR1, SignalKind::user_defined1()),
-        ];
-        let wanted = kinds
-            .into_iter()
-            .filter(|(number, _)| ignored & (1 << (*number as i32 - 1)) == 0);
-        let streams = wanted.map(|(number, kind)| Ok((number, signal(kind)?)));
-        Ok(Self {
-            streams: streams.collect::<std::io::Result<_>>()?,
-        })
-    }
-
-    /// The next one. Cancel-safe.
-    pub(crate) async fn next(&mut self) -> Signal {
-        poll_fn(|context| {
-            for (number, stream) in &mut self.streams {
-                if stream.poll_recv(context).is_ready() {
-                    return Poll::Ready(*number);
-                }
-            }
-            Poll::Pending
-        })
-        .await
-    }
-}
-
-/// Bit n-1 stands for signal n. Where /proc does not tell, none is ignored.
-fn ignored_signals() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .unwrap_or(0)
 }
 
 #[derive(Debug)]
@@ -141,7 +86,7 @@ impl Agent {
             tokio::select! {
                 order = orders.recv() => match order {
                     None => break Leave::Abandoned,
-                    Some(Order::Leave { code, reason }) => break Leave::Told { code, reason },
+                    Some(Order::Leave { code }) => break Leave::Told(code),
                     Some(order) => self.obey(order).await,
                 },
                 Some(event) = self.exits.recv() => self.exited(event).await,
@@ -390,7 +335,7 @@ mod tests {
     fn run() -> Running {
         let (orders, received) = mpsc::channel(8);
         let (sender, reports) = mpsc::channel(8);
-        let mut signals = EndSignals::new().unwrap();
+        let mut signals = EndSignals::new(EndSignals::ALL).unwrap();
         let agent = Agent::new(sender, Vec::new());
         Running {
             orders,
@@ -446,18 +391,9 @@ mod tests {
         let Report::Bound { address: pid, .. } = running.report().await else {
             panic!("no address")
         };
-        let code = Order::Leave {
-            code: 3,
-            reason: None,
-        };
+        let code = Order::Leave { code: 3 };
         running.orders.send(code).await.unwrap();
-        assert_eq!(
-            running.agent.await.unwrap(),
-            Leave::Told {
-                code: 3,
-                reason: None
-            }
-        );
+        assert_eq!(running.agent.await.unwrap(), Leave::Told(3));
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
 

@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::channel::{self, Channel, ChannelError};
 use super::protocol::Hello;
 use crate::exit::{Outcome, WithOutcome};
+use crate::marks::Marks;
 use crate::pmix::{Pmix, PmixError};
 use crate::rank::{RankFacts, Starter};
 use crate::reach;
@@ -32,7 +33,6 @@ const PORT_TRIES: u64 = 8;
 /// Between two rounds of tries; grows to the second one.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-const PROGRESS_MARKS: [u64; 3] = [5, 15, 60];
 
 /// What all ranks of a world agree on before they meet.
 #[derive(Debug)]
@@ -312,10 +312,8 @@ pub(crate) async fn reach(
     deadline: Instant,
 ) -> anyhow::Result<Channel> {
     let begun = Instant::now();
-    let mut marks = PROGRESS_MARKS
-        .into_iter()
-        .chain((2..).map(|minute| minute * 60));
-    let mut mark = marks.next().unwrap_or(60);
+    let mut marks = Marks::default();
+    let mut mark = marks.advance();
     let mut pause = RETRY_MIN;
     loop {
         let mut last = String::new();
@@ -337,13 +335,13 @@ pub(crate) async fn reach(
             ))
             .outcome(Outcome::TimedOut);
         }
-        if begun.elapsed().as_secs() >= mark {
+        if begun.elapsed() >= mark {
             tracing::warn!(
                 waited_s = begun.elapsed().as_secs(),
                 last,
                 "waiting for rank 0"
             );
-            mark = marks.next().unwrap_or(u64::MAX);
+            mark = marks.advance();
         }
         sleep(pause).await;
         pause = (pause * 2).min(RETRY_MAX);

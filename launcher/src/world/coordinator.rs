@@ -27,9 +27,8 @@ use super::instance::{Instance, InstanceSpec};
 use super::links::{self, Event, Link, Traffic};
 use super::protocol::{AgentHello, Answer, End, Hello, Order, Report, VERSION};
 use crate::exit::Outcome;
+use crate::marks::Marks;
 
-/// When a wait for ranks says who is missing; every minute after the last.
-const PROGRESS_MARKS: [u64; 3] = [5, 15, 60];
 /// How long a refused or answered caller may take to read why.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Events that wait for the loop; senders wait beyond.
@@ -237,10 +236,8 @@ impl Coordinator {
 
     async fn gather(&mut self) -> Result<(), Verdict> {
         let end = self.begun + self.spec.timeouts.start;
-        let mut marks = PROGRESS_MARKS
-            .into_iter()
-            .chain((2..).map(|minute| minute * 60));
-        let mut mark = self.begun + Duration::from_secs(marks.next().unwrap_or(60));
+        let mut marks = Marks::default();
+        let mut mark = self.begun + marks.advance();
         while self.agents.len() < self.agents_wanted() {
             match self.next(Some(mark.min(end))).await {
                 Event::Came(caller) => self.came(*caller).await,
@@ -260,7 +257,7 @@ impl Coordinator {
                         missing = self.missing(),
                         "waiting for ranks"
                     );
-                    mark = self.begun + Duration::from_secs(marks.next().unwrap_or(60));
+                    mark = self.begun + marks.advance();
                 }
                 Event::Told { .. }
                 | Event::Healthy(_)

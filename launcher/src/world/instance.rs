@@ -242,7 +242,17 @@ impl Instance {
     /// An agent is gone with what it ran; there is no other in its place.
     pub(crate) fn lose(&mut self, rank: u32, cause: String) -> Step {
         self.lost = true;
+        if self.state == State::Pausing {
+            // Nothing of it runs, so no end will be told: the restart that was planned cannot be.
+            self.cause = Some(cause);
+            return Step::Over;
+        }
         self.ended(rank, End::Unknown, cause)
+    }
+
+    /// Whether it is to be started again.
+    pub(crate) fn is_pausing(&self) -> bool {
+        self.state == State::Pausing
     }
 
     /// Whether a new epoch makes sense; counts it.
@@ -405,6 +415,20 @@ mod tests {
             "one of its hosts is lost"
         );
         assert_eq!(instance.cause(), "rank 1 is lost");
+    }
+
+    #[test]
+    fn a_host_that_is_lost_before_the_restart_ends_it_too() {
+        let mut instance = started(2);
+        instance.healthy();
+        instance.ended(0, End::Signal(9), String::new());
+        instance.ended(1, End::Code(1), String::new());
+        instance.plan_restart(6).unwrap();
+        assert!(instance.is_pausing());
+        assert_eq!(instance.lose(0, "rank 0 is lost".to_owned()), Step::Over);
+        assert!(instance.plan_restart(6).is_err());
+        assert!(instance.is_gone() && !instance.is_pausing());
+        assert_eq!(instance.cause(), "rank 0 is lost");
     }
 
     #[test]

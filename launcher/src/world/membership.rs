@@ -86,12 +86,9 @@ impl Membership {
 
     /// Why this server cannot have these ranks.
     pub(crate) fn wrong_size(&self, llm: &LlmOptions) -> String {
-        let (tensor, pipeline) = (llm.tensor_parallel_size, llm.pipeline_parallel_size);
-        format!(
-            "the launcher has {} ranks for this server, but tensor_parallel_size {tensor} × pipeline_parallel_size {pipeline} is {}\nhint: start as many ranks as that, or change --tp_size and --pp_size",
-            self.ranks,
-            tensor.saturating_mul(pipeline)
-        )
+        let has = format!("the launcher has {} ranks for this server", self.ranks);
+        let sizes = [llm.tensor_parallel_size, llm.pipeline_parallel_size];
+        wrong_size(&has, sizes.map(|size| size as usize))
     }
 
     /// What the engine is told, so that it can call for its followers.
@@ -132,6 +129,14 @@ impl Membership {
             .map_err(|error| unreachable(error.to_string()))?;
         answer.refusal.map_or(Ok(()), Err)
     }
+}
+
+/// That a server needs other ranks than there are.
+pub(crate) fn wrong_size(has: &str, [tensor, pipeline]: [usize; 2]) -> String {
+    format!(
+        "{has}, but tensor_parallel_size {tensor} × pipeline_parallel_size {pipeline} is {}\nhint: start as many ranks as that, or change --tp_size and --pp_size",
+        tensor.saturating_mul(pipeline)
+    )
 }
 
 /// Names one epoch of one instance of one world; leader and followers must agree on it.

@@ -96,10 +96,8 @@ pub(crate) enum Order {
     },
     /// End all processes that are left, then yourself.
     Leave {
-        /// With this exit code.
+        /// With this exit code. Rank 0 has said why, for all.
         code: u8,
-        /// For the last line, when there is something to say that rank 0 has not said for all.
-        reason: Option<String>,
     },
 }
 

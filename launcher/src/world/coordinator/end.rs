@@ -113,9 +113,7 @@ impl Coordinator {
     fn note_loss(&mut self, agent: usize) {
         self.agents.remove(&agent);
         for index in 0..self.instances.len() {
-            let spec = &self.instances[index].spec;
-            let rank = (0..spec.ranks).find(|rank| self.agent_of(spec, *rank) == agent);
-            if let Some(rank) = rank {
+            if let Some(rank) = self.rank_on(&self.instances[index].spec, agent) {
                 self.instances[index].lose(rank, String::new());
             }
         }
@@ -169,7 +167,7 @@ impl Coordinator {
         };
         for (rank, link) in &self.agents {
             let code = if *rank == 0 { verdict.code() } else { code };
-            link.order(Order::Leave { code, reason: None });
+            link.order(Order::Leave { code });
         }
         let mut closing: JoinSet<()> = self
             .agents

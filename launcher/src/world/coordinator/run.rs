@@ -17,7 +17,7 @@ use crate::http::HttpClient;
 use crate::supervisor::restart_pause;
 use crate::world::instance::{Instance, InstanceSpec, PROXY, Step};
 use crate::world::links::{Event, Link};
-use crate::world::membership::{COMMAND, Membership, identity};
+use crate::world::membership::{COMMAND, Membership, identity, wrong_size};
 use crate::world::protocol::{End, Order, Program, Report, SlotId, Start, Streams};
 
 /// How long the others of a broken instance may take to end by themselves.
@@ -57,7 +57,11 @@ impl Coordinator {
             Event::Told { agent, report } => return self.told(agent, report).await,
             Event::Lost { agent, reason } => return self.lost(agent, &reason),
             Event::Healthy(slot) => self.healthy(&slot),
-            Event::RestartDue { instance } => self.start_instance(instance),
+            Event::RestartDue { instance } => {
+                if self.instances[instance].is_pausing() {
+                    self.start_instance(instance);
+                }
+            }
             Event::GraceOver(slot) => self.kill(&slot),
             Event::Deadline => return Some(self.not_ready()),
         }
@@ -180,6 +184,11 @@ impl Coordinator {
         }
     }
 
+    /// The rank of an instance that an agent runs. The proxy is rank 0's own, which is never lost.
+    pub(super) fn rank_on(&self, spec: &InstanceSpec, agent: usize) -> Option<u32> {
+        (0..spec.ranks).find(|rank| self.agent_of(spec, *rank) == agent)
+    }
+
     fn address_of_agent(&self, agent: usize) -> IpAddr {
         // All ranks of a world on one host meet over the loopback; its servers' clients may be elsewhere.
         let met = self.agents.get(&agent).map(|link| link.address);
@@ -293,7 +302,9 @@ impl Coordinator {
         let index = found.ok_or_else(|| format!("there is no instance {label} in this world"))?;
         let spec = self.instances[index].spec.clone();
         if call.size != spec.ranks as usize {
-            return Err(wrong_size(&spec, call));
+            let has = format!("{} has {} ranks in this world", spec.label, spec.ranks);
+            let sizes = [call.tensor_parallel, call.pipeline_parallel];
+            return Err(wrong_size(&has, sizes));
         }
         self.instances[index].called(epoch)?;
         for rank in 1..spec.ranks {
@@ -415,9 +426,7 @@ impl Coordinator {
         tracing::error!(rank = name, reason, "a rank's launcher is lost");
         self.agents.remove(&agent);
         for index in 0..self.instances.len() {
-            let spec = &self.instances[index].spec;
-            let rank = (0..spec.ranks).find(|rank| self.agent_of(spec, *rank) == agent);
-            let Some(rank) = rank.filter(|_| spec.label != PROXY) else {
+            let Some(rank) = self.rank_on(&self.instances[index].spec, agent) else {
                 continue;
             };
             let cause = format!(
@@ -533,13 +542,6 @@ impl Coordinator {
             });
         }
     }
-}
-
-fn wrong_size(spec: &InstanceSpec, call: &RankCall) -> String {
-    format!(
-        "{} has {} ranks in this world, but tensor_parallel_size {} × pipeline_parallel_size {} is {}\nhint: start as many ranks as that, or change --tp_size and --pp_size",
-        spec.label, spec.ranks, call.tensor_parallel, call.pipeline_parallel, call.size
-    )
 }
 
 /// A proxy that was bound once keeps its port.

@@ -329,13 +329,7 @@ async fn a_commands_end_is_the_worlds_end() {
     let mut other = world.join(1, 2).await;
     let leader = world.start_order().await.slot;
     world.report(ended(&leader, End::Signal(11))).await;
-    assert_eq!(
-        next(&mut other).await,
-        Order::Leave {
-            code: 0,
-            reason: None
-        }
-    );
+    assert_eq!(next(&mut other).await, Order::Leave { code: 0 });
     let verdict = world.verdict().await;
     assert_eq!(verdict.code(), 139);
 }
@@ -392,13 +386,7 @@ async fn the_proxy_drains_before_the_servers() {
         assert_eq!(world.order().await, term);
         world.report(ended(slot, End::Code(0))).await;
     }
-    assert_eq!(
-        world.order().await,
-        Order::Leave {
-            code: 0,
-            reason: None
-        }
-    );
+    assert_eq!(world.order().await, Order::Leave { code: 0 });
     let verdict = world.verdict().await;
     assert_eq!(verdict.code(), 0);
 }
