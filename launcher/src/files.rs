@@ -10,6 +10,7 @@ use baton_configs::layout::inspect::{Fault, inspect};
 use baton_configs::layout::job::Fabric;
 use baton_configs::layout::{self, Layout, RoleLayout};
 use baton_configs::llm;
+use baton_configs::small_file::write_whole;
 
 use crate::cli::UpArgs;
 use crate::exit::{Outcome, WithOutcome};
@@ -246,10 +247,7 @@ pub(crate) fn client_target(path: &Path) -> anyhow::Result<(String, Option<Strin
 
 /// Writes a file that another process reads: whole or not at all.
 pub(crate) fn write(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    std::fs::write(&part, text)
-        .and_then(|()| std::fs::rename(&part, path))
+    write_whole(path, text)
         .with_context(|| format!("cannot write {}", path.display()))
         .outcome(Outcome::Unavailable)
 }

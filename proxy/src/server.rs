@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_configs::disagg::{DisaggConfig, Endpoint};
+use baton_configs::small_file::write_whole;
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::server::conn::http1;
@@ -100,7 +101,11 @@ where
     let listener = bind(&options).await?;
     let address = listener.local_addr().ok();
     if let (Some(path), Some(address)) = (&options.report_addr, address) {
-        report(path, told_address(address, options.advertise))?;
+        let told = told_address(address, options.advertise).to_string();
+        write_whole(path, &told).map_err(|source| ProxyError::Report {
+            path: path.clone(),
+            source,
+        })?;
     }
     let proxy = Arc::new(Proxy::new(&options));
     let mut tasks = JoinSet::new();
@@ -211,19 +216,6 @@ fn told_address(mut bound: SocketAddr, advertise: Option<IpAddr>) -> SocketAddr 
         bound.set_ip(advertise.unwrap_or(loopback));
     }
     bound
-}
-
-/// Writes `host:port` under another name first, so that whoever waits for the file never reads half of it.
-fn report(path: &Path, address: SocketAddr) -> Result<(), ProxyError> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}", std::process::id()));
-    let partial = PathBuf::from(partial);
-    std::fs::write(&partial, address.to_string())
-        .and_then(|()| std::fs::rename(&partial, path))
-        .map_err(|source| ProxyError::Report {
-            path: path.to_owned(),
-            source,
-        })
 }
 
 async fn log_metrics(proxy: Arc<Proxy>, period: Duration) {

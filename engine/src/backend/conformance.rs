@@ -118,7 +118,7 @@ pub(crate) fn stored(
     seed: u64,
 ) -> (WeightSource, Vec<f32>) {
     let values = Tensor::from_vec(noise(seed, rows * cols), (rows, cols), &Device::Cpu);
-    let stored = QTensor::quantize(&values.expect("shape fits"), ggml(dtype)).expect("it fits");
+    let stored = QTensor::quantize(&values.expect("shape fits"), dtype.ggml()).expect("it fits");
     let source = WeightSource {
         name: format!("{dtype:?}"),
         rows,
@@ -137,24 +137,6 @@ pub(crate) fn decoded(stored: &QTensor) -> Vec<f32> {
     values
         .and_then(|tensor| tensor.to_vec1())
         .expect("a decoder for every format")
-}
-
-pub(crate) const fn ggml(dtype: WeightDtype) -> GgmlDType {
-    match dtype {
-        WeightDtype::F32 => GgmlDType::F32,
-        WeightDtype::F16 => GgmlDType::F16,
-        WeightDtype::Bf16 => GgmlDType::BF16,
-        WeightDtype::Q4_0 => GgmlDType::Q4_0,
-        WeightDtype::Q4_1 => GgmlDType::Q4_1,
-        WeightDtype::Q5_0 => GgmlDType::Q5_0,
-        WeightDtype::Q5_1 => GgmlDType::Q5_1,
-        WeightDtype::Q8_0 => GgmlDType::Q8_0,
-        WeightDtype::Q2_K => GgmlDType::Q2K,
-        WeightDtype::Q3_K => GgmlDType::Q3K,
-        WeightDtype::Q4_K => GgmlDType::Q4K,
-        WeightDtype::Q5_K => GgmlDType::Q5K,
-        WeightDtype::Q6_K => GgmlDType::Q6K,
-    }
 }
 
 /// Columns of the smallest row of a dtype: a block, or something odd where any length goes.

@@ -6,7 +6,6 @@
 use std::ops::Range;
 
 use candle_core::Device;
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 
 use crate::backend::{WeightBytes, WeightDtype};
@@ -105,31 +104,13 @@ fn decoded(
     bytes: &[u8],
     shape: [usize; 2],
 ) -> Result<Vec<f32>, ModelErrorKind> {
-    qtensor_from_ggml(ggml(dtype), bytes, shape.to_vec(), &Device::Cpu)
+    qtensor_from_ggml(dtype.ggml(), bytes, shape.to_vec(), &Device::Cpu)
         .and_then(|stored| stored.dequantize(&Device::Cpu))
         .and_then(|values| values.flatten_all()?.to_vec1())
         .map_err(|error| ModelErrorKind::Header {
             format: "GGUF",
             reason: format!("tensor `{name}` cannot be decoded: {error}"),
         })
-}
-
-const fn ggml(dtype: WeightDtype) -> GgmlDType {
-    match dtype {
-        WeightDtype::F32 => GgmlDType::F32,
-        WeightDtype::F16 => GgmlDType::F16,
-        WeightDtype::Bf16 => GgmlDType::BF16,
-        WeightDtype::Q4_0 => GgmlDType::Q4_0,
-        WeightDtype::Q4_1 => GgmlDType::Q4_1,
-        WeightDtype::Q5_0 => GgmlDType::Q5_0,
-        WeightDtype::Q5_1 => GgmlDType::Q5_1,
-        WeightDtype::Q8_0 => GgmlDType::Q8_0,
-        WeightDtype::Q2_K => GgmlDType::Q2K,
-        WeightDtype::Q3_K => GgmlDType::Q3K,
-        WeightDtype::Q4_K => GgmlDType::Q4K,
-        WeightDtype::Q5_K => GgmlDType::Q5K,
-        WeightDtype::Q6_K => GgmlDType::Q6K,
-    }
 }
 
 #[cfg(test)]

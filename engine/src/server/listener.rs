@@ -8,6 +8,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_configs::small_file::write_whole;
+
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -218,22 +220,9 @@ fn report(ended: Result<(), tokio::task::JoinError>) {
 
 /// Writes `host:port` so that a reader sees the whole of it or nothing.
 pub(crate) fn report_address(path: &Path, address: SocketAddr) -> Result<(), ListenError> {
-    let shown = path.display().to_string();
-    let error = |source| ListenError::Report {
-        path: shown.clone(),
+    write_whole(path, &reachable(address)).map_err(|source| ListenError::Report {
+        path: path.display().to_string(),
         source,
-    };
-    let mut name = path
-        .file_name()
-        .ok_or_else(|| error(io::Error::from(io::ErrorKind::InvalidInput)))?
-        .to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let draft = path.with_file_name(name);
-    std::fs::write(&draft, reachable(address)).map_err(error)?;
-    std::fs::rename(&draft, path).map_err(|source| {
-        // The rename's error is the one to tell; the draft may be left behind.
-        drop(std::fs::remove_file(&draft));
-        error(source)
     })
 }
 

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
@@ -50,21 +49,7 @@ impl ReferenceBackend {
 
 /// A weight's values as `f32`.
 fn dequantize(source: &WeightSource) -> Result<Vec<f32>, String> {
-    let dtype = match source.dtype {
-        WeightDtype::F32 => GgmlDType::F32,
-        WeightDtype::F16 => GgmlDType::F16,
-        WeightDtype::Bf16 => GgmlDType::BF16,
-        WeightDtype::Q4_0 => GgmlDType::Q4_0,
-        WeightDtype::Q4_1 => GgmlDType::Q4_1,
-        WeightDtype::Q5_0 => GgmlDType::Q5_0,
-        WeightDtype::Q5_1 => GgmlDType::Q5_1,
-        WeightDtype::Q8_0 => GgmlDType::Q8_0,
-        WeightDtype::Q2_K => GgmlDType::Q2K,
-        WeightDtype::Q3_K => GgmlDType::Q3K,
-        WeightDtype::Q4_K => GgmlDType::Q4K,
-        WeightDtype::Q5_K => GgmlDType::Q5K,
-        WeightDtype::Q6_K => GgmlDType::Q6K,
-    };
+    let dtype = source.dtype.ggml();
     let elements = source.rows * source.cols;
     let bytes = elements / dtype.block_size() * dtype.type_size();
     if source.bytes.as_slice().len() != bytes {

@@ -44,7 +44,7 @@ fn check(dtype: WeightDtype, mut bytes: Vec<u8>) {
     bytes.truncate(per_row * size);
     tame(dtype, &mut bytes);
     let cols = per_row * weights;
-    let storage = QStorage::from_data(Cow::Owned(bytes.clone()), &Device::Cpu, ggml(dtype));
+    let storage = QStorage::from_data(Cow::Owned(bytes.clone()), &Device::Cpu, dtype.ggml());
     let tensor = QTensor::new(storage.expect("on the host"), (1, cols)).expect("shape fits");
     let expected = decoded(&tensor);
     for isa in Isa::detected() {
