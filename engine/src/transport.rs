@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::page::Page;
 pub use runs::{Run, Runs, RunsError};
 
+pub(crate) mod fabric;
 pub mod fault;
 pub mod runs;
 pub mod tcp;
