@@ -21,6 +21,7 @@ pub(crate) mod fabric;
 pub mod fault;
 pub mod link;
 pub mod runs;
+pub mod shm;
 pub mod staging;
 pub mod tcp;
 
