@@ -19,7 +19,7 @@ use crate::request::RequestId;
 use crate::transport::fault::FaultPlan;
 use crate::transport::tcp::{self, TcpParams, TcpStartError, TcpTransport, TcpTuning};
 use crate::transport::{Capability, Transport, TransportSink};
-pub use available::{TransportState, transports};
+pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
 use inbox::{Command, Happening, Inbox};

@@ -12,7 +12,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use self::bench::{BenchCommand, BenchKvArgs, DtypeArg, ShapeArgs, TransportArg};
+pub(crate) use self::bench::{
+    BenchCommand, BenchKvArgs, DoctorArgs, DtypeArg, ShapeArgs, TransportArg,
+};
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;
 use crate::exit;
@@ -54,6 +56,8 @@ pub(crate) enum Command {
     /// Measure: the KV hand-off between two processes.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Say what this machine or allocation can do, what is missing, and how fast its KV transports are.
+    Doctor(DoctorArgs),
 }
 
 /// Every sub-command's name, in the order of `--help`.
@@ -69,6 +73,7 @@ pub(crate) const COMMANDS: &[&str] = &[
     "config",
     "slurm",
     "bench",
+    "doctor",
     "help",
 ];
 

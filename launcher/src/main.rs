@@ -8,6 +8,7 @@ mod child;
 mod cli;
 mod client;
 mod config;
+mod doctor;
 mod exit;
 mod files;
 mod http;
@@ -75,6 +76,7 @@ fn log_level(command: &Command) -> LogLevel {
         Command::Slurm(_) => LogLevel::Info,
         Command::Bench(BenchCommand::Kv(args)) => args.log_level,
         Command::Bench(BenchCommand::KvHold) => LogLevel::Warning,
+        Command::Doctor(args) => args.log_level,
     }
 }
 
@@ -92,6 +94,7 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Config(command) => config::run(&command),
         Command::Slurm(command) => slurm::run(command),
         Command::Bench(command) => bench::run(command),
+        Command::Doctor(args) => doctor::run(&args),
     }
 }
 

@@ -4,6 +4,7 @@
 
 use baton_configs::transceiver::{PreferredTransport, TransportChoice};
 
+use super::select;
 use crate::transport::{Capability, tcp};
 
 /// A transport that the engine knows by name.
@@ -37,4 +38,38 @@ pub fn transports() -> Vec<TransportState> {
             state: Ok(tcp::CAPABILITY),
         },
     ]
+}
+
+/// The transport that `backend: DEFAULT` takes here, and why, in a sentence; `None` when there is none.
+#[must_use]
+pub fn default_transport() -> Option<(&'static str, String)> {
+    let there: Vec<Capability> = transports()
+        .into_iter()
+        .filter_map(|known| known.state.ok())
+        .collect();
+    let choice = select::choose(TransportChoice::Default, &there)?;
+    Some((choice.transport, choice.reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tcp_is_always_there_and_the_default_is_one_that_is() {
+        let known = transports();
+        assert!(known.iter().any(|t| t.name == "tcp" && t.state.is_ok()));
+        let (name, reason) = default_transport().unwrap();
+        assert!(known.iter().any(|t| t.name == name && t.state.is_ok()));
+        assert!(reason.starts_with("DEFAULT"), "{reason}");
+    }
+
+    #[test]
+    fn each_is_asked_for_by_its_own_name() {
+        for known in transports() {
+            if let Some(choice) = known.choice {
+                assert_eq!(choice.name().to_lowercase(), known.name);
+            }
+        }
+    }
 }

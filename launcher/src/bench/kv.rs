@@ -23,6 +23,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use baton_configs::small_file::write_whole;
 use baton_engine::machine::available_bytes;
 
 use self::control::Control;
@@ -32,13 +33,22 @@ use self::message::{Answer, Ask, PROTOCOL, Setting};
 use self::report::{CaseResult, Status};
 use self::shape::{Cut, Geometry, Shape, ShapeRecord};
 use self::transports::Selection;
-use crate::cli::BenchKvArgs;
+use crate::cli::{BenchKvArgs, ShapeArgs, TransportArg};
 use crate::exit::{Outcome, WithOutcome};
 
 pub(crate) use self::report::Report;
 
 /// How long the other side may take to say who it is.
 const HELLO: Duration = Duration::from_secs(30);
+
+/// A look that takes a second or two.
+const QUICK_SHAPE: &str = "llama-3.1-8b";
+const QUICK_TOKENS: usize = 512;
+const QUICK_TIMEOUT: Duration = Duration::from_secs(30);
+const QUICK: Rounds = Rounds {
+    warmup: 1,
+    timed: 3,
+};
 
 /// One transport at one size.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +80,11 @@ pub(crate) fn run(args: &BenchKvArgs) -> anyhow::Result<Outcome> {
     let wait = Duration::from_secs(args.peer.wait);
     if let Some(address) = &args.peer.listen {
         let (listener, bound) = control::bind(address).map_err(of_control)?;
+        if let Some(path) = &args.peer.report_addr {
+            write_whole(path, &bound.to_string())
+                .with_context(|| format!("cannot write {}", path.display()))
+                .outcome(Outcome::Unavailable)?;
+        }
         tracing::info!(address = %bound, "waiting for the fetching side");
         let mut control = Control::accept(&listener, wait).map_err(of_control)?;
         return hold::serve(&mut control);
@@ -102,11 +117,31 @@ fn publish(args: &BenchKvArgs, report: &Report) -> anyhow::Result<()> {
         writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")?;
     }
     if let Some(path) = &args.output {
-        std::fs::write(path, text + "\n")
+        write_whole(path, &(text + "\n"))
             .with_context(|| format!("cannot write {}", path.display()))
             .outcome(Outcome::Unavailable)?;
     }
     Ok(())
+}
+
+/// A quick look at every wire between two processes of this machine: one size, few rounds.
+///
+/// # Errors
+/// When nothing can be measured.
+pub(crate) fn quick(floor: Option<f64>) -> anyhow::Result<Report> {
+    let plan = Plan {
+        rounds: QUICK,
+        floor,
+        ..Plan::of(
+            &Shape::resolve(&ShapeArgs::named(QUICK_SHAPE))?,
+            &[QUICK_TOKENS],
+            &[Cut::Blocks { tokens: 32 }],
+        )?
+    };
+    plan.check_memory(true)?;
+    let mut control = Control::child().map_err(of_control)?;
+    let select = |missing: &[_]| transports::select(&[TransportArg::All], missing);
+    plan.run(&mut control, select, &mut |_| Ok(()))
 }
 
 /// The holding side, as a child.
@@ -120,7 +155,7 @@ pub(crate) fn hold() -> anyhow::Result<Outcome> {
 
 impl Plan {
     fn new(args: &BenchKvArgs) -> anyhow::Result<Self> {
-        let (record, shape) = Shape::resolve(&args.shape)?;
+        let shape = Shape::resolve(&args.shape)?;
         let cuts: Vec<Cut> = match args.piece_bytes {
             Some(bytes) => vec![Cut::Pieces { bytes }],
             None => args
@@ -129,22 +164,10 @@ impl Plan {
                 .map(|tokens| Cut::Blocks { tokens: *tokens })
                 .collect(),
         };
-        let mut sizes = Vec::new();
-        for tokens in &args.tokens {
-            for cut in &cuts {
-                let block = match cut {
-                    Cut::Blocks { tokens } => Some(*tokens),
-                    Cut::Pieces { .. } => None,
-                };
-                sizes.push((*tokens, block, Geometry::new(&shape, *tokens, *cut)?));
-            }
-        }
         if args.concurrency.contains(&0) {
             return Err(anyhow!("a concurrency of 0 moves nothing")).outcome(Outcome::Usage);
         }
         Ok(Self {
-            shape: record,
-            sizes,
             concurrency: args.concurrency.clone(),
             rounds: Rounds {
                 warmup: args.warmup,
@@ -152,6 +175,33 @@ impl Plan {
             },
             timeout: Duration::from_secs(args.timeout),
             floor: args.floor,
+            ..Self::of(&shape, &args.tokens, &cuts)?
+        })
+    }
+
+    /// One request at a time, of each of these sizes.
+    fn of(
+        (record, shape): &(ShapeRecord, Shape),
+        tokens: &[usize],
+        cuts: &[Cut],
+    ) -> anyhow::Result<Self> {
+        let mut sizes = Vec::new();
+        for tokens in tokens {
+            for cut in cuts {
+                let block = match cut {
+                    Cut::Blocks { tokens } => Some(*tokens),
+                    Cut::Pieces { .. } => None,
+                };
+                sizes.push((*tokens, block, Geometry::new(shape, *tokens, *cut)?));
+            }
+        }
+        Ok(Self {
+            shape: record.clone(),
+            sizes,
+            concurrency: vec![1],
+            rounds: QUICK,
+            timeout: QUICK_TIMEOUT,
+            floor: None,
         })
     }
 

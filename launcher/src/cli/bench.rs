@@ -1,4 +1,4 @@
-//! The arguments of `baton bench`.
+//! The arguments of `baton bench` and `baton doctor`.
 
 use std::path::PathBuf;
 
@@ -84,6 +84,19 @@ pub(crate) struct ShapeArgs {
     pub(crate) dtype: Option<DtypeArg>,
 }
 
+impl ShapeArgs {
+    /// A model's own numbers.
+    pub(crate) fn named(shape: &str) -> Self {
+        Self {
+            shape: shape.to_owned(),
+            layers: None,
+            kv_heads: None,
+            head_dim: None,
+            dtype: None,
+        }
+    }
+}
+
 /// Where the other process is. Without any of these it is started here, as a child.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Between machines")]
@@ -94,9 +107,27 @@ pub(crate) struct PeerArgs {
     /// Fetch the KV from the process that listens there.
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) peer: Option<String>,
+    /// Write the HOST:PORT that --listen has bound here.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    pub(crate) report_addr: Option<PathBuf>,
     /// How long to wait for the other side to come, in seconds.
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) wait: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Print the findings as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End with exit code 79 when a transport moves fewer gigabytes (10⁹ bytes) a second between two processes here.
+    #[arg(long, value_name = "GB/S", value_parser = rate)]
+    pub(crate) wire_floor: Option<f64>,
+    /// Look only: move no bytes.
+    #[arg(long, conflicts_with = "wire_floor")]
+    pub(crate) no_wire: bool,
+    #[arg(short, long, value_enum, default_value = "warning")]
+    pub(crate) log_level: LogLevel,
 }
 
 /// `--transport`.

@@ -5,7 +5,7 @@
 
 use std::num::NonZero;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use baton_engine::machine::available_bytes;
 use baton_engine::page::{Page, PageShape};
 
@@ -83,7 +83,9 @@ pub(super) fn allocate(shape: PageShape, count: usize, stir: u64) -> anyhow::Res
         ))
         .outcome(Outcome::Unavailable);
     }
-    let mut pages: Vec<Page> = (0..count).map(|_| Page::zeroed(shape)).collect();
+    let mut pages = Page::pool(shape, count)
+        .with_context(|| format!("no memory to share of {}", mebibytes(needed)))
+        .outcome(Outcome::Unavailable)?;
     let mut state = stir;
     for last in (1..count).rev() {
         state = mixed(state.wrapping_add(STRIDE));

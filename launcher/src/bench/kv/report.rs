@@ -251,6 +251,14 @@ fn binary(bytes: usize) -> String {
 }
 
 impl Report {
+    /// What was measured, for people.
+    pub(crate) fn table(&self) -> String {
+        let rows = self.results.iter().map(CaseResult::row);
+        let references = self.references.iter().map(Reference::to_string);
+        let lines = [header()].into_iter().chain(rows).chain(references);
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
     /// What stands below the table.
     pub(super) fn footer(&self) -> String {
         let mut lines = Vec::new();

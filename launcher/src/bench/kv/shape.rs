@@ -246,13 +246,7 @@ mod tests {
     use super::*;
 
     fn args(name: &str) -> ShapeArgs {
-        ShapeArgs {
-            shape: name.to_owned(),
-            layers: None,
-            kv_heads: None,
-            head_dim: None,
-            dtype: None,
-        }
+        ShapeArgs::named(name)
     }
 
     #[test]
