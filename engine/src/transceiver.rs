@@ -21,6 +21,7 @@ use crate::transport::link::{LinkParams, LinkStartError, LinkTuning};
 use crate::transport::staging::StagingSize;
 use crate::transport::tcp;
 use crate::transport::{Capability, Transport, TransportSink};
+pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
 use inbox::{Command, Happening, Inbox};
@@ -28,6 +29,7 @@ use info::Held;
 pub use info::{TransceiverInfo, TransceiverStats};
 use state::{LayoutRecord, Nonce, OpaqueState, PROTOCOL_VERSION, RankRecord};
 
+mod available;
 mod checksum;
 mod desk;
 mod inbox;
