@@ -14,7 +14,7 @@ pub(crate) use dense::*;
 pub(crate) use pages::*;
 pub(crate) use rows::*;
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 
 use crate::backend::{
     AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing, RopeTable,
-    SequenceSpan, StepBatch, TokenId, WeightDtype, WeightSource,
+    SequenceSpan, StepBatch, TokenId, WeightSource,
 };
 use crate::page::{KvDtype, Page, PageShape};
 
