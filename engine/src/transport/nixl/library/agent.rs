@@ -53,6 +53,12 @@ pub(in super::super) struct Stretch {
 #[derive(Debug)]
 pub(in super::super) struct Request(NonNull<Opaque>);
 
+impl Request {
+    fn into_raw(self) -> Handle {
+        self.0.as_ptr()
+    }
+}
+
 // SAFETY: a request is only named, to the agent that made it, by its one owner.
 unsafe impl Send for Request {}
 
@@ -223,8 +229,7 @@ impl Agent {
 
     /// Frees a read that is done.
     pub(in super::super) fn finish(&self, request: Request) -> Result<(), String> {
-        let Request(raw) = request;
-        let raw = raw.as_ptr();
+        let raw = request.into_raw();
         // SAFETY: agent and request live, and nobody names the request any more.
         let status = unsafe { (self.library.release)(self.raw.as_ptr(), raw) };
         checked(status, "end a read")?;
