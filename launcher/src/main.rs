@@ -7,6 +7,7 @@ mod child;
 mod cli;
 mod client;
 mod config;
+mod environment;
 mod exit;
 mod files;
 mod http;
@@ -40,7 +41,10 @@ fn main() -> ExitCode {
         Err(answer) => return usage(&answer),
     };
     logging::start(log_level(&cli.command));
-    match run(cli.command) {
+    let done = environment::complete()
+        .outcome(Outcome::Unavailable)
+        .and_then(|()| run(cli.command));
+    match done {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             // When stderr is gone there is nobody to tell.
