@@ -1,7 +1,7 @@
 //! NIXL: reads of a peer's memory through NVIDIA's transfer library, which brings UCX or libfabric along.
 //!
-//! A process has one agent that is read, with a progress thread of NIXL's; and one agent for each peer that it reads
-//! (see [`peer`]). An agent's name is never used twice, so a peer that restarts is another peer. `TRTLLM_NIXL_KVCACHE_BACKEND` =
+//! A process has one agent that is read, with a progress thread of NIXL's; and one agent for each peer that it reads,
+//! or several (see [`peer`]). An agent's name is never used twice, so a peer that restarts is another peer. `TRTLLM_NIXL_KVCACHE_BACKEND` =
 //! `UCX` (default) or `LIBFABRIC` chooses NIXL's plug-in; one that can't be had is replaced by UCX, with one warning.
 //!
 //! It does not use NIXL's notifications, its metadata exchange or its writes: those are the control plane's work.
@@ -22,9 +22,11 @@
 )]
 
 use std::collections::BTreeMap;
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -36,7 +38,7 @@ use crate::page::arena::Arena;
 use address::{Address, Host, Key};
 use find::Plugin;
 use library::{Agent, Library, Progress};
-use peer::NixlPeer;
+use peer::{NixlPeer, Source};
 
 mod address;
 mod find;
@@ -169,6 +171,8 @@ pub(crate) struct NixlFabric {
     capability: Capability,
     address: Vec<u8>,
     exports: Mutex<Exports>,
+    /// Lanes to a peer of the same host.
+    near_lanes_max: usize,
     closed: Arc<AtomicBool>,
 }
 
@@ -238,6 +242,7 @@ impl NixlFabric {
                 keys: BTreeMap::new(),
                 kept: Vec::new(),
             }),
+            near_lanes_max: near_lanes_max(),
             closed: Arc::new(AtomicBool::new(false)),
         })
     }
@@ -319,21 +324,28 @@ impl Fabric for NixlFabric {
         if let Some(obstacle) = self.obstacle(&address) {
             return Err(unreachable(obstacle));
         }
+        let near = self.host.kernel == address.host.kernel;
+        let source = Source {
+            library: self.library,
+            plugin: self.plugin,
+            agent: address.agent,
+            lanes_max: if near { self.near_lanes_max } else { 1 },
+        };
         // Nothing here waits on the peer: an endpoint is made, and connects with the first read.
-        let name = fresh_name();
-        let agent = Agent::start(self.library, &name, self.plugin.c_name(), Progress::Caller);
-        let agent = agent.map_err(unreachable)?;
-        let peer = agent.load(&address.agent).map_err(unreachable)?;
-        Ok(Box::new(NixlPeer::new(
-            agent,
-            peer,
-            Arc::clone(&self.closed),
-        )))
+        let peer = NixlPeer::open(source, Arc::clone(&self.closed)).map_err(unreachable)?;
+        Ok(Box::new(peer))
     }
 
     fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
+}
+
+/// Lanes to a peer of the same host, where each keeps a core busy: half of the cores, but a batch is not worth more
+/// than a few.
+fn near_lanes_max() -> usize {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    (cores / 2).clamp(2, 8)
 }
 
 /// Of an agent: nobody has had it, on any host.

@@ -5,9 +5,9 @@ use std::iter::Peekable;
 
 use super::library::Stretch;
 
-/// Bytes of one request at most. Reading on the same host, the kernel copies this much in about ten milliseconds, within
+/// Bytes of one request at most. Reading on the same host, the kernel copies this much in a few milliseconds, within
 /// one call; over an adapter, it is long enough to hide what a request costs.
-pub(super) const WINDOW_BYTES_MAX: usize = 32 << 20;
+pub(super) const WINDOW_BYTES_MAX: usize = 16 << 20;
 
 /// Stretches of one request at most: more of them are no faster, and all of them must be waited for.
 pub(super) const WINDOW_STRETCHES_MAX: usize = 256;
