@@ -118,16 +118,18 @@ impl NixlPeer {
         Ok(lane)
     }
 
-    /// As many lanes as so many bytes are worth; fewer, where no more can be made.
+    /// One more lane, where so many bytes are worth it: making one takes a tenth of a second, which no single read
+    /// shall pay several times.
     fn widen(&mut self, bytes: usize) {
         let wanted = (bytes / (2 * WINDOW_BYTES_MAX)).min(self.source.lanes_max);
-        while self.lanes.len() < wanted {
-            match self.one_more_lane() {
-                Ok(lane) => self.lanes.push(lane),
-                Err(reason) => {
-                    tracing::debug!(reason, lanes = self.lanes.len(), "no more lanes");
-                    self.source.lanes_max = self.lanes.len();
-                }
+        if self.lanes.len() >= wanted {
+            return;
+        }
+        match self.one_more_lane() {
+            Ok(lane) => self.lanes.push(lane),
+            Err(reason) => {
+                tracing::debug!(reason, lanes = self.lanes.len(), "no more lanes");
+                self.source.lanes_max = self.lanes.len();
             }
         }
     }
