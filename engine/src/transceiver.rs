@@ -19,6 +19,7 @@ use crate::request::RequestId;
 use crate::transport::fault::FaultPlan;
 use crate::transport::tcp::{self, TcpParams, TcpStartError, TcpTransport, TcpTuning};
 use crate::transport::{Capability, Transport, TransportSink};
+pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
 use inbox::{Command, Happening, Inbox};
@@ -26,6 +27,7 @@ use info::Held;
 pub use info::{TransceiverInfo, TransceiverStats};
 use state::{LayoutRecord, Nonce, OpaqueState, PROTOCOL_VERSION, RankRecord};
 
+mod available;
 mod checksum;
 mod desk;
 mod inbox;
