@@ -12,13 +12,6 @@
 //! 256 0.85, in 2, 4, 8 lanes 1.45, 2.2, 3.0. Over TCP, which UCX does in software, everything is several times slower than
 //! our own stream; and a reader that goes away while the process that it reads stands still makes UCX abort the latter when
 //! it goes on. So a host without an RDMA adapter is read by NIXL only from itself ([`address::Host`]).
-#![cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "the choice of transports that starts it comes next"
-    )
-)]
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
@@ -31,8 +24,8 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms};
-use super::tcp;
-use super::{Capability, MemoryKind, Reach, Sides};
+use super::link::{self, LinkParams, LinkStartError, LinkTransport};
+use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
 use crate::page::arena::Arena;
 use address::{Address, Host, Key};
 use find::Plugin;
@@ -44,6 +37,9 @@ mod find;
 mod library;
 mod peer;
 mod windows;
+
+#[cfg(test)]
+pub(crate) use tests::start_for_tests;
 
 #[cfg(test)]
 mod tests;
@@ -98,6 +94,27 @@ pub enum NixlMissing {
         /// What NIXL said.
         reason: String,
     },
+}
+
+/// Why the transport did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NixlStartError {
+    /// NIXL is not to be had.
+    #[error(transparent)]
+    Missing(#[from] NixlMissing),
+    /// The control plane did not start.
+    #[error(transparent)]
+    Link(#[from] LinkStartError),
+}
+
+/// Starts the transport.
+///
+/// # Errors
+/// When NIXL is not to be had, or the address cannot be bound.
+pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, NixlStartError> {
+    let fabric = Arc::new(NixlFabric::start()?);
+    Ok(LinkTransport::over(fabric, params, sink)?)
 }
 
 /// What NIXL is on this machine.
@@ -232,7 +249,8 @@ impl NixlFabric {
                 } else {
                     4_000_000_000
                 },
-                ..tcp::CAPABILITY
+                message_bytes_max: link::MESSAGE_BYTES_MAX,
+                note_bytes_max: link::NOTE_BYTES_MAX,
             },
             host,
             address: address.encode(),

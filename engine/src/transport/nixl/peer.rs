@@ -27,7 +27,7 @@ use crate::transport::fabric::{FabricError, FabricPeer, ReadJob, RemoteArena};
 const REQUESTS_MAX: usize = 2;
 
 /// Arenas that one peer may export.
-const ARENAS_MAX: usize = 256;
+const ARENAS_MAX: usize = 1024;
 
 /// How long requests under way are waited for once their read is given up. Most are done by then, and the agent
 /// is destroyed in peace.

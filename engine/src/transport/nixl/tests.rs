@@ -11,6 +11,7 @@ use base64::prelude::BASE64_STANDARD;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::super::Transport;
 use super::super::fabric::{ReadJob, RemoteArena};
 use super::super::runs::{Run, Runs};
 use super::*;
@@ -38,6 +39,12 @@ fn library() -> &'static Library {
 fn fabric() -> NixlFabric {
     library();
     NixlFabric::start().unwrap()
+}
+
+/// The whole transport.
+pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
+    library();
+    Arc::new(start(link::on_loopback(), sink).unwrap())
 }
 
 fn shape(bytes: usize) -> PageShape {
