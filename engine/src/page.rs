@@ -3,9 +3,17 @@
 //! Layout `[L, 2, K, P, D]`: layer, key then value, KV head, token within the block, head dimension. A whole
 //! block is one contiguous run, so a hand-off moves megabytes per piece instead of 64 KiB. Ownership is the
 //! lease: a page that a transport holds cannot be written by the engine, because the engine does not have it.
+//! Its memory is its own, or cut from an [`Arena`] that peers can be let into to read.
+
+use std::io;
+use std::sync::Arc;
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
+
+use arena::{Arena, Words};
+
+pub mod arena;
 
 /// Element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,21 +88,37 @@ impl PageShape {
     }
 }
 
-/// One block's KV in host memory. Zeroed when made; its memory is only touched, hence resident, once written.
+/// One block's KV in host memory. Zeroed when made; its memory is only touched, hence resident, once used.
 #[derive(Debug)]
 pub struct Page {
-    words: Box<[u64]>,
+    words: Words,
     shape: PageShape,
 }
 
 impl Page {
-    /// A page of zeros.
+    /// A page of zeros, in memory of its own.
     #[must_use]
     pub fn zeroed(shape: PageShape) -> Self {
         Self {
-            words: vec![0_u64; shape.bytes().div_ceil(8)].into_boxed_slice(),
+            words: Words::boxed(shape.bytes().div_ceil(8)),
             shape,
         }
+    }
+
+    /// Pages of zeros, cut from one new arena.
+    ///
+    /// # Errors
+    /// When the system has no such memory to share; [`Page::zeroed`] may still work.
+    pub fn pool(shape: PageShape, count: usize) -> io::Result<Vec<Self>> {
+        let pieces = Arena::cut(shape.bytes().div_ceil(8), count)?;
+        let page = |words| Self { words, shape };
+        Ok(pieces.into_iter().map(page).collect())
+    }
+
+    /// The arena that it was cut from, and its offset in there in bytes; none where its memory is its own.
+    #[must_use]
+    pub fn arena(&self) -> Option<(&Arc<Arena>, usize)> {
+        self.words.arena()
     }
 
     /// Its shape.
@@ -106,54 +130,54 @@ impl Page {
     /// All bytes, in layout order.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
-        &cast_slice(&self.words)[..self.shape.bytes()]
+        &cast_slice(self.words.as_slice())[..self.shape.bytes()]
     }
 
     /// All bytes, writable.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         let bytes = self.shape.bytes();
-        &mut cast_slice_mut(&mut self.words)[..bytes]
+        &mut cast_slice_mut(self.words.as_mut_slice())[..bytes]
     }
 
     /// All elements as `f32`. Panics when the dtype is another one: that is a bug of the caller.
     #[must_use]
     pub fn as_f32(&self) -> &[f32] {
         assert_eq!(self.shape.dtype, KvDtype::F32);
-        &cast_slice(&self.words)[..self.shape.len()]
+        &cast_slice(self.words.as_slice())[..self.shape.len()]
     }
 
     /// All elements as `f32`, writable. Panics as [`Page::as_f32`].
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
         assert_eq!(self.shape.dtype, KvDtype::F32);
         let len = self.shape.len();
-        &mut cast_slice_mut(&mut self.words)[..len]
+        &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 
     /// All elements as half precision. Panics when the dtype is another one.
     #[must_use]
     pub fn as_f16(&self) -> &[f16] {
         assert_eq!(self.shape.dtype, KvDtype::F16);
-        &cast_slice(&self.words)[..self.shape.len()]
+        &cast_slice(self.words.as_slice())[..self.shape.len()]
     }
 
     /// All elements as half precision, writable. Panics as [`Page::as_f16`].
     pub fn as_f16_mut(&mut self) -> &mut [f16] {
         assert_eq!(self.shape.dtype, KvDtype::F16);
         let len = self.shape.len();
-        &mut cast_slice_mut(&mut self.words)[..len]
+        &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 
     /// All elements as bfloat16. Panics when the dtype is another one.
     #[must_use]
     pub fn as_bf16(&self) -> &[bf16] {
         assert_eq!(self.shape.dtype, KvDtype::Bf16);
-        &cast_slice(&self.words)[..self.shape.len()]
+        &cast_slice(self.words.as_slice())[..self.shape.len()]
     }
 
     /// All elements as bfloat16, writable. Panics as [`Page::as_bf16`].
     pub fn as_bf16_mut(&mut self) -> &mut [bf16] {
         assert_eq!(self.shape.dtype, KvDtype::Bf16);
         let len = self.shape.len();
-        &mut cast_slice_mut(&mut self.words)[..len]
+        &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 }

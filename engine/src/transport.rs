@@ -7,15 +7,18 @@
 //! Invariant: a page that a peer may still write is inside the transport and nowhere else.
 
 use std::fmt::{self, Debug, Display};
-use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::page::Page;
+pub use runs::{Run, Runs, RunsError};
 
+pub(crate) mod fabric;
 pub mod fault;
+pub mod runs;
 pub mod tcp;
 
 #[cfg(test)]
@@ -82,11 +85,11 @@ pub struct EndpointRecord {
     pub metadata: String,
 }
 
-/// A connection to a peer, unique within this process's life.
+/// A connection to a peer, unique within this process's life, whichever transports it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId(pub u64);
 
-/// A registered page, unique within this process's life.
+/// A registered page, unique within this process's life, whichever transports it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId(pub u64);
 
@@ -94,6 +97,23 @@ pub struct RegionId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct TransferId(pub u64);
+
+/// One counter for all kinds of ids, so that a number in a log means one thing.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+impl PeerId {
+    /// One that nobody had before.
+    pub(crate) fn fresh() -> Self {
+        Self(NEXT_ID.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl RegionId {
+    /// One that nobody had before.
+    pub(crate) fn fresh() -> Self {
+        Self(NEXT_ID.fetch_add(1, Ordering::Relaxed))
+    }
+}
 
 impl Display for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -147,7 +167,7 @@ pub enum Deregistered {
     Unknown,
 }
 
-/// One piece on its way: a range of a shared page, to a range of a remote region.
+/// One piece on its way: stretches of a shared page, to stretches of a remote region.
 #[derive(Debug, Clone)]
 pub struct Write {
     /// To whom.
@@ -156,12 +176,10 @@ pub struct Write {
     pub transfer: TransferId,
     /// Read until [`TransportEvent::WriteDone`]; a reference is dropped before that event.
     pub source: Arc<Page>,
-    /// Which bytes of the source.
-    pub range: Range<usize>,
     /// Where to.
     pub target: RemoteRegion,
-    /// Offset within the target.
-    pub offset: u64,
+    /// Which bytes of the source go where in the target.
+    pub runs: Runs,
     /// Given to the peer with [`TransportEvent::Landed`], once the bytes are in place.
     pub note: Vec<u8>,
 }
@@ -176,7 +194,7 @@ pub enum Submission {
     Busy,
     /// The peer is not connected. Nothing was kept; its [`TransportEvent::PeerLost`] comes or came.
     Gone,
-    /// The caller broke the contract (range outside the page, note too long). Nothing was kept.
+    /// The caller broke the contract (runs outside the page, note too long). Nothing was kept.
     Invalid,
 }
 
@@ -207,8 +225,8 @@ pub enum TransportEvent {
         peer: PeerId,
         /// Into which region.
         region: RegionId,
-        /// Which bytes.
-        range: Range<u64>,
+        /// Which bytes of the writer's page came to lie where.
+        runs: Runs,
         /// The writer's transfer.
         transfer: TransferId,
         /// The writer's note.

@@ -176,12 +176,12 @@ impl Desk {
             TransportEvent::Landed {
                 peer,
                 region,
-                range,
+                runs,
                 transfer,
                 note,
             } => {
                 self.known.insert(peer);
-                self.on_landed(peer, region, transfer, range, &note);
+                self.on_landed(peer, region, transfer, &runs, &note);
             }
             TransportEvent::WriteDone {
                 peer,

@@ -111,9 +111,8 @@ fn piece(peer: PeerId, transfer: u64, source: &Arc<Page>, target: &RemoteRegion)
         peer,
         transfer: TransferId(transfer),
         source: Arc::clone(source),
-        range: 0..source.as_bytes().len(),
         target: target.clone(),
-        offset: 0,
+        runs: Runs::whole(source.as_bytes().len()),
         note: b"note".to_vec(),
     }
 }
@@ -125,10 +124,10 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
     let all = source.as_bytes().len();
     let ranges = [0..0, 0..1, 3..10, all - 1..all, 1..all - 1, 0..all];
     for (transfer, range) in (0..).zip(ranges) {
+        let runs = Runs::new([Run::once(range.start, range.start, range.len())]).unwrap();
         let region = pair.reader.register(page(elements, 0));
         let submission = pair.writer.transport.write(Write {
-            range: range.clone(),
-            offset: range.start as u64,
+            runs: runs.clone(),
             ..piece(pair.to_reader, transfer, &source, &region.remote)
         });
         assert_eq!(submission, Submission::Accepted);
@@ -136,12 +135,12 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
             TransportEvent::Landed {
                 peer,
                 region: landed,
-                range: bytes,
+                runs: bytes,
                 transfer: of,
                 note,
             } => {
                 assert_eq!((peer, landed), (pair.to_writer, region.id));
-                assert_eq!(bytes, range.start as u64..range.end as u64);
+                assert_eq!(bytes, runs);
                 assert_eq!((of, note), (TransferId(transfer), b"note".to_vec()));
             }
             other => panic!("{other:?}"),
@@ -158,6 +157,49 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
         );
         assert!(landed.as_bytes()[..range.start].iter().all(|b| *b == 0));
         assert!(landed.as_bytes()[range.end..].iter().all(|b| *b == 0));
+    }
+}
+
+pub(super) fn strided_stretches_land_where_they_belong(start: Start) {
+    let pair = pair(start);
+    let source = Arc::new(page(100_000, 3));
+    let run = |source, target, bytes, count| Run {
+        source,
+        target,
+        bytes,
+        count,
+        source_stride: bytes * 3,
+        target_stride: bytes * 2,
+    };
+    let cases = [
+        // One long, one short, one of single bytes, and runs that interleave in the target, against its order.
+        vec![run(5, 7, 20_000, 5)],
+        vec![run(1, 3, 700, 190)],
+        vec![run(0, 0, 1, 3000)],
+        vec![run(1000, 501, 500, 40), run(9, 1, 500, 40)],
+    ];
+    for (transfer, runs) in (0..).zip(cases) {
+        let runs = Runs::new(runs).unwrap();
+        let region = pair.reader.register(page(80_000, 0));
+        let write = Write {
+            runs: runs.clone(),
+            ..piece(pair.to_reader, transfer, &source, &region.remote)
+        };
+        assert_eq!(pair.writer.transport.write(write), Submission::Accepted);
+        match pair.reader.next() {
+            TransportEvent::Landed { runs: landed, .. } => assert_eq!(landed, runs),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(
+            pair.writer.next(),
+            TransportEvent::WriteDone { .. }
+        ));
+        let mut expected = page(80_000, 0);
+        for (from, to) in runs.stretches() {
+            expected.as_bytes_mut()[to].copy_from_slice(&source.as_bytes()[from]);
+        }
+        let landed = pair.reader.page_of(region.id);
+        assert!(landed.as_bytes() == expected.as_bytes(), "{runs:?}");
     }
 }
 
@@ -182,7 +224,7 @@ pub(super) fn messages_go_both_ways_and_too_long_ones_nowhere(start: Start) {
     let source = Arc::new(page(10, 1));
     let region = pair.reader.register(page(10, 0));
     let mut outside = piece(pair.to_reader, 1, &source, &region.remote);
-    outside.range.end += 1;
+    outside.runs = Runs::whole(41);
     assert_eq!(pair.writer.transport.write(outside), Submission::Invalid);
     pair.reader.page_of(region.id);
 }
@@ -275,7 +317,7 @@ pub(super) fn a_write_beyond_its_region_touches_nothing(start: Start) {
     let source = Arc::new(page(1000, 5));
     let region = pair.reader.register(page(1000, 0));
     let mut write = piece(pair.to_reader, 1, &source, &region.remote);
-    write.offset = 1;
+    write.runs = Runs::new([Run::once(0, 1, source.as_bytes().len())]).unwrap();
     assert_eq!(pair.writer.transport.write(write), Submission::Accepted);
     assert!(matches!(
         pair.reader.next(),
@@ -475,6 +517,7 @@ macro_rules! transport_suite {
         mod $kind {
             transport_suite!(@tests $start,
                 any_range_of_any_size_lands_where_it_was_sent,
+                strided_stretches_land_where_they_belong,
                 messages_go_both_ways_and_too_long_ones_nowhere,
                 sixty_four_transfers_fly_at_once,
                 a_region_that_is_gone_or_guessed_is_written_nowhere,

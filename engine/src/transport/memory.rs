@@ -26,17 +26,13 @@ const CAPABILITY: Capability = Capability {
     note_bytes_max: 64,
 };
 
-fn fresh() -> u64 {
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
     let shared = Arc::new(Shared {
-        id: fresh(),
+        id: NEXT.fetch_add(1, Ordering::Relaxed),
         sink,
         regions: Mutex::default(),
         state: Mutex::default(),
@@ -168,25 +164,25 @@ impl Shared {
         else {
             return WriteOutcome::Sent;
         };
-        let payload = &write.source.as_bytes()[write.range.clone()];
-        let end = write.offset + payload.len() as u64;
+        let source = write.source.as_bytes();
         let mut regions = lock(&remote.regions);
         let Some((_, page)) = regions.get_mut(&region).filter(|(known, _)| *known == key) else {
             return WriteOutcome::Sent;
         };
-        if end > page.as_bytes().len() as u64 {
+        if !write.runs.fits(source.len(), page.as_bytes().len()) {
             drop(regions);
             remote.unlink(there, "write outside the region");
             self.unlink(write.peer, "write outside the region");
             return WriteOutcome::Lost;
         }
-        let start = usize::try_from(write.offset).unwrap();
-        page.as_bytes_mut()[start..start + payload.len()].copy_from_slice(payload);
+        for (from, to) in write.runs.stretches() {
+            page.as_bytes_mut()[to].copy_from_slice(&source[from]);
+        }
         drop(regions);
         (remote.sink)(TransportEvent::Landed {
             peer: there,
             region,
-            range: write.offset..end,
+            runs: write.runs.clone(),
             transfer: write.transfer,
             note: write.note.clone(),
         });
@@ -264,7 +260,7 @@ impl Transport for MemoryTransport {
         }
         let id = endpoint.address.strip_prefix("memory:").ok_or_else(wrong)?;
         let id: u64 = id.parse().map_err(|_| wrong())?;
-        let (here, there) = (PeerId(fresh()), PeerId(fresh()));
+        let (here, there) = (PeerId::fresh(), PeerId::fresh());
         let remote = lock(&NODES).get(&id).and_then(Weak::upgrade);
         let mut state = lock(&self.shared.state);
         if state.closed {
@@ -298,7 +294,7 @@ impl Transport for MemoryTransport {
             let reason = "closed".to_owned();
             return Err(RegisterRefused { page, reason });
         }
-        let (id, key) = (RegionId(fresh()), uuid::Uuid::new_v4().as_u64_pair().0);
+        let (id, key) = (RegionId::fresh(), uuid::Uuid::new_v4().as_u64_pair().0);
         let remote = RemoteRegion {
             bytes: page.as_bytes().len() as u64,
             token: format!("{}:{key}", id.0),
@@ -315,7 +311,8 @@ impl Transport for MemoryTransport {
     }
 
     fn write(&self, write: Write) -> Submission {
-        if write.range.end > write.source.as_bytes().len() || write.note.len() > 64 {
+        let page_bytes = write.source.as_bytes().len();
+        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > 64 {
             return Submission::Invalid;
         }
         let mut state = lock(&self.shared.state);

@@ -1,4 +1,4 @@
-//! The pool of KV pages in host memory.
+//! The pool of KV pages in host memory: one arena, so that transports register it once.
 //!
 //! A page is in the pool, shared with readers, or lent out; `Arc` knows which, so a page that a transport reads is
 //! never written and one that it writes is never read.
@@ -34,10 +34,16 @@ impl Pages {
                 bytes,
             });
         }
-        let pages = (0..count)
-            .map(|_| Some(Arc::new(Page::zeroed(shape))))
-            .collect();
-        Ok(Self { shape, pages })
+        // The reservation promised nothing about shared memory, which some containers do not give.
+        let pages = Page::pool(shape, count).unwrap_or_else(|error| {
+            tracing::warn!(%error, bytes, "kv pages are in private memory: no shared memory for them");
+            (0..count).map(|_| Page::zeroed(shape)).collect()
+        });
+        let pages = pages.into_iter().map(|page| Some(Arc::new(page)));
+        Ok(Self {
+            shape,
+            pages: pages.collect(),
+        })
     }
 
     pub(super) const fn shape(&self) -> &PageShape {

@@ -3,7 +3,6 @@
 //! Every page of a fetch is in exactly one place: held here, registered with the transport, or with a checksum
 //! thread. When a fetch ends, what is here goes back at once; the rest is in quarantine until it shows up.
 
-use std::ops::Range;
 use std::time::Instant;
 
 use super::Desk;
@@ -18,7 +17,7 @@ use crate::transceiver::message::{Claim, Message, PieceNote, Request};
 use crate::transceiver::state::{OpaqueState, PROTOCOL_VERSION, printable};
 use crate::transceiver::timers::{Due, TimerKey};
 use crate::transport::{
-    Deregistered, EndpointRecord, PeerId, RegionId, RemoteRegion, Submission, TransferId,
+    Deregistered, EndpointRecord, PeerId, RegionId, RemoteRegion, Runs, Submission, TransferId,
 };
 
 /// A fetch from the engine's call to its decision.
@@ -347,15 +346,16 @@ impl Desk {
         peer: PeerId,
         region: RegionId,
         transfer: TransferId,
-        range: Range<u64>,
+        runs: &Runs,
         note: &[u8],
     ) {
-        let page_bytes = self.terms.page_bytes;
+        let bytes = runs.total_bytes();
+        let whole = bytes as u64 == self.terms.page_bytes && *runs == Runs::whole(bytes);
         let Some(task) = self.heard(peer, transfer) else {
             return;
         };
         let server = task.context_server();
-        let (piece, expected) = match task.place(region, range == (0..page_bytes), note) {
+        let (piece, expected) = match task.place(region, whole, note) {
             Ok(place) => place,
             Err(what) => {
                 let text = format!("{server} sent {what}");

@@ -17,7 +17,7 @@ use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, PieceNote, Request};
 use crate::transceiver::state::{Nonce, PROTOCOL_VERSION};
 use crate::transceiver::timers::{Due, TimerKey};
-use crate::transport::{PeerId, RemoteRegion, Submission, TransferId, Write, WriteOutcome};
+use crate::transport::{PeerId, RemoteRegion, Runs, Submission, TransferId, Write, WriteOutcome};
 
 /// Pages kept for a generation server.
 #[derive(Debug)]
@@ -360,10 +360,9 @@ impl Desk {
         let submission = self.around.transport.write(Write {
             peer,
             transfer: serving.transfer,
-            range: 0..source.as_bytes().len(),
+            runs: Runs::whole(source.as_bytes().len()),
             source,
             target: serving.regions[piece].clone(),
-            offset: 0,
             note: note.encode(),
         });
         match submission {

@@ -5,7 +5,9 @@ use std::sync::Mutex;
 use super::*;
 use crate::transceiver::message::{Message, PieceNote, Request};
 use crate::transport::tcp::TcpTransport;
-use crate::transport::{EndpointRecord, PeerId, Submission, TransferId, TransportEvent, Write};
+use crate::transport::{
+    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, Write,
+};
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {
     params.faults = FaultPlan::parse(faults).unwrap();
@@ -438,10 +440,9 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let write = Write {
         peer,
         transfer,
-        range: 0..SHAPE.bytes() - usize::from(matches!(lie, Lie::PartOfAPage)),
+        runs: Runs::whole(SHAPE.bytes() - usize::from(matches!(lie, Lie::PartOfAPage))),
         source,
         target: request.regions[0].clone(),
-        offset: 0,
         note: match lie {
             Lie::NoNote => Vec::new(),
             _ => note.encode(),

@@ -116,17 +116,15 @@ impl Connection {
 
     pub(super) fn submit_write(&self, write: Write) -> Submission {
         let page_bytes = write.source.as_bytes().len();
-        if write.range.start > write.range.end
-            || write.range.end > page_bytes
-            || write.note.len() > NOTE_BYTES_MAX
-        {
+        // How long the target is, the peer says.
+        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > NOTE_BYTES_MAX {
             return Submission::Invalid;
         }
         let mut queue = self.lock();
         if !queue.takes_more() {
             return Submission::Gone;
         }
-        let bytes = queue.write_bytes + write.range.len();
+        let bytes = queue.write_bytes + write.runs.total_bytes();
         let full = queue.writes.len() >= WRITES_QUEUED_MAX || bytes > WRITE_BYTES_QUEUED_MAX;
         if full && !queue.writes.is_empty() {
             return Submission::Busy;
@@ -144,7 +142,7 @@ impl Connection {
         let before = queue.writes.len();
         queue.writes.retain(|write| write.transfer != transfer);
         let dropped = before - queue.writes.len();
-        queue.write_bytes = queue.writes.iter().map(|write| write.range.len()).sum();
+        queue.write_bytes = queue.writes.iter().map(|w| w.runs.total_bytes()).sum();
         queue
             .cancelled
             .extend(std::iter::repeat_n(transfer, dropped));
@@ -176,7 +174,7 @@ impl Connection {
             return Outgoing::Message(message);
         }
         if let Some(write) = queue.writes.pop_front() {
-            queue.write_bytes -= write.range.len();
+            queue.write_bytes -= write.runs.total_bytes();
             return Outgoing::Write(write);
         }
         if let Some(reason) = queue.finishing.clone() {

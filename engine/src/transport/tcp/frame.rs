@@ -1,16 +1,16 @@
 //! The frame that everything on a TCP connection begins with. Pure: bytes to values and back, no I/O.
 //!
-//! 48 bytes, little-endian: magic, kind, version, note length, payload length, transfer, region, key, offset. A
-//! note (writes only) and the payload follow. Lengths are checked here against what each kind may have, so
+//! 48 bytes, little-endian: magic, kind, version, note length, payload length, transfer, region, key, length of the
+//! runs. Note and runs (writes only) and the payload follow. Lengths are checked here against what each kind may have, so
 //! that no later step trusts a peer's number.
 
-use super::super::TransferId;
+use super::super::{TransferId, runs};
 
 /// `BKVT`, so that a connection from anything else is told apart by its first bytes.
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 2;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;
@@ -46,7 +46,7 @@ pub(super) struct Header {
     pub(super) transfer: TransferId,
     pub(super) region: u64,
     pub(super) key: u64,
-    pub(super) offset: u64,
+    pub(super) runs_bytes: u64,
 }
 
 /// What is wrong with a header.
@@ -60,6 +60,8 @@ pub(super) enum FrameError {
     Kind(u8),
     #[error("{kind:?} frame of {bytes} bytes, at most {limit} allowed")]
     Length { kind: Kind, bytes: u64, limit: u64 },
+    #[error("{kind:?} frame with {bytes} bytes of runs, at most {limit} allowed")]
+    Runs { kind: Kind, bytes: u64, limit: u64 },
     #[error("{kind:?} frame with a note of {bytes} bytes, at most {limit} allowed")]
     Note {
         kind: Kind,
@@ -78,7 +80,7 @@ impl Header {
             transfer: TransferId(0),
             region: 0,
             key: 0,
-            offset: 0,
+            runs_bytes: 0,
         }
     }
 
@@ -98,7 +100,7 @@ impl Header {
             self.transfer.0,
             self.region,
             self.key,
-            self.offset,
+            self.runs_bytes,
         ];
         for (slot, word) in out[8..].chunks_exact_mut(8).zip(words) {
             slot.copy_from_slice(&word.to_le_bytes());
@@ -114,12 +116,16 @@ impl Header {
         if bytes[5] != VERSION {
             return Err(FrameError::Version(bytes[5]));
         }
-        let (kind, payload_limit, note_limit) = match bytes[4] {
-            1 => (Kind::Hello, HELLO_BYTES_MAX, 0),
-            2 => (Kind::Message, MESSAGE_BYTES_MAX as u64, 0),
-            3 => (Kind::Write, u64::MAX, NOTE_BYTES_MAX),
-            4 => (Kind::Ping, 0, 0),
+        let (kind, payload_limit) = match bytes[4] {
+            1 => (Kind::Hello, HELLO_BYTES_MAX),
+            2 => (Kind::Message, MESSAGE_BYTES_MAX as u64),
+            3 => (Kind::Write, u64::MAX),
+            4 => (Kind::Ping, 0),
             other => return Err(FrameError::Kind(other)),
+        };
+        let (note_limit, runs_limit) = match kind {
+            Kind::Write => (NOTE_BYTES_MAX, runs::ENCODED_BYTES_MAX as u64),
+            Kind::Hello | Kind::Message | Kind::Ping => (0, 0),
         };
         let word = |index: usize| {
             let mut word = [0; 8];
@@ -133,13 +139,20 @@ impl Header {
             transfer: TransferId(word(1)),
             region: word(2),
             key: word(3),
-            offset: word(4),
+            runs_bytes: word(4),
         };
         if header.payload_bytes > payload_limit {
             return Err(FrameError::Length {
                 kind,
                 bytes: header.payload_bytes,
                 limit: payload_limit,
+            });
+        }
+        if header.runs_bytes > runs_limit {
+            return Err(FrameError::Runs {
+                kind,
+                bytes: header.runs_bytes,
+                limit: runs_limit,
             });
         }
         if usize::from(header.note_bytes) > note_limit {
@@ -166,7 +179,7 @@ mod tests {
             transfer: TransferId(0xfeed),
             region: 7,
             key: u64::MAX,
-            offset: 4096,
+            runs_bytes: 96,
         }
     }
 
@@ -197,6 +210,12 @@ mod tests {
         assert!(matches!(
             Header::decode(&long_note.encode()),
             Err(FrameError::Note { .. })
+        ));
+        let mut long_runs = write_header();
+        long_runs.runs_bytes = runs::ENCODED_BYTES_MAX as u64 + 1;
+        assert!(matches!(
+            Header::decode(&long_runs.encode()),
+            Err(FrameError::Runs { .. })
         ));
     }
 

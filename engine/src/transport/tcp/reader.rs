@@ -11,10 +11,14 @@ use super::connection::Connection;
 use super::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use super::regions::{Regions, Taken};
 use super::{TcpTuning, TransportEvent};
-use crate::transport::{RegionId, TransportSink};
+use crate::page::Page;
+use crate::transport::{RegionId, Runs, RunsError, TransportSink};
 
 /// Most that is read, or allocated, before the bytes before it have come.
 const CHUNK_BYTES: usize = 64 << 10;
+
+/// Stretches of this length are worth a system call each.
+const COARSE_BYTES: usize = 16 << 10;
 
 /// Why a connection's reading ended.
 #[derive(Debug, thiserror::Error)]
@@ -35,12 +39,12 @@ pub(super) enum ReadEnd {
     NotGreeted(Kind),
     #[error("second greeting")]
     GreetedTwice,
-    #[error("write of {length} bytes at {offset} into a region of {bytes}")]
-    OutOfRange {
-        offset: u64,
-        length: u64,
-        bytes: u64,
-    },
+    #[error("write up to byte {end} of a region of {bytes}")]
+    OutOfRange { end: usize, bytes: u64 },
+    #[error("{0}")]
+    Runs(#[from] RunsError),
+    #[error("runs of {runs} bytes in a frame of {payload}")]
+    Payload { runs: usize, payload: u64 },
     #[error("region still written by another peer after {0:?}")]
     Occupied(Duration),
     #[error("{0}")]
@@ -120,27 +124,22 @@ impl<'a> Reader<'a> {
         sink: &TransportSink,
     ) -> Result<(), ReadEnd> {
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
-        let range = (header.offset, header.payload_bytes);
+        let runs = Runs::decode(&self.payload(header.runs_bytes, Patience::Frame)?)?;
+        if runs.total_bytes() as u64 != header.payload_bytes {
+            return Err(ReadEnd::Payload {
+                runs: runs.total_bytes(),
+                payload: header.payload_bytes,
+            });
+        }
         let patience = self.tuning.stall_timeout;
-        let mut page = match regions.take(header.region, header.key, range, patience) {
+        let end = runs.target_end();
+        let mut page = match regions.take(header.region, header.key, end, patience) {
             Taken::Page(page) => page,
             Taken::Stale => return self.discard(header.payload_bytes),
             Taken::Occupied => return Err(ReadEnd::Occupied(patience)),
-            Taken::OutOfRange { bytes } => {
-                return Err(ReadEnd::OutOfRange {
-                    offset: header.offset,
-                    length: header.payload_bytes,
-                    bytes,
-                });
-            }
+            Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
-        let bytes = page.as_bytes_mut();
-        let filled = match (usize::try_from(range.0), usize::try_from(range.1)) {
-            (Ok(start), Ok(length)) => {
-                self.fill(&mut bytes[start..start + length], Patience::Frame)
-            }
-            _ => Err(ReadEnd::Truncated),
-        };
+        let filled = self.scatter(&runs, &mut page);
         let released = regions.put_back(header.region, page);
         let region = RegionId(header.region);
         if let Some(page) = released {
@@ -151,10 +150,39 @@ impl<'a> Reader<'a> {
         sink(TransportEvent::Landed {
             peer: connection.id,
             region,
-            range: range.0..range.0 + range.1,
+            runs,
             transfer: header.transfer,
             note,
         });
+        Ok(())
+    }
+
+    /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer.
+    fn scatter(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+        let bytes = page.as_bytes_mut();
+        if runs.is_coarse(COARSE_BYTES) {
+            return runs
+                .stretches()
+                .try_for_each(|(_, target)| self.fill(&mut bytes[target], Patience::Frame));
+        }
+        let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
+        let mut unread = runs.total_bytes();
+        let mut ready = 0..0;
+        for (_, target) in runs.stretches() {
+            let mut target = &mut bytes[target];
+            while !target.is_empty() {
+                if ready.is_empty() {
+                    ready = 0..buffer.len().min(unread);
+                    unread -= ready.len();
+                    self.fill(&mut buffer[ready.clone()], Patience::Frame)?;
+                }
+                let count = ready.len().min(target.len());
+                let (now, later) = target.split_at_mut(count);
+                now.copy_from_slice(&buffer[ready.start..ready.start + count]);
+                ready.start += count;
+                target = later;
+            }
+        }
         Ok(())
     }
 

@@ -4,7 +4,6 @@
 //! while it is being written comes back when that reader lets go, and never before.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -32,7 +31,7 @@ pub(super) enum Taken {
     Page(Page),
     /// No such region any more, or another key: the bytes are to be thrown away.
     Stale,
-    /// The range is not within the region: the peer is broken or hostile.
+    /// The runs are not within the region: the peer is broken or hostile.
     OutOfRange {
         /// The region's size.
         bytes: u64,
@@ -46,12 +45,12 @@ pub(super) enum Taken {
 pub(super) struct Regions {
     slots: Mutex<HashMap<u64, Slot>>,
     put_back: Condvar,
-    next: AtomicU64,
 }
 
 impl Regions {
     pub(super) fn register(&self, page: Page) -> Region {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let region = RegionId::fresh();
+        let id = region.0;
         let (key, _) = uuid::Uuid::new_v4().as_u64_pair();
         let bytes = page.as_bytes().len() as u64;
         let slot = Slot {
@@ -61,7 +60,7 @@ impl Regions {
         };
         self.lock().insert(id, slot);
         Region {
-            id: RegionId(id),
+            id: region,
             remote: RemoteRegion {
                 bytes,
                 token: format!("{id:016x}{key:016x}"),
@@ -88,19 +87,15 @@ impl Regions {
         }
     }
 
-    /// Takes a page out to write a range of it; waits its turn for at most `patience`.
-    pub(super) fn take(&self, id: u64, key: u64, range: (u64, u64), patience: Duration) -> Taken {
+    /// Takes a page out to write it up to `end`; waits its turn for at most `patience`.
+    pub(super) fn take(&self, id: u64, key: u64, end: usize, patience: Duration) -> Taken {
         let deadline = Instant::now() + patience;
         let mut slots = self.lock();
         loop {
             let Some(slot) = slots.get_mut(&id).filter(|slot| slot.key == key) else {
                 return Taken::Stale;
             };
-            let (offset, length) = range;
-            if offset
-                .checked_add(length)
-                .is_none_or(|end| end > slot.bytes)
-            {
+            if end as u64 > slot.bytes {
                 return Taken::OutOfRange { bytes: slot.bytes };
             }
             match std::mem::replace(&mut slot.holder, Holder::Reader) {

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,7 +32,6 @@ pub(super) struct Shared {
     sink: TransportSink,
     pub(super) regions: Regions,
     peers: Mutex<HashMap<PeerId, Arc<Connection>>>,
-    next_peer: AtomicU64,
     connections: AtomicUsize,
     closed: AtomicBool,
     closing: (Mutex<bool>, Condvar),
@@ -79,7 +78,6 @@ impl Shared {
             sink,
             regions: Regions::default(),
             peers: Mutex::default(),
-            next_peer: AtomicU64::new(1),
             connections: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
             closing: (Mutex::new(false), Condvar::new()),
@@ -138,8 +136,7 @@ impl Shared {
         self.connections
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, room)
             .map_err(|_| ConnectError::TooMany(limit))?;
-        let id = PeerId(self.next_peer.fetch_add(1, Ordering::Relaxed));
-        Ok(Arc::new(Connection::new(id, address)))
+        Ok(Arc::new(Connection::new(PeerId::fresh(), address)))
     }
 
     /// Makes a connection known to callers; from now on its end is reported.

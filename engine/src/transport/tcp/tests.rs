@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
 use crate::transport::conformance::{Node, PATIENCE, page};
-use crate::transport::{RemoteRegion, WriteOutcome};
+use crate::transport::{RemoteRegion, Runs, WriteOutcome};
 
 fn params(tuning: TcpTuning, faults: &str) -> TcpParams {
     TcpParams {
@@ -90,19 +90,20 @@ fn message_header(payload_bytes: u64) -> [u8; HEADER_BYTES] {
     bytes
 }
 
-/// A write frame for a whole region.
-fn write_header(region: &RemoteRegion, payload_bytes: u64) -> [u8; HEADER_BYTES] {
+/// A write frame for a whole region, up to its payload.
+fn write_header(region: &RemoteRegion, payload_bytes: u64) -> Vec<u8> {
     let (id, key) = regions::parse_token(&region.token).unwrap();
-    Header {
+    let runs = Runs::whole(usize::try_from(payload_bytes).unwrap()).encode();
+    let header = Header {
         kind: Kind::Write,
         note_bytes: 0,
         payload_bytes,
         transfer: TransferId(1),
         region: id,
         key,
-        offset: 0,
-    }
-    .encode()
+        runs_bytes: runs.len() as u64,
+    };
+    [&header.encode()[..], &runs].concat()
 }
 
 #[test]
@@ -243,13 +244,12 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
     let write = Write {
         peer,
         transfer: TransferId(1),
-        range: 0..source.as_bytes().len(),
+        runs: Runs::whole(source.as_bytes().len()),
         source: Arc::clone(&source),
         target: RemoteRegion {
             bytes: 0,
             token: "0".repeat(32),
         },
-        offset: 0,
         note: Vec::new(),
     };
     assert_eq!(node.transport.write(write), Submission::Accepted);
@@ -326,9 +326,8 @@ fn send_with(faults: &str) -> (TransportEvent, Arc<Page>, Page) {
         peer,
         transfer: TransferId(1),
         source: Arc::clone(&source),
-        range: 0..200_000,
         target: region.remote,
-        offset: 0,
+        runs: Runs::whole(200_000),
         note: Vec::new(),
     };
     assert_eq!(writer.transport.write(write), Submission::Accepted);

@@ -14,6 +14,9 @@ use super::{TcpTuning, TransportEvent, Write};
 use crate::transport::fault::{Fault, Faults};
 use crate::transport::{TransferId, TransportSink, WriteOutcome};
 
+/// Slices that one system call takes at most (`IOV_MAX` of Linux).
+const SLICES_MAX: usize = 1024;
+
 /// Why a connection's writing ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteEnd {
@@ -69,7 +72,7 @@ impl<'a> Writer<'a> {
     /// Sends our greeting.
     pub(super) fn greet(&self, address: &str) -> Result<(), WriteEnd> {
         let header = Header::plain(Kind::Hello, address.len() as u64).encode();
-        self.send(&header, address.as_bytes())
+        self.send([&header[..], address.as_bytes()])
     }
 
     /// Carries the queue until the end; every write that it took gets its completion, sent or not.
@@ -78,10 +81,10 @@ impl<'a> Writer<'a> {
         loop {
             let sent = match connection.next(self.tuning.ping_interval()) {
                 Outgoing::Closed => break,
-                Outgoing::Idle => self.send(&Header::plain(Kind::Ping, 0).encode(), &[]),
+                Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
                 Outgoing::Message(message) => {
                     let header = Header::plain(Kind::Message, message.len() as u64);
-                    self.send(&header.encode(), &message)
+                    self.send([&header.encode()[..], &message])
                 }
                 Outgoing::Cancelled(transfers) => {
                     for transfer in transfers {
@@ -121,23 +124,29 @@ impl<'a> Writer<'a> {
     fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {
         // A token that is not ours names no region of the peer either; it throws the bytes away.
         let (region, key) = parse_token(&write.target.token).unwrap_or((u64::MAX, 0));
-        let payload = &write.source.as_bytes()[write.range.clone()];
+        let runs = write.runs.encode();
+        let payload_bytes = write.runs.total_bytes();
         let header = Header {
             kind: Kind::Write,
             note_bytes: u16::try_from(write.note.len()).unwrap_or(u16::MAX),
-            payload_bytes: payload.len() as u64,
+            payload_bytes: payload_bytes as u64,
             transfer: write.transfer,
             region,
             key,
-            offset: write.offset,
+            runs_bytes: runs.len() as u64,
         };
         let mut head = header.encode().to_vec();
         head.extend_from_slice(&write.note);
-        match self.faults.next(write.transfer, payload.len()) {
-            None => self.send(&head, payload),
+        head.extend_from_slice(&runs);
+        let source = write.source.as_bytes();
+        let payload = write.runs.stretches().map(|(range, _)| &source[range]);
+        match self.faults.next(write.transfer, payload_bytes) {
+            None => self.send(std::iter::once(&head[..]).chain(payload)),
             Some((offset, fault)) => {
+                // Rare and only in tests: the payload in one piece is simplest to spoil.
+                let payload: Vec<u8> = payload.flatten().copied().collect();
                 let (before, after) = payload.split_at(offset);
-                self.send(&head, before)?;
+                self.send([&head[..], before])?;
                 self.fault(fault, write.transfer, after, connection)
             }
         }
@@ -152,7 +161,7 @@ impl<'a> Writer<'a> {
     ) -> Result<(), WriteEnd> {
         tracing::warn!(%transfer, ?fault, "transport fault of a test plan");
         match fault {
-            Fault::Flip => self.send(&[!after[0]], &after[1..]),
+            Fault::Flip => self.send([&[!after[0]], &after[1..]]),
             Fault::Cut => Err(WriteEnd::Cut),
             Fault::Stall => {
                 connection.wait_closed();
@@ -161,10 +170,23 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn send(&self, head: &[u8], payload: &[u8]) -> Result<(), WriteEnd> {
-        let mut slices = [IoSlice::new(head), IoSlice::new(payload)];
-        let mut left = &mut slices[..];
-        IoSlice::advance_slices(&mut left, 0);
+    /// Sends slices one after the other, as many in one system call as it takes.
+    fn send<'b>(&self, slices: impl IntoIterator<Item = &'b [u8]>) -> Result<(), WriteEnd> {
+        let mut slices = slices
+            .into_iter()
+            .filter(|slice| !slice.is_empty())
+            .map(IoSlice::new)
+            .peekable();
+        let mut some = Vec::new();
+        while slices.peek().is_some() {
+            some.clear();
+            some.extend(slices.by_ref().take(SLICES_MAX));
+            self.send_some(&mut some)?;
+        }
+        Ok(())
+    }
+
+    fn send_some(&self, mut left: &mut [IoSlice<'_>]) -> Result<(), WriteEnd> {
         let mut last_byte = Instant::now();
         while !left.is_empty() {
             let mut stream = self.stream;

@@ -1,0 +1,242 @@
+//! Memory that other processes can be let into: one mapping of an anonymous file, cut once into pieces that never
+//! overlap.
+//!
+//! Transports register an arena, not pages: one key a peer, one mapping, one pinned range. It is resident only where it
+//! was touched, has a fixed size (sealed, so that a peer that maps it can't be hurt by its shrinking), and lives as long
+//! as any piece of it. A piece that is dropped gives nothing back: pools keep theirs for ever.
+//!
+//! Invariant: a piece is cut once, from its own range; so holding it exclusively is holding its bytes exclusively, as
+//! far as this process is concerned. Peers may be let in to read, and read only.
+#![expect(
+    unsafe_code,
+    reason = "pieces of one mapping are owned separately, which slices of one allocation can't be"
+)]
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::{Advice, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+/// Pieces begin at multiples of a cache line, so that no two share one.
+const PIECE_ALIGN_BYTES: usize = 64;
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// One shared mapping. See the module.
+pub struct Arena {
+    id: u64,
+    file: File,
+    map: MmapRaw,
+}
+
+impl fmt::Debug for Arena {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Arena {} of {} bytes", self.id, self.bytes())
+    }
+}
+
+impl Arena {
+    /// Makes an arena and cuts it into `count` pieces of at least `words` words, zeroed.
+    pub(super) fn cut(words: usize, count: usize) -> io::Result<Vec<Words>> {
+        let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let stride = words
+            .checked_mul(size_of::<u64>())
+            .and_then(|bytes| bytes.checked_next_multiple_of(PIECE_ALIGN_BYTES))
+            .ok_or_else(too_large)?;
+        let bytes = stride.checked_mul(count).ok_or_else(too_large)?;
+        let arena = Arc::new(Self::create(bytes)?);
+        let base = NonNull::new(arena.map.as_mut_ptr()).ok_or_else(too_large)?;
+        let pieces = (0..count).map(|index| Words {
+            // SAFETY: index < count, so the offset is within the mapping of count * stride bytes.
+            start: unsafe { base.byte_add(index * stride) }.cast(),
+            count: words,
+            owner: Owner::Arena(Arc::clone(&arena)),
+        });
+        Ok(pieces.collect())
+    }
+
+    fn create(bytes: usize) -> io::Result<Self> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(c"baton-kv", flags)?);
+        file.set_len(bytes as u64)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        let map = MmapRaw::map_raw(&file)?;
+        // Fewer misses in the attention's reads; where the kernel has no large pages for shared memory, it works too.
+        drop(map.advise(Advice::HugePage));
+        Ok(Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            file,
+            map,
+        })
+    }
+
+    /// Unique within this process's life.
+    #[must_use]
+    pub const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Where it begins, for libraries that register address ranges. Reading and writing is for its pieces' owners.
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// Its length.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// The file behind it: anonymous, in memory, of a size that can't change.
+    #[must_use]
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Who frees a piece's memory.
+#[derive(Debug)]
+enum Owner {
+    /// The piece is a boxed slice taken apart.
+    Heap,
+    Arena(Arc<Arena>),
+}
+
+/// Exclusively owned words, on the heap or cut from an arena. Either way reading them is a pointer and a length.
+#[derive(Debug)]
+pub(super) struct Words {
+    start: NonNull<u64>,
+    count: usize,
+    owner: Owner,
+}
+
+// SAFETY: the words are owned exclusively, as a box would own them; an arena's pieces do not overlap.
+unsafe impl Send for Words {}
+
+// SAFETY: a shared reference only reads, and nobody writes without an exclusive one.
+unsafe impl Sync for Words {}
+
+impl Words {
+    /// Zeroed words on the heap.
+    pub(super) fn boxed(count: usize) -> Self {
+        let words = Box::leak(vec![0_u64; count].into_boxed_slice());
+        Self {
+            start: NonNull::from(words).cast(),
+            count,
+            owner: Owner::Heap,
+        }
+    }
+
+    pub(super) const fn as_slice(&self) -> &[u64] {
+        // SAFETY: `start` and `count` are those of a leaked box or of a piece of a mapping that `owner` keeps, both
+        // zeroed when made and aligned for u64; they are borrowed as `self` is.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.count) }
+    }
+
+    pub(super) const fn as_mut_slice(&mut self) -> &mut [u64] {
+        // SAFETY: as in `as_slice`; `self` is borrowed exclusively and no other piece has these words.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
+    }
+
+    /// The arena and the offset in it, in bytes.
+    pub(super) fn arena(&self) -> Option<(&Arc<Arena>, usize)> {
+        match &self.owner {
+            Owner::Heap => None,
+            Owner::Arena(arena) => {
+                let offset = self.start.as_ptr().addr() - arena.base().addr();
+                Some((arena, offset))
+            }
+        }
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        if matches!(self.owner, Owner::Heap) {
+            let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.count);
+            // SAFETY: exactly this slice was leaked from a box in `boxed`, and nobody else has freed it.
+            drop(unsafe { Box::from_raw(words) });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn pieces_are_zeroed_apart_and_of_one_arena() {
+        let mut pieces = Arena::cut(10, 3).unwrap();
+        for (index, piece) in (1_u64..).zip(&mut pieces) {
+            assert_eq!(piece.as_slice(), [0; 10]);
+            piece.as_mut_slice().fill(index);
+        }
+        let offsets: Vec<_> = pieces.iter().map(|p| p.arena().unwrap().1).collect();
+        assert_eq!(offsets, [0, 128, 256]);
+        for (index, piece) in (1_u64..).zip(&pieces) {
+            assert_eq!(piece.as_slice(), [index; 10]);
+        }
+        let (arena, _) = pieces[0].arena().unwrap();
+        assert!(
+            pieces
+                .iter()
+                .all(|p| p.arena().unwrap().0.id() == arena.id())
+        );
+        let other = Arena::cut(1, 1).unwrap();
+        assert_ne!(other[0].arena().unwrap().0.id(), arena.id());
+    }
+
+    #[test]
+    fn the_file_shows_what_a_piece_holds_and_keeps_its_size() {
+        let mut pieces = Arena::cut(8, 2).unwrap();
+        pieces[1].as_mut_slice()[0] = u64::from_ne_bytes(*b"hand-off");
+        let (arena, offset) = pieces[1].arena().unwrap();
+        let file = File::from(arena.file().try_clone_to_owned().unwrap());
+        let mut seen = [0; 8];
+        file.read_exact_at(&mut seen, offset as u64).unwrap();
+        assert_eq!(&seen, b"hand-off");
+        assert!(file.set_len(0).is_err());
+        assert!(file.set_len(1 << 20).is_err());
+        assert_eq!(arena.bytes(), 128);
+    }
+
+    #[test]
+    fn an_arena_lives_as_long_as_its_last_piece() {
+        let mut pieces = Arena::cut(8, 2).unwrap();
+        let arena = Arc::downgrade(pieces[0].arena().unwrap().0);
+        let mut last = pieces.pop().unwrap();
+        drop(pieces);
+        last.as_mut_slice()[7] = 7;
+        assert!(arena.upgrade().is_some());
+        let moved = std::thread::spawn(move || last.as_slice()[7]);
+        assert_eq!(moved.join().unwrap(), 7);
+        assert!(arena.upgrade().is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_an_error() {
+        assert!(Arena::cut(usize::MAX / 2, 1).is_err());
+        assert!(Arena::cut(1 << 40, 1 << 30).is_err());
+        assert!(Arena::cut(1, 0).is_err());
+    }
+
+    #[test]
+    fn words_on_the_heap_are_in_no_arena() {
+        let mut words = Words::boxed(3);
+        words.as_mut_slice()[2] = 5;
+        assert_eq!(words.as_slice(), [0, 0, 5]);
+        assert!(words.arena().is_none());
+        assert!(Words::boxed(0).as_slice().is_empty());
+    }
+}

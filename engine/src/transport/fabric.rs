@@ -1,0 +1,165 @@
+//! Reading a peer's memory: what a one-sided library, or the kernel of a shared host, has to offer to the control
+//! plane of [`super::link`].
+//!
+//! Only pulling: the side that owns the target asks for the bytes, so nobody remote ever writes our memory, and the
+//! end of a quarantine is local knowledge. What protects the source is the lease at its owner; a source that was let
+//! go and changed meanwhile is found out by the checksum that was made when it was offered.
+//!
+//! A fabric knows arenas, addresses and bytes. Connections, greetings, silence, queues, regions, transfers and
+//! acknowledgements are the control plane's; a fabric never calls back.
+#![expect(dead_code, reason = "the control plane that uses it comes next")]
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use super::Capability;
+use super::runs::Runs;
+use crate::page::Page;
+use crate::page::arena::Arena;
+
+/// What makes an exported arena readable for a peer, in the fabric's own form; opaque to everyone else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ArenaKey(pub(crate) Vec<u8>);
+
+/// Longest [`Fabric::address`] that is carried.
+pub(crate) const ADDRESS_BYTES_MAX: usize = 64 << 10;
+
+/// Longest [`ArenaKey`] that is carried.
+pub(crate) const KEY_BYTES_MAX: usize = 64 << 10;
+
+/// What suits a fabric. The control plane arranges its jobs accordingly where it can, and says so where it cannot:
+/// a read that does not follow these terms is slow, not wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FabricTerms {
+    /// Stretches shorter than this on average are gathered by the writer, and scattered by the reader, through staging
+    /// memory. 0 where the fabric copies short stretches as well as anyone.
+    pub(crate) stretch_bytes_min: usize,
+    /// Whether targets that are in no arena go through staging memory, which is in one.
+    pub(crate) target_in_arena: bool,
+    /// Bytes that one call of [`FabricPeer::read`] is given at most, if it has more than one job.
+    pub(crate) batch_bytes_max: usize,
+}
+
+/// An imported arena: what [`FabricPeer::import`] gave, for [`ReadJob::from`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct RemoteArena {
+    /// The fabric's own number for it; unique per [`FabricPeer`].
+    pub(crate) handle: u64,
+    /// Its length. The control plane lets no job begin whose source ends beyond it.
+    pub(crate) bytes: u64,
+}
+
+/// One piece to read.
+#[derive(Debug)]
+pub(crate) struct ReadJob<'a> {
+    /// Where from.
+    pub(crate) from: RemoteArena,
+    /// Source offsets are within the remote arena, target offsets within the page; both were checked.
+    pub(crate) runs: &'a Runs,
+    /// Where to. It may be in an arena of ours ([`Page::arena`]), exported or not, or in none.
+    pub(crate) page: &'a mut Page,
+}
+
+/// What went wrong. Every one of them ends the connection for which it happened, with this text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum FabricError {
+    /// The peer's address or key is not of this fabric, or damaged.
+    #[error("{fabric}: {what} not understood: {detail}")]
+    Malformed {
+        fabric: &'static str,
+        /// `address` or `arena key`.
+        what: &'static str,
+        detail: String,
+    },
+    /// The peer cannot be reached this way: another host, another user, no route.
+    #[error("{fabric}: cannot reach the peer's memory: {detail}")]
+    Unreachable {
+        fabric: &'static str,
+        detail: String,
+    },
+    /// Memory of ours could not be registered or mapped.
+    #[error("{fabric}: cannot register memory: {detail}")]
+    Memory {
+        fabric: &'static str,
+        detail: String,
+    },
+    /// The library or the system failed a read.
+    #[error("{fabric}: read failed: {detail}")]
+    Read {
+        fabric: &'static str,
+        detail: String,
+    },
+    /// The deadline came first.
+    #[error("{fabric}: read not done in time")]
+    TimedOut { fabric: &'static str },
+    /// The caller's flag came first, or the fabric was closed.
+    #[error("{fabric}: read given up")]
+    Cancelled { fabric: &'static str },
+}
+
+/// A way to read the memory of other processes.
+///
+/// The contract:
+///
+/// - *Threads.* Every method may be called from any thread, several at once. What the library wants done on one thread
+///   (progress) the implementation does on a thread of its own, which it joins when dropped.
+/// - *Waiting.* Only [`open`](Self::open), [`FabricPeer::import`] and [`FabricPeer::read`] may wait on a peer: the first
+///   and the last until their deadline, `import` for as long as `open` may.
+/// - *Trust.* Addresses and keys come from peers. Whatever they hold ends in a handle or in an error; it makes nobody
+///   panic, allocate more than it is long plus a small constant, or read or write memory outside of what the peer
+///   exported and the page that was given.
+pub(crate) trait Fabric: Debug + Send + Sync {
+    /// What it can do; its name is the transport's.
+    fn capability(&self) -> &Capability;
+
+    /// What suits it.
+    fn terms(&self) -> FabricTerms;
+
+    /// For the peer's [`open`](Self::open): at most [`ADDRESS_BYTES_MAX`]. It does not change while the fabric lives.
+    fn address(&self) -> Vec<u8>;
+
+    /// Whether a process with this address can probably be read from here, judged without asking it. A false yes costs
+    /// a connection that fails; a false no costs the better wire.
+    fn reaches(&self, address: &[u8]) -> bool;
+
+    /// Makes an arena readable for every peer; at most [`KEY_BYTES_MAX`]. Idempotent. The fabric keeps the arena until
+    /// it is closed.
+    ///
+    /// # Errors
+    /// When it cannot be registered; the control plane then sends that arena's bytes through its stream.
+    fn export(&self, arena: &Arc<Arena>) -> Result<ArenaKey, FabricError>;
+
+    /// Prepares reading from the process that has this address.
+    ///
+    /// # Errors
+    /// When it cannot be reached before the deadline, or the address makes no sense.
+    fn open(&self, address: &[u8], deadline: Instant) -> Result<Box<dyn FabricPeer>, FabricError>;
+
+    /// Gives up every read that is under way, soon; later ones fail. Does not wait.
+    fn close(&self);
+}
+
+/// One peer whose memory can be read. Dropping it forgets the peer and what was imported.
+pub(crate) trait FabricPeer: Debug + Send {
+    /// Makes an arena that the peer exported known here.
+    ///
+    /// # Errors
+    /// When the key makes no sense or the memory cannot be attached.
+    fn import(&mut self, key: &[u8]) -> Result<RemoteArena, FabricError>;
+
+    /// Reads all jobs. When it returns, whatever the result, nothing writes any of the pages any more; after an
+    /// error their contents are in doubt. `cancelled` is looked at often enough to return within a fraction of a second.
+    /// The pages are distinct; the jobs may be carried out in any order, but all are done when it returns `Ok`.
+    ///
+    /// # Errors
+    /// The first thing that went wrong, with any of them.
+    fn read(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError>;
+}
