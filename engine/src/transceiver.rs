@@ -31,6 +31,7 @@ mod desk;
 mod inbox;
 mod info;
 mod message;
+mod reshard;
 mod select;
 mod state;
 mod timers;
