@@ -302,6 +302,11 @@ pub trait Transport: Debug + Send + Sync {
     /// How peers reach this process.
     fn endpoint(&self) -> EndpointRecord;
 
+    /// Whether a peer of this record can probably be reached, judged without asking it.
+    fn reaches(&self, endpoint: &EndpointRecord) -> bool {
+        endpoint.transport == self.capability().name
+    }
+
     /// Starts connecting; gives up at the deadline.
     ///
     /// # Errors
