@@ -20,6 +20,7 @@ use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
 use crate::transport::tcp::TcpTuning;
+pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
 use inbox::{Command, Inbox};
@@ -29,6 +30,7 @@ use select::Preference;
 use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord};
 use wires::{KINDS, Start, Wires};
 
+mod available;
 mod checksum;
 mod desk;
 mod inbox;

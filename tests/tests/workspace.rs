@@ -28,6 +28,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const UNSAFE_DOORS: &[&str] = &[
     "launcher/src/os.rs",
     "launcher/src/pmix/library.rs",
+    "launcher/src/doctor/library.rs",
     "engine/src/backend/cpu/simd.rs",
     "engine/src/backend/cpu/team.rs",
     "engine/src/collective/mpi/plugin.rs",

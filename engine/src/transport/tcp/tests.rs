@@ -140,12 +140,14 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
     let oversize = message_header(MESSAGE_BYTES_MAX as u64 + 1);
     let second_hello = Header::plain(Kind::Hello, 0).encode();
     let region = node.transport.register(page(100, 0)).unwrap();
-    let mut beyond = write_header(&region.remote, u64::MAX);
-    beyond[40] = 8;
-    let cases: [(&[u8], &str); 4] = [
+    let beyond = write_header(&region.remote, 401);
+    let mut no_runs = write_header(&region.remote, 400);
+    no_runs[8] += 1;
+    let cases: [(&[u8], &str); 5] = [
         (&oversize, "at most"),
         (&second_hello, "second greeting"),
-        (&beyond, "into a region of 400"),
+        (&beyond, "up to byte 401 of a region of 400"),
+        (&no_runs, "runs of 400 bytes in a frame of 401"),
         (&[7; HEADER_BYTES], "not a kv transport frame"),
     ];
     for (bytes, expected) in cases {
