@@ -19,7 +19,7 @@ use crate::handoff::{
 use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
-use crate::transport::tcp::TcpTuning;
+use crate::transport::link::LinkTuning;
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
@@ -28,7 +28,7 @@ use info::Held;
 pub use info::{TransceiverInfo, TransceiverStats, WireStats};
 use select::Preference;
 use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord};
-use wires::{KINDS, Start, Wires};
+use wires::{KINDS, Kind, Wires};
 
 mod available;
 mod checksum;
@@ -66,8 +66,8 @@ pub struct TransceiverParams {
     pub advertise_host: String,
     /// Bounds.
     pub limits: TransceiverLimits,
-    /// Deadlines of the TCP transport.
-    pub tcp: TcpTuning,
+    /// Deadlines of connections.
+    pub link: LinkTuning,
     /// What shall go wrong, in tests; see [`FaultPlan::from_environment`].
     pub faults: FaultPlan,
 }
@@ -111,7 +111,7 @@ impl TransceiverParams {
             bind_port: 0,
             advertise_host: host.to_owned(),
             limits: TransceiverLimits::default(),
-            tcp: TcpTuning::default(),
+            link: LinkTuning::default(),
             faults: FaultPlan::default(),
         }
     }
@@ -172,7 +172,7 @@ impl Transceiver {
         params: TransceiverParams,
         sink: HandoffSink,
         preference: &Preference,
-        kinds: &[(&str, Start)],
+        kinds: &[Kind],
     ) -> Result<Self, TransceiverStartError> {
         let layout = OwnLayout::new(&params.layout).map_err(TransceiverStartError::Layout)?;
         let inbox = Arc::new(Inbox::default());

@@ -20,7 +20,11 @@ mod resharding;
 mod several;
 
 /// The transport for tests, started.
-const MEMORY: (&str, Start) = ("memory", |_, events| Ok(memory::start_for_tests(events)));
+const MEMORY: Kind = Kind {
+    name: "memory",
+    probe: || Err("for tests only".to_owned()),
+    start: |_, events| Ok(memory::start_for_tests(events)),
+};
 
 /// How long a test waits for an event that must come.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -37,10 +41,11 @@ const SHAPE: PageShape = PageShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wire {
     Tcp,
+    Shm,
     Memory,
 }
 
-const WIRES: [Wire; 2] = [Wire::Tcp, Wire::Memory];
+const WIRES: [Wire; 3] = [Wire::Tcp, Wire::Shm, Wire::Memory];
 
 fn layout(page: PageShape) -> KvLayout {
     KvLayout {
@@ -90,13 +95,14 @@ impl Instance {
         let (sender, events) = channel();
         let sink: HandoffSink = Arc::new(move |event| drop(sender.send(event)));
         let shape = params.layout.page;
-        let transceiver = match wire {
-            Wire::Tcp => Transceiver::start(params, sink).unwrap(),
-            Wire::Memory => {
-                let preference = Preference::of(vec!["memory"]);
-                Transceiver::start_over(params, sink, &preference, &[MEMORY]).unwrap()
-            }
+        let name = match wire {
+            Wire::Tcp => "tcp",
+            Wire::Shm => "shm",
+            Wire::Memory => "memory",
         };
+        let kinds: Vec<_> = KINDS.iter().copied().chain([MEMORY]).collect();
+        let preference = Preference::of(vec![name]);
+        let transceiver = Transceiver::start_over(params, sink, &preference, &kinds).unwrap();
         Self::around(transceiver, shape, events)
     }
 

@@ -1,7 +1,7 @@
 //! The transports of this process, in order of preference, and which peer is connected over which of them.
 //!
 //! A fetch goes over one transport, because a page is with one transport at a time: over the first of ours that all the
-//! ranks it takes from have too, and that reaches them all. Adding a transport is one line of [`KINDS`].
+//! ranks it takes from have too, and that reaches them all. Adding a transport is one entry of [`KINDS`].
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -12,43 +12,70 @@ use super::inbox::{Happening, Inbox};
 use super::select::{Preference, Tried};
 use super::state::{OpaqueState, RankRecord, printable};
 use crate::handoff::HandoffError;
-use crate::transport::tcp::{TcpParams, TcpTransport};
+use crate::transport::link::{LinkParams, LinkStartError, LinkTransport};
+use crate::transport::staging::StagingSize;
 use crate::transport::{
-    ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport, TransportSink, Write,
+    Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
+    TransportSink, Write, shm, tcp,
 };
+
+/// A transport that this build has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// The name that configs, logs and metrics have for it.
+    pub(super) name: &'static str,
+    /// What it can do on this machine; otherwise what is missing. Starts nothing.
+    pub(super) probe: fn() -> Result<Capability, String>,
+    pub(super) start: Start,
+}
 
 /// Starts a transport; otherwise says why it is not there.
 pub(super) type Start = fn(&TransceiverParams, TransportSink) -> Result<Arc<dyn Transport>, String>;
 
-/// Every transport that this build has, by the name that configs have for it.
-pub(super) const KINDS: &[(&str, Start)] = &[("tcp", start_tcp)];
+/// All of them.
+pub(super) const KINDS: &[Kind] = &[
+    Kind {
+        name: "shm",
+        probe: || Ok(shm::CAPABILITY),
+        start: |params, events| link(shm::start(link_params(params, 0), events)),
+    },
+    Kind {
+        name: "tcp",
+        probe: || Ok(tcp::CAPABILITY),
+        start: |params, events| link(tcp::start(link_params(params, params.bind_port), events)),
+    },
+];
 
-fn start_tcp(
-    params: &TransceiverParams,
-    events: TransportSink,
-) -> Result<Arc<dyn Transport>, String> {
-    let tcp = TcpParams {
+/// A link of these params, on this port: a fixed one is for one transport only.
+fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
+    LinkParams {
         bind_host: params.bind_host.clone(),
-        bind_port: params.bind_port,
+        bind_port,
         advertise_host: params.advertise_host.clone(),
-        tuning: params.tcp.clone(),
+        tuning: params.link.clone(),
+        staging: StagingSize::default(),
         faults: params.faults.clone(),
-    };
-    let started = TcpTransport::start(tcp, events).map_err(|error| error.to_string())?;
-    Ok(Arc::new(started))
+    }
+}
+
+fn link(started: Result<LinkTransport, LinkStartError>) -> Result<Arc<dyn Transport>, String> {
+    match started {
+        Ok(transport) => Ok(Arc::new(transport)),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Starts all transports of a preference that there are. Returns them with what became of each.
 pub(super) fn start_all(
     preference: &Preference,
-    kinds: &[(&str, Start)],
+    kinds: &[Kind],
     params: &TransceiverParams,
     inbox: &Arc<Inbox>,
 ) -> (Vec<Arc<dyn Transport>>, Vec<Tried>) {
     let mut started = Vec::new();
     let mut tried = Vec::new();
     for &name in &preference.order {
-        let Some((_, start)) = kinds.iter().find(|(kind, _)| *kind == name) else {
+        let Some(kind) = kinds.iter().find(|kind| kind.name == name) else {
             tried.push((name, Some("this build does not have it".to_owned())));
             continue;
         };
@@ -56,7 +83,7 @@ pub(super) fn start_all(
         let inbox = Arc::clone(inbox);
         let events: TransportSink =
             Arc::new(move |event| inbox.happened(Happening::Transport { wire, event }));
-        match start(params, events) {
+        match (kind.start)(params, events) {
             Ok(transport) => {
                 started.push(transport);
                 tried.push((name, None));

@@ -1,7 +1,6 @@
 //! Several transports at once: which one is taken, and what happens when it cannot connect.
 
 use super::*;
-use crate::transceiver::wires::KINDS;
 use crate::transport::EndpointRecord;
 
 /// An instance with the test's transport first and TCP behind it.
@@ -47,7 +46,7 @@ fn a_ticket_names_every_transport_and_the_best_common_one_is_taken() {
     }
     let peers = context.transceiver.info().peers();
     let expected = [("gen-0".to_owned(), "memory"), ("gen-1".to_owned(), "tcp")];
-    assert_eq!(peers.into_iter().collect::<Vec<_>>(), expected);
+    assert_eq!(Vec::from_iter(peers), expected);
     let sent: Vec<_> = info
         .wires()
         .into_iter()
