@@ -18,6 +18,7 @@ pub use runs::{Run, Runs, RunsError};
 
 pub(crate) mod fabric;
 pub mod fault;
+pub mod mpi;
 pub mod runs;
 pub mod tcp;
 
