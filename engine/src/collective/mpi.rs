@@ -13,8 +13,8 @@ use super::doing::Doing;
 use plugin::Plugin;
 use watch::Watch;
 
-pub use group::MpiGroup;
 pub(crate) use flight::{Flight, Patience};
+pub use group::MpiGroup;
 pub(crate) use mail::{FIRST_TAG, LAST_TAG, Mail, mail};
 
 mod find;

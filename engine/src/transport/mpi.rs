@@ -206,12 +206,11 @@ impl Fabric for MpiFabric {
     }
 
     fn open(&self, address: &[u8], _deadline: Instant) -> Result<Box<dyn FabricPeer>, FabricError> {
-        let (world, rank) =
-            wire::read_address(address).ok_or_else(|| FabricError::Malformed {
-                fabric: CAPABILITY.name,
-                what: "address",
-                detail: format!("{} bytes", address.len()),
-            })?;
+        let (world, rank) = wire::read_address(address).ok_or_else(|| FabricError::Malformed {
+            fabric: CAPABILITY.name,
+            what: "address",
+            detail: format!("{} bytes", address.len()),
+        })?;
         let mail = &self.shared.mail;
         if world != *mail.world() || rank >= mail.size() {
             return Err(FabricError::Unreachable {

@@ -267,13 +267,7 @@ impl Plugin {
         let (mut found, mut from, mut length) = (0, 0, 0);
         // SAFETY: the group is the plug-in's own, the answers this function's.
         let status = unsafe {
-            (self.probe_any)(
-                group.raw.as_ptr(),
-                tag,
-                &mut found,
-                &mut from,
-                &mut length,
-            )
+            (self.probe_any)(group.raw.as_ptr(), tag, &mut found, &mut from, &mut length)
         };
         self.checked(status)?;
         if found == 0 {

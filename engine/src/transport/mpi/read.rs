@@ -83,8 +83,10 @@ impl MpiPeer {
             && let Some(next) = stretches.front_mut().filter(|next| next.arena == arena)
         {
             let length = next.target.len().min(BATCH_BYTES_MAX - total);
-            let (source_end, target_end) =
-                (next.source.start + length as u64, next.target.start + length);
+            let (source_end, target_end) = (
+                next.source.start + length as u64,
+                next.target.start + length,
+            );
             ranges.push(next.source.start..source_end);
             places.push_back(Place {
                 job: next.job,
@@ -112,7 +114,9 @@ impl MpiPeer {
             left: total,
             places,
         };
-        let status = shared.mail.expect(self.rank, tag, vec![0; STATUS_BYTES_MAX]);
+        let status = shared
+            .mail
+            .expect(self.rank, tag, vec![0; STATUS_BYTES_MAX]);
         exchange.flights.push_back(status.map_err(failed)?);
         let asked = shared
             .mail
@@ -215,7 +219,9 @@ impl Exchange<'_> {
         }
         if received != bytes.len() {
             let due = bytes.len();
-            return Err(failed(format!("{received} bytes came where {due} were due")));
+            return Err(failed(format!(
+                "{received} bytes came where {due} were due"
+            )));
         }
         let mut rest = &bytes[..];
         while !rest.is_empty()

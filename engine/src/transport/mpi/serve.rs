@@ -87,7 +87,9 @@ impl Desk {
                 break;
             };
             if bytes > REQUEST_BYTES_MAX {
-                return Err(format!("rank {from} of the world sent a request of {bytes} bytes"));
+                return Err(format!(
+                    "rank {from} of the world sent a request of {bytes} bytes"
+                ));
             }
             let flight = mail.expect(from, REQUEST, vec![0; bytes])?;
             self.requests.push((from, flight));
@@ -142,7 +144,11 @@ impl Answer {
             return Ok(None);
         };
         if !(FIRST_TAG + 1..=LAST_TAG).contains(&request.tag) {
-            tracing::warn!(rank = to, tag = request.tag, "a kv request over MPI has no tag");
+            tracing::warn!(
+                rank = to,
+                tag = request.tag,
+                "a kv request over MPI has no tag"
+            );
             return Ok(None);
         }
         let source = open(shared, &request);
@@ -224,7 +230,9 @@ fn open(shared: &Shared, request: &Request) -> Result<File, String> {
         sum.saturating_add(range.end - range.start)
     });
     if total > BATCH_BYTES_MAX as u64 {
-        return Err(format!("{total} bytes are more than one request may ask for"));
+        return Err(format!(
+            "{total} bytes are more than one request may ask for"
+        ));
     }
     let file = arena.file().try_clone_to_owned();
     file.map(File::from).map_err(|error| error.to_string())
