@@ -20,6 +20,7 @@ pub use runs::{Run, Runs, RunsError};
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;
+pub mod mpi;
 pub mod nixl;
 pub mod runs;
 pub mod shm;

@@ -158,6 +158,11 @@ fn as_a_rank() {
             stay();
         }
     }
+    if part == "kv" {
+        world.open_mail().unwrap();
+        crate::transport::mpi::tests::as_a_rank(&mut |line| say(line));
+        return leave();
+    }
     if part == "roles" {
         roles(&world);
         return leave();
@@ -335,6 +340,18 @@ fn four_ranks_conform() {
 fn a_world_splits_into_roles() {
     if let Some(ended) = world("roles", 5) {
         assert!(ended.success, "{}", ended.text);
+    }
+}
+
+/// Every rank reads the memory of every other, and its own.
+#[test]
+fn ranks_read_each_others_arenas() {
+    if let Some(ended) = world("kv", 3) {
+        assert!(ended.success, "{}", ended.text);
+        for rank in 0..3 {
+            let done = format!("rank {rank} has read all");
+            assert!(ended.text.contains(&done), "{}", ended.text);
+        }
     }
 }
 
