@@ -28,7 +28,7 @@ pub mod staging;
 pub mod tcp;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
 

@@ -7,12 +7,13 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms};
-use super::{Capability, MemoryKind, Reach, Sides, tcp};
+use super::link::{LinkParams, LinkStartError, LinkTransport};
+use super::{Capability, MemoryKind, Reach, Sides, TransportSink, tcp};
 use crate::collective::mpi::{FIRST_TAG, LAST_TAG, Mail, mail};
 use crate::page::arena::Arena;
 use read::MpiPeer;
@@ -60,7 +61,28 @@ pub enum MpiMissing {
     Thread(String),
 }
 
-/// Whether [`MpiFabric::start`] would find a world.
+/// Why the transport did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MpiStartError {
+    /// MPI is not to be had.
+    #[error(transparent)]
+    Missing(#[from] MpiMissing),
+    /// The control plane did not start.
+    #[error(transparent)]
+    Link(#[from] LinkStartError),
+}
+
+/// Starts the transport.
+///
+/// # Errors
+/// When this process is no rank of an MPI world, or the address cannot be bound.
+pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, MpiStartError> {
+    let fabric = Arc::new(MpiFabric::start()?);
+    Ok(LinkTransport::over(fabric, params, sink)?)
+}
+
+/// Whether [`start`] would find a world.
 ///
 /// # Errors
 /// When it would not.
@@ -134,19 +156,28 @@ impl Shared {
     }
 }
 
-/// The fabric; one a process, for requests have one tag.
+/// The thread that answers; one a process, for requests have one tag. It ends with its last fabric.
 #[derive(Debug)]
-pub(crate) struct MpiFabric {
+struct Server {
     shared: Arc<Shared>,
     serving: Option<JoinHandle<()>>,
 }
 
-impl MpiFabric {
-    /// Starts answering, where this process is a rank of an MPI world.
-    ///
-    /// # Errors
-    /// When it is none.
-    pub(crate) fn start() -> Result<Self, MpiMissing> {
+static SERVER: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+
+impl Server {
+    /// The one that runs, or a new one.
+    fn get() -> Result<Arc<Self>, MpiMissing> {
+        let mut running = SERVER.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = running.upgrade() {
+            return Ok(server);
+        }
+        let server = Arc::new(Self::start()?);
+        *running = Arc::downgrade(&server);
+        Ok(server)
+    }
+
+    fn start() -> Result<Self, MpiMissing> {
         let shared = Arc::new(Shared {
             mail: mail().ok_or(MpiMissing::NoWorld)?,
             exported: Mutex::default(),
@@ -171,6 +202,38 @@ impl MpiFabric {
     }
 }
 
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        if let Some(serving) = self.serving.take()
+            && serving.join().is_err()
+        {
+            tracing::error!("the kv transport's MPI thread panicked");
+        }
+    }
+}
+
+/// The fabric.
+#[derive(Debug)]
+pub(crate) struct MpiFabric {
+    server: Arc<Server>,
+    /// Its own end; others of this process go on.
+    closed: Arc<AtomicBool>,
+}
+
+impl MpiFabric {
+    /// Starts answering, where this process is a rank of an MPI world.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub(crate) fn start() -> Result<Self, MpiMissing> {
+        Ok(Self {
+            server: Server::get()?,
+            closed: Arc::default(),
+        })
+    }
+}
+
 impl Fabric for MpiFabric {
     fn capability(&self) -> &Capability {
         &CAPABILITY
@@ -185,18 +248,18 @@ impl Fabric for MpiFabric {
     }
 
     fn address(&self) -> Vec<u8> {
-        let mail = &self.shared.mail;
+        let mail = &self.server.shared.mail;
         wire::address(mail.world(), mail.rank())
     }
 
     fn reaches(&self, address: &[u8]) -> bool {
-        let mail = &self.shared.mail;
+        let mail = &self.server.shared.mail;
         wire::read_address(address)
             .is_some_and(|(world, rank)| world == *mail.world() && rank < mail.size())
     }
 
     fn export(&self, arena: &Arc<Arena>) -> Result<ArenaKey, FabricError> {
-        let mut exported = self.shared.exported();
+        let mut exported = self.server.shared.exported();
         let known = exported.iter().position(|other| other.id() == arena.id());
         let index = known.unwrap_or_else(|| {
             exported.push(Arc::clone(arena));
@@ -211,28 +274,18 @@ impl Fabric for MpiFabric {
             what: "address",
             detail: format!("{} bytes", address.len()),
         })?;
-        let mail = &self.shared.mail;
+        let mail = &self.server.shared.mail;
         if world != *mail.world() || rank >= mail.size() {
             return Err(FabricError::Unreachable {
                 fabric: CAPABILITY.name,
                 detail: "it is no rank of this MPI world".to_owned(),
             });
         }
-        Ok(Box::new(MpiPeer::new(Arc::clone(&self.shared), rank)))
+        let (shared, closed) = (Arc::clone(&self.server.shared), Arc::clone(&self.closed));
+        Ok(Box::new(MpiPeer::new(shared, closed, rank)))
     }
 
     fn close(&self) {
-        self.shared.closed.store(true, Ordering::Release);
-    }
-}
-
-impl Drop for MpiFabric {
-    fn drop(&mut self) {
-        self.close();
-        if let Some(serving) = self.serving.take()
-            && serving.join().is_err()
-        {
-            tracing::error!("the kv transport's MPI thread panicked");
-        }
+        self.closed.store(true, Ordering::Release);
     }
 }

@@ -132,7 +132,7 @@ fn as_a_rank() {
         .parse()
         .unwrap();
     let peer_timeout = match part.as_str() {
-        "conform" | "roles" | "instance" => PATIENCE,
+        "conform" | "roles" | "instance" | "kv" | "transport" => PATIENCE,
         _ => SHORT,
     };
     if part == "instance" {
@@ -158,9 +158,13 @@ fn as_a_rank() {
             stay();
         }
     }
-    if part == "kv" {
+    if part == "kv" || part == "transport" {
         world.open_mail().unwrap();
-        crate::transport::mpi::tests::as_a_rank(&mut |line| say(line));
+        let run = match part.as_str() {
+            "kv" => crate::transport::mpi::tests::as_a_rank,
+            _ => crate::transport::mpi::tests::conforms,
+        };
+        run(&mut |line| say(line));
         return leave();
     }
     if part == "roles" {
@@ -340,6 +344,17 @@ fn four_ranks_conform() {
 fn a_world_splits_into_roles() {
     if let Some(ended) = world("roles", 5) {
         assert!(ended.success, "{}", ended.text);
+    }
+}
+
+/// What holds for every transport holds for the one over MPI.
+#[test]
+fn the_transport_conforms() {
+    if let Some(ended) = world("transport", 1) {
+        assert!(ended.success, "{}", ended.text);
+        for (name, _) in crate::transport::conformance::CHECKS {
+            assert!(ended.text.contains(name), "{name}: {}", ended.text);
+        }
     }
 }
 

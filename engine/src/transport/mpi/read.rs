@@ -16,6 +16,8 @@ use crate::transport::fabric::{FabricError, FabricPeer, ReadJob, RemoteArena};
 #[derive(Debug)]
 pub(super) struct MpiPeer {
     shared: Arc<Shared>,
+    /// Whether the fabric that opened it is.
+    closed: Arc<AtomicBool>,
     rank: usize,
 }
 
@@ -52,12 +54,13 @@ struct Exchange<'a> {
 struct Limits<'a> {
     deadline: Instant,
     cancelled: &'a AtomicBool,
+    closed: &'a AtomicBool,
 }
 
 impl Limits<'_> {
     fn check(&self, shared: &Shared) -> Result<(), FabricError> {
         let fabric = CAPABILITY.name;
-        if self.cancelled.load(Ordering::Acquire) || shared.is_closed() {
+        if self.cancelled.load(Ordering::Acquire) || self.closed.load(Ordering::Acquire) {
             return Err(FabricError::Cancelled { fabric });
         }
         if Instant::now() >= self.deadline {
@@ -68,8 +71,12 @@ impl Limits<'_> {
 }
 
 impl MpiPeer {
-    pub(super) fn new(shared: Arc<Shared>, rank: usize) -> Self {
-        Self { shared, rank }
+    pub(super) fn new(shared: Arc<Shared>, closed: Arc<AtomicBool>, rank: usize) -> Self {
+        Self {
+            shared,
+            closed,
+            rank,
+        }
     }
 
     /// Asks for as many of the stretches as go into one request; they are of one arena.
@@ -145,6 +152,7 @@ impl FabricPeer for MpiPeer {
         let limits = Limits {
             deadline,
             cancelled,
+            closed: &self.closed,
         };
         let mut stretches: VecDeque<Stretch> = jobs
             .iter()

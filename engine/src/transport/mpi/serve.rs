@@ -234,8 +234,8 @@ fn open(shared: &Shared, request: &Request) -> Result<File, String> {
             "{total} bytes are more than one request may ask for"
         ));
     }
-    let file = arena.file().try_clone_to_owned();
-    file.map(File::from).map_err(|error| error.to_string())
+    let file = arena.file().try_clone();
+    file.map_err(|error| error.to_string())
 }
 
 /// The rest of an answer that its reader has given up: it is received and forgotten, or the sender would wait for ever.

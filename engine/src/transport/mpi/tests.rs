@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::page::{KvDtype, Page, PageShape};
+use crate::transport::conformance::CHECKS;
 use crate::transport::fabric::ReadJob;
+use crate::transport::link;
 use crate::transport::runs::{Run, Runs};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -54,6 +56,16 @@ fn exchange(own: &[u8], mail: &Mail) -> Vec<Vec<u8>> {
             }
         })
         .collect()
+}
+
+/// The suite of all transports, between two of this process: a rank can write to itself.
+pub(crate) fn conforms(say: &mut dyn FnMut(&str)) {
+    let kept = MpiFabric::start().unwrap();
+    for (name, check) in CHECKS {
+        check(|sink| Arc::new(start(link::on_loopback(), sink).unwrap()));
+        say(&format!("the transport conforms: {name}"));
+    }
+    drop(kept);
 }
 
 fn wait(mut done: impl FnMut() -> bool) {
