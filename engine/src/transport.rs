@@ -31,6 +31,8 @@ pub mod tcp;
 pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
+#[cfg(test)]
+mod processes;
 
 /// Where pages may live for a transport to move them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
