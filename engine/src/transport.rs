@@ -20,6 +20,7 @@ pub(crate) mod fabric;
 pub mod fault;
 pub mod runs;
 pub mod tcp;
+pub mod ucx;
 
 #[cfg(test)]
 mod conformance;
