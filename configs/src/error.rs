@@ -216,7 +216,8 @@ pub(crate) fn shown_key(key: &str) -> String {
 }
 
 /// The known name that is written most like `name`, if any is near enough to be meant.
-pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+#[must_use]
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     const NEAR_ENOUGH: f64 = 0.75;
     let wanted = name.to_lowercase().replace('-', "_");
     known

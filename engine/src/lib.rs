@@ -9,7 +9,7 @@ pub mod collective;
 pub mod engine;
 pub mod group;
 pub mod handoff;
-mod machine;
+pub mod machine;
 pub mod metrics;
 pub mod model;
 pub mod page;

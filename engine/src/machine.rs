@@ -8,7 +8,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 /// Bytes that this process could still take: what the machine has left, and what its control group leaves it.
-pub(crate) fn available_bytes() -> u64 {
+#[must_use]
+pub fn available_bytes() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| mem_available(&text));

@@ -19,6 +19,8 @@ pub(crate) enum Outcome {
     Address,
     /// A wait ran into its deadline.
     TimedOut,
+    /// All went well, but slower than was asked for.
+    BelowFloor,
     /// Ended by a signal, after draining.
     Signal(i32),
     /// As the command that was run ended, whatever that means.
@@ -33,6 +35,7 @@ pub(crate) const TABLE: &[(u8, &str)] = &[
     (65, "wrong configuration file"),
     (69, "a model, library or file is missing or unusable"),
     (75, "a wait ran into its deadline"),
+    (79, "a measured rate is below the floor that was asked for"),
     (98, "an address is in use or cannot be bound"),
     (130, "ended by Ctrl-C (128 + signal number for others)"),
 ];
@@ -51,6 +54,7 @@ impl Outcome {
             Self::Config => 65,
             Self::Unavailable => 69,
             Self::TimedOut => 75,
+            Self::BelowFloor => 79,
             Self::Address => 98,
             Self::Code(code) => code,
             Self::Signal(number) => 128_u8.saturating_add(u8::try_from(number).unwrap_or(0)),
@@ -131,6 +135,7 @@ mod tests {
             Outcome::Unavailable,
             Outcome::Address,
             Outcome::TimedOut,
+            Outcome::BelowFloor,
             Outcome::Signal(2),
         ] {
             assert!(

@@ -2,11 +2,13 @@
 //!
 //! stdout is data, stderr is talk. Errors travel up to here, are printed once, and become an exit code.
 
+mod bench;
 mod bind;
 mod child;
 mod cli;
 mod client;
 mod config;
+mod doctor;
 mod exit;
 mod files;
 mod http;
@@ -31,7 +33,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::cli::{Cli, Command, LogLevel};
+use crate::cli::{BenchCommand, Cli, Command, LogLevel};
 use crate::exit::{Outcome, WithOutcome};
 
 fn main() -> ExitCode {
@@ -72,6 +74,9 @@ fn log_level(command: &Command) -> LogLevel {
         Command::Rank => LogLevel::Info,
         Command::Client(_) | Command::Config(_) => LogLevel::Warning,
         Command::Slurm(_) => LogLevel::Info,
+        Command::Bench(BenchCommand::Kv(args)) => args.log_level,
+        Command::Bench(BenchCommand::KvHold) => LogLevel::Warning,
+        Command::Doctor(args) => args.log_level,
     }
 }
 
@@ -88,6 +93,8 @@ fn run(command: Command) -> anyhow::Result<Outcome> {
         Command::Disaggregated(args) => on_all_cores()?.block_on(servers::disaggregated(args)),
         Command::Config(command) => config::run(&command),
         Command::Slurm(command) => slurm::run(command),
+        Command::Bench(command) => bench::run(command),
+        Command::Doctor(args) => doctor::run(&args),
     }
 }
 

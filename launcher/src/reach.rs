@@ -1,6 +1,6 @@
 //! The addresses by which other machines reach this one.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
@@ -32,6 +32,36 @@ pub(crate) fn addresses() -> Vec<IpAddr> {
 /// The likeliest of [`addresses`].
 pub(crate) fn likeliest() -> Option<IpAddr> {
     addresses().into_iter().next()
+}
+
+/// The interface that packets to this address leave by, with its speed where the system knows it.
+pub(crate) fn interface_towards(peer: SocketAddr) -> Option<String> {
+    let own: Vec<_> = getifaddrs().into_iter().flatten().collect();
+    let named = |ip: IpAddr| {
+        let mine = own.iter().find(|interface| {
+            let address = interface.address.as_ref();
+            let v4 = address.and_then(|a| a.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip())));
+            let v6 = address.and_then(|a| a.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())));
+            v4.or(v6) == Some(ip)
+        });
+        mine.map(|interface| interface.interface_name.clone())
+    };
+    // What this machine sends to itself never leaves it, whichever of its addresses is used.
+    if named(peer.ip()).is_some() {
+        return Some("lo".to_owned());
+    }
+    let any: IpAddr = match peer {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(peer).ok()?;
+    let name = named(socket.local_addr().ok()?.ip())?;
+    let speed = std::fs::read_to_string(format!("/sys/class/net/{name}/speed")).ok();
+    match speed.and_then(|text| text.trim().parse::<u32>().ok()) {
+        Some(megabits @ 1..) => Some(format!("{name} ({megabits} Mbit/s)")),
+        Some(0) | None => Some(name),
+    }
 }
 
 /// The address that packets to elsewhere would carry. None are sent: a UDP socket's connecting only asks for the route.

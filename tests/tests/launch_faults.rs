@@ -273,6 +273,108 @@ async fn a_killed_generation_rank_comes_back() {
     end(&cluster, step).await;
 }
 
+/// A counter or gauge of the proxy.
+async fn proxy_metric(address: &str, name: &str) -> Option<u64> {
+    let answer = client::get(address, "/prometheus/metrics").await.ok()?;
+    let line = answer.body.lines().find_map(|line| line.strip_prefix(name));
+    line?.trim().parse().ok()
+}
+
+/// A rank that is killed while its instance reads a prompt: stopped first, so that the prompt cannot be finished before.
+/// With the only context server gone the client is told; with the server back it is served.
+#[tokio::test]
+async fn a_rank_killed_during_prefill() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 2, 1), Shape::new(1, 1, 1));
+    let mut step = start(&cluster, &["-N3", "-n3", "--mpi=pmix"], &config, &[]);
+    let address = ready(&cluster, &mut step).await;
+    // The generation server has one rank, so what follows belongs to the context server.
+    let follower = follower_anywhere(&cluster).await;
+    kill(Pid::from_raw(follower.pid), Signal::SIGSTOP).expect("the process is there");
+    let asked = tokio::spawn({
+        let address = address.clone();
+        async move { stream(&address, 4).await }
+    });
+    eventually(
+        "the prompt to be at the context server",
+        READY,
+        async || {
+            let sent = proxy_metric(&address, "ctx_total_requests_total").await?;
+            (sent == 1).then_some(())
+        },
+    )
+    .await;
+    assert!(!asked.is_finished(), "a stopped rank cannot have answered");
+    let begun = Instant::now();
+    kill_now(&follower);
+    let line = step.line("ctx0.1 on rank 1", GONE).await;
+    assert!(line.contains("SIGKILL"), "{line}");
+    let told = asked.await.expect("a request ends");
+    assert!(!matches!(told, Told::Nothing(_)), "{told:?}");
+    eprintln!(
+        "killed during prefill | {:.1} s | {line} | the client: {told:?}",
+        begun.elapsed().as_secs_f32()
+    );
+    step.line("serves again instance=\"ctx0\" epoch=2", READY)
+        .await;
+    eventually("the proxy to see it", READY, async || {
+        whole(&address, 2).await
+    })
+    .await;
+    launch::answers_tiny(&address, "llama").await;
+    end(&cluster, step).await;
+}
+
+/// A rank that is killed between two tokens of an answer: the stream ends with an error event.
+#[tokio::test]
+async fn a_rank_killed_during_decode() {
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 2, 1));
+    let mut step = start(&cluster, &["-N3", "-n3", "--mpi=pmix"], &config, &[]);
+    let address = ready(&cluster, &mut step).await;
+    let follower = follower_anywhere(&cluster).await;
+    let body = json!({"model": "m", "prompt": [5, 6, 7], "max_tokens": 1500, "temperature": 0, "stream": true,
+        "ignore_eos": true});
+    let response = client::send(&address, Method::POST, "/v1/completions", body.to_string());
+    let mut body = response.await.expect("an answer begins").into_body();
+    let first = body.frame().await.expect("a first event").expect("of it");
+    assert!(
+        first
+            .data_ref()
+            .is_some_and(|data| data.starts_with(b"data: "))
+    );
+    let begun = Instant::now();
+    kill_now(&follower);
+    let rest = async {
+        let mut text = String::new();
+        while let Some(Ok(frame)) = body.frame().await {
+            let bytes = frame.data_ref().cloned().unwrap_or_default();
+            text.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        text
+    };
+    let text = tokio::time::timeout(GONE, rest).await.expect("it ends");
+    let event = text.lines().find(|line| line.contains("\"error\""));
+    let event = event.unwrap_or_else(|| panic!("no error event in {text}"));
+    eprintln!(
+        "killed during decode | {:.1} s | {event}",
+        begun.elapsed().as_secs_f32()
+    );
+    let line = step.line("gen0.1 on rank 2", GONE).await;
+    assert!(line.contains("SIGKILL"), "{line}");
+    step.line("serves again instance=\"gen0\" epoch=2", READY)
+        .await;
+    eventually("the proxy to see it", READY, async || {
+        whole(&address, 2).await
+    })
+    .await;
+    end(&cluster, step).await;
+}
+
 /// The same for the leader, and for a context rank; each is one instance's loss.
 #[tokio::test]
 async fn killed_leaders_come_back() {

@@ -32,6 +32,16 @@ fn shared_model(cluster: &Cluster) -> String {
 
 /// Starts `srun SRUN… baton launch -c CONFIG` and waits until the proxy can serve; gives its address.
 async fn world(cluster: &Cluster, srun: &[&str], config: &Path) -> (Step, String) {
+    world_with(cluster, srun, config, &[]).await
+}
+
+/// The same with more options of `baton launch`.
+async fn world_with(
+    cluster: &Cluster,
+    srun: &[&str],
+    config: &Path,
+    more: &[&str],
+) -> (Step, String) {
     let baton = words(&baton_tests::binary());
     let ready = cluster.folder().join("ready");
     std::fs::remove_file(&ready).ok();
@@ -44,7 +54,7 @@ async fn world(cluster: &Cluster, srun: &[&str], config: &Path) -> (Step, String
         "--ready-file",
         &ready_file,
     ];
-    let mut step = cluster.srun(&[srun, &own[..]].concat(), &[]);
+    let mut step = cluster.srun(&[srun, &own[..], more].concat(), &[]);
     let address = launch::file_text(&ready, READY, || step.try_status().is_some()).await;
     (step, address)
 }
@@ -109,6 +119,29 @@ async fn tensor_and_pipeline_ranks_over_two_nodes() {
         Shape::new(1, 2, 2),
     )
     .await;
+}
+
+/// Sums through MPI, over nodes, in ranks that srun and not mpirun has started.
+#[tokio::test]
+async fn mpi_sums_over_two_nodes() {
+    if std::env::var_os("BATON_MPI_PLUGIN").is_none() {
+        eprintln!("skipped: BATON_MPI_PLUGIN names no plug-in; scripts/build-mpi builds one");
+        return;
+    }
+    let Some(cluster) = Cluster::alone().await else {
+        return;
+    };
+    let model = baton_tests::tiny_model("llama");
+    let config = write_config(&cluster, &model, Shape::new(1, 2, 1), Shape::new(1, 2, 2));
+    let srun = ["-N2", "-n6", "-m", "cyclic", "--mpi=pmix"];
+    let (step, address) = world_with(&cluster, &srun, &config, &["--fabric", "mpi"]).await;
+    assert!(
+        step.log().contains("the ranks talk over MPI"),
+        "{}",
+        step.log()
+    );
+    launch::answers_tiny(&address, "llama").await;
+    end(&cluster, step).await;
 }
 
 /// One srun for two context instances, a generation instance and the proxy.

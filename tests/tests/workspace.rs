@@ -29,6 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const UNSAFE_DOORS: &[&str] = &[
     "launcher/src/os.rs",
     "launcher/src/pmix/library.rs",
+    "launcher/src/doctor/library.rs",
     "engine/src/backend/cpu/simd.rs",
     "engine/src/backend/cpu/team.rs",
     "engine/src/collective/mpi/plugin.rs",
@@ -36,6 +37,7 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/ucx-sys/src/lib.rs",
     "engine/src/model/mmap.rs",
     "engine/src/page/arena.rs",
+    "engine/src/transport/shm.rs",
 ];
 
 const FILE_LINES_MAX: usize = 600;

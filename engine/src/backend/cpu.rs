@@ -37,6 +37,12 @@ use super::{
 };
 use crate::page::{Page, PageShape};
 
+/// The instructions that the CPU backend computes with on this processor, for people.
+#[must_use]
+pub fn instructions() -> &'static str {
+    Isa::detected()[0].name()
+}
+
 /// The processor as a device.
 #[derive(Debug)]
 pub struct CpuBackend {

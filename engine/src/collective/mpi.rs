@@ -24,6 +24,14 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+/// Opens the plug-in, and the MPI behind it, but starts nothing: whether MPI can be used here at all.
+///
+/// # Errors
+/// When it is not there, or does not open.
+pub fn probe() -> Result<(), MpiError> {
+    Plugin::open().map(|_| ())
+}
+
 /// Why MPI cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

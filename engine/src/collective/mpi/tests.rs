@@ -123,6 +123,10 @@ fn wait(child: Child) -> Ended {
 #[ignore = "the other tests of this file start it, under mpirun"]
 fn as_a_rank() {
     let part = std::env::var(PART).expect("mpirun is started by a test, which names the part");
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
     let size: usize = std::env::var("BATON_TEST_MPI_SIZE")
         .unwrap()
         .parse()
@@ -378,7 +382,9 @@ fn a_rank_that_is_killed_ends_the_world() {
 fn a_call_that_is_stuck_ends_the_world() {
     if let Some(ended) = world("stuck", 2) {
         ends_soon(&ended);
-        assert!(ended.text.contains("MPI_ABORT"), "{}", ended.text);
+        // Our own words: Open MPI's launcher now and then loses those of MPI_Abort.
+        let cause = "stuck in MPI while";
+        assert!(ended.text.contains(cause), "{}", ended.text);
     }
 }
 
