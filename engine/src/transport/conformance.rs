@@ -583,4 +583,5 @@ macro_rules! transport_suite {
 
 transport_suite!(tcp, crate::transport::tcp::start_for_tests);
 transport_suite!(shm, crate::transport::shm::start_for_tests);
+transport_suite!(ucx, crate::transport::ucx::start_for_tests);
 transport_suite!(memory, crate::transport::memory::start_for_tests);

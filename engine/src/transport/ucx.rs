@@ -22,7 +22,8 @@ use self::context::{Context, Memory, StartError};
 use self::record::{AddressRecord, KeyRecord};
 use self::worker::Worker;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
-use super::{Capability, MemoryKind, Reach, Sides};
+use super::link::{self, LinkParams, LinkStartError, LinkTransport};
+use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
 use crate::page::arena::Arena;
 
 mod connection;
@@ -34,18 +35,23 @@ mod text;
 mod wire;
 mod worker;
 
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+pub(crate) use tests::start_for_tests;
 
 /// Name in errors.
 const UCX: &str = "ucx";
 
-pub(crate) const CAPABILITY: Capability = Capability {
+/// What UCX can do. The estimate is that of a host's memory, the least of its wires but for plain TCP.
+pub const CAPABILITY: Capability = Capability {
     name: UCX,
     memory: &[MemoryKind::Host],
     sides: Sides::One,
     reach: Reach::AnyHost,
     bandwidth_estimate: 10_000_000_000,
-    message_bytes_max: super::tcp::CAPABILITY.message_bytes_max,
-    note_bytes_max: super::tcp::CAPABILITY.note_bytes_max,
+    message_bytes_max: link::MESSAGE_BYTES_MAX,
+    note_bytes_max: link::NOTE_BYTES_MAX,
 };
 
 const TERMS: FabricTerms = FabricTerms {
@@ -83,10 +89,10 @@ struct Answering {
     thread: JoinHandle<()>,
 }
 
-/// Why there is no such fabric.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why there is no such transport.
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum UcxError {
+pub enum UcxStartError {
     /// No UCX here.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -98,21 +104,33 @@ pub enum UcxError {
         /// What failed.
         reason: String,
     },
+    /// The control plane could not be started.
+    #[error(transparent)]
+    Link(#[from] LinkStartError),
+}
+
+/// Starts the transport.
+///
+/// # Errors
+/// When UCX is not to be had, or the address cannot be bound.
+pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, UcxStartError> {
+    let fabric = Arc::new(Ucx::start()?);
+    Ok(LinkTransport::over(fabric, params, sink)?)
 }
 
 /// The version of the UCX that is found here.
 ///
 /// # Errors
 /// When there is none, with how to get it.
-pub fn probe() -> Result<String, UcxError> {
+pub fn probe() -> Result<String, UcxStartError> {
     Ok(Context::shared()?.version())
 }
 
 impl Ucx {
     /// Starts UCX and the thread that answers readers.
-    pub(crate) fn start() -> Result<Self, UcxError> {
+    pub(crate) fn start() -> Result<Self, UcxStartError> {
         let context = Context::shared()?;
-        let unusable = |reason: String| UcxError::Unusable {
+        let unusable = |reason: String| UcxStartError::Unusable {
             version: context.version(),
             reason,
         };

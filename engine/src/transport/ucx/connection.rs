@@ -216,7 +216,10 @@ impl Connection {
         submit: impl FnOnce(&mut Live) -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
         let live = self.live.as_mut().ok_or(ConnectionError::Failed)?;
-        let mut done = submit(live).and_then(|()| live.wait_until(0, limits));
+        let mut done = limits
+            .check()
+            .and_then(|()| submit(live))
+            .and_then(|()| live.wait_until(0, limits));
         if done.is_ok() {
             // An endpoint that failed fails its requests, unless it had none under way.
             let failure = Status(self.failure.load(Ordering::Relaxed));
