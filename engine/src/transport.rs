@@ -20,6 +20,8 @@ pub use runs::{Run, Runs, RunsError};
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;
+pub mod mpi;
+pub mod nixl;
 pub mod runs;
 pub mod shm;
 pub mod staging;
@@ -27,7 +29,7 @@ pub mod tcp;
 pub mod ucx;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
 

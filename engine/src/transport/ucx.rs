@@ -17,8 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use baton_ucx_sys::Library;
+
 use self::connection::{Connection, ConnectionError, Limits};
-use self::context::{Context, Memory, StartError};
+use self::context::{Context, Memory, StartError, version_text};
 use self::record::{AddressRecord, KeyRecord};
 use self::worker::Worker;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
@@ -118,12 +120,13 @@ pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, U
     Ok(LinkTransport::over(fabric, params, sink)?)
 }
 
-/// The version of the UCX that is found here.
+/// The version of the UCX that is found here. Opens the library and starts nothing.
 ///
 /// # Errors
 /// When there is none, with how to get it.
 pub fn probe() -> Result<String, UcxStartError> {
-    Ok(Context::shared()?.version())
+    let library = Library::open().map_err(StartError::from)?;
+    Ok(version_text(library))
 }
 
 impl Ucx {

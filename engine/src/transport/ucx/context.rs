@@ -189,7 +189,8 @@ impl Context {
     }
 }
 
-fn version_text(library: &Library) -> String {
+/// Major, minor and patch.
+pub(super) fn version_text(library: &Library) -> String {
     let (major, minor, patch) = library.version;
     format!("{major}.{minor}.{patch}")
 }
