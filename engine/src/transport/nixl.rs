@@ -126,8 +126,25 @@ pub struct NixlFound {
     pub plugin: &'static str,
     /// Why it is not the one that the environment asks for.
     pub instead: Option<String>,
-    /// Whether other hosts can be read, or only processes of this one.
-    pub reach: Reach,
+    /// What it can do; its reach says whether other hosts can be read, or only processes of this one.
+    pub capability: Capability,
+}
+
+/// What a process can do with NIXL here.
+fn capability(host: &Host) -> Capability {
+    Capability {
+        name: NAME,
+        memory: &[MemoryKind::Host],
+        sides: Sides::One,
+        reach: reach_of(host),
+        bandwidth_estimate: if host.far {
+            20_000_000_000
+        } else {
+            4_000_000_000
+        },
+        message_bytes_max: link::MESSAGE_BYTES_MAX,
+        note_bytes_max: link::NOTE_BYTES_MAX,
+    }
 }
 
 /// Opens the library, and looks for the plug-in, without starting anything.
@@ -141,7 +158,7 @@ pub fn probe() -> Result<NixlFound, NixlMissing> {
         library: library.path().display().to_string(),
         plugin: plugin.name(),
         instead,
-        reach: reach_of(&Host::here()),
+        capability: capability(&Host::here()),
     })
 }
 
@@ -239,19 +256,7 @@ impl NixlFabric {
         Ok(Self {
             library,
             plugin,
-            capability: Capability {
-                name: NAME,
-                memory: &[MemoryKind::Host],
-                sides: Sides::One,
-                reach: reach_of(&host),
-                bandwidth_estimate: if host.far {
-                    20_000_000_000
-                } else {
-                    4_000_000_000
-                },
-                message_bytes_max: link::MESSAGE_BYTES_MAX,
-                note_bytes_max: link::NOTE_BYTES_MAX,
-            },
+            capability: capability(&host),
             host,
             address: address.encode(),
             exports: Mutex::new(Exports {
