@@ -579,5 +579,5 @@ fn probing_finds_what_is_started_later() {
     let found = probe().unwrap();
     let fabric = fabric();
     assert_eq!(found.plugin, fabric.plugin.name());
-    assert_eq!(found.reach, fabric.capability().reach);
+    assert_eq!(&found.capability, fabric.capability());
 }
