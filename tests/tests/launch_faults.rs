@@ -297,10 +297,14 @@ async fn a_rank_killed_during_prefill() {
         let address = address.clone();
         async move { stream(&address, 4).await }
     });
-    eventually("the prompt to be at the context server", READY, async || {
-        let sent = proxy_metric(&address, "ctx_total_requests_total").await?;
-        (sent == 1).then_some(())
-    })
+    eventually(
+        "the prompt to be at the context server",
+        READY,
+        async || {
+            let sent = proxy_metric(&address, "ctx_total_requests_total").await?;
+            (sent == 1).then_some(())
+        },
+    )
     .await;
     assert!(!asked.is_finished(), "a stopped rank cannot have answered");
     let begun = Instant::now();
@@ -338,7 +342,11 @@ async fn a_rank_killed_during_decode() {
     let response = client::send(&address, Method::POST, "/v1/completions", body.to_string());
     let mut body = response.await.expect("an answer begins").into_body();
     let first = body.frame().await.expect("a first event").expect("of it");
-    assert!(first.data_ref().is_some_and(|data| data.starts_with(b"data: ")));
+    assert!(
+        first
+            .data_ref()
+            .is_some_and(|data| data.starts_with(b"data: "))
+    );
     let begun = Instant::now();
     kill_now(&follower);
     let rest = async {

@@ -135,7 +135,11 @@ async fn mpi_sums_over_two_nodes() {
     let config = write_config(&cluster, &model, Shape::new(1, 2, 1), Shape::new(1, 2, 2));
     let srun = ["-N2", "-n6", "-m", "cyclic", "--mpi=pmix"];
     let (step, address) = world_with(&cluster, &srun, &config, &["--fabric", "mpi"]).await;
-    assert!(step.log().contains("the ranks talk over MPI"), "{}", step.log());
+    assert!(
+        step.log().contains("the ranks talk over MPI"),
+        "{}",
+        step.log()
+    );
     launch::answers_tiny(&address, "llama").await;
     end(&cluster, step).await;
 }
