@@ -17,7 +17,9 @@ use crate::handoff::{
 };
 use crate::request::RequestId;
 use crate::transport::fault::FaultPlan;
-use crate::transport::tcp::{self, TcpParams, TcpStartError, TcpTransport, TcpTuning};
+use crate::transport::link::{LinkParams, LinkStartError, LinkTuning};
+use crate::transport::staging::StagingSize;
+use crate::transport::tcp;
 use crate::transport::{Capability, Transport, TransportSink};
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
@@ -59,8 +61,8 @@ pub struct TransceiverParams {
     pub advertise_host: String,
     /// Bounds.
     pub limits: TransceiverLimits,
-    /// Deadlines of the TCP transport.
-    pub tcp: TcpTuning,
+    /// Deadlines of connections.
+    pub link: LinkTuning,
     /// What shall go wrong, in tests; see [`FaultPlan::from_environment`].
     pub faults: FaultPlan,
 }
@@ -103,7 +105,7 @@ impl TransceiverParams {
             bind_port: 0,
             advertise_host: host.to_owned(),
             limits: TransceiverLimits::default(),
-            tcp: TcpTuning::default(),
+            link: LinkTuning::default(),
             faults: FaultPlan::default(),
         }
     }
@@ -113,9 +115,9 @@ impl TransceiverParams {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TransceiverStartError {
-    /// The TCP transport did not start.
+    /// A transport did not start to listen.
     #[error(transparent)]
-    Tcp(#[from] TcpStartError),
+    Link(#[from] LinkStartError),
     /// No transport is there.
     #[error("no kv transport is available")]
     NoTransport,
@@ -155,15 +157,16 @@ impl Transceiver {
         params: TransceiverParams,
         sink: HandoffSink,
     ) -> Result<Self, TransceiverStartError> {
-        let tcp = TcpParams {
+        let tcp = LinkParams {
             bind_host: params.bind_host.clone(),
             bind_port: params.bind_port,
             advertise_host: params.advertise_host.clone(),
-            tuning: params.tcp.clone(),
+            tuning: params.link.clone(),
+            staging: StagingSize::default(),
             faults: params.faults.clone(),
         };
         Self::start_over(params, sink, &[tcp::CAPABILITY], |_, events| {
-            Ok(Arc::new(TcpTransport::start(tcp, events)?))
+            Ok(Arc::new(tcp::start(tcp, events)?))
         })
     }
 

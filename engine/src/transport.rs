@@ -14,11 +14,15 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::page::Page;
+pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
 
 pub(crate) mod fabric;
 pub mod fault;
+pub mod link;
 pub mod runs;
+pub mod shm;
+pub mod staging;
 pub mod tcp;
 
 #[cfg(test)]
@@ -301,6 +305,10 @@ pub trait Transport: Debug + Send + Sync {
 
     /// How peers reach this process.
     fn endpoint(&self) -> EndpointRecord;
+
+    /// Whether a process with this endpoint can probably be reached from here, judged without asking it: the same
+    /// host, where that matters, and the same kind of transport. For choosing among endpoints, before connecting.
+    fn reaches(&self, endpoint: &EndpointRecord) -> bool;
 
     /// Starts connecting; gives up at the deadline.
     ///

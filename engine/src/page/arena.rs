@@ -15,7 +15,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -98,8 +97,8 @@ impl Arena {
 
     /// The file behind it: anonymous, in memory, of a size that can't change.
     #[must_use]
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    pub const fn file(&self) -> &File {
+        &self.file
     }
 }
 
@@ -202,7 +201,7 @@ mod tests {
         let mut pieces = Arena::cut(8, 2).unwrap();
         pieces[1].as_mut_slice()[0] = u64::from_ne_bytes(*b"hand-off");
         let (arena, offset) = pieces[1].arena().unwrap();
-        let file = File::from(arena.file().try_clone_to_owned().unwrap());
+        let file = arena.file();
         let mut seen = [0; 8];
         file.read_exact_at(&mut seen, offset as u64).unwrap();
         assert_eq!(&seen, b"hand-off");

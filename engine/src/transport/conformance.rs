@@ -91,15 +91,16 @@ fn pair(start: Start) -> Pair {
     }
 }
 
-/// A page of `elements * 4` bytes with a pattern that depends on `seed`; 0 leaves it blank.
+/// A page of `elements * 4` bytes, in an arena of its own, with a pattern that depends on `seed`; 0 leaves it blank.
 pub(super) fn page(elements: usize, seed: usize) -> Page {
-    let mut page = Page::zeroed(PageShape {
+    let shape = PageShape {
         layers: 1,
         kv_heads: 1,
         tokens_per_block: 1,
         head_dim: elements,
         dtype: KvDtype::F16,
-    });
+    };
+    let mut page = Page::pool(shape, 1).unwrap().pop().unwrap();
     for (at, byte) in page.as_bytes_mut().iter_mut().enumerate() {
         *byte = u8::try_from((at * 7 + at / 253 + 1) * seed % 256).unwrap();
     }
@@ -263,6 +264,49 @@ pub(super) fn sixty_four_transfers_fly_at_once(start: Start) {
     }
     for (source, region) in sources.iter().zip(&regions) {
         assert_eq!(pair.reader.page_of(region.id).as_bytes(), source.as_bytes());
+    }
+}
+
+pub(super) fn private_pages_fly_as_well_as_those_of_an_arena(start: Start) {
+    let pair = pair(start);
+    let private = |like: &Page| {
+        let mut page = Page::zeroed(*like.shape());
+        page.as_bytes_mut().copy_from_slice(like.as_bytes());
+        page
+    };
+    // More than staging memory has room for at once, and one that does not fit in at all.
+    let sizes = || {
+        (1..=40)
+            .map(|seed| (10_000 + seed, seed))
+            .chain([(2_500_000, 41)])
+    };
+    let sources: Vec<_> = sizes()
+        .map(|(elements, seed)| Arc::new(private(&page(elements, seed))))
+        .collect();
+    let regions: Vec<_> = sizes()
+        .map(|(elements, _)| pair.reader.register(private(&page(elements, 0))))
+        .collect();
+    let mut open = 0;
+    for (index, (source, region)) in sources.iter().zip(&regions).enumerate() {
+        let write = piece(pair.to_reader, index as u64, source, &region.remote);
+        while pair.writer.transport.write(write.clone()) == Submission::Busy {
+            pair.writer.next();
+            open -= 1;
+        }
+        open += 1;
+    }
+    for _ in 0..open {
+        match pair.writer.next() {
+            TransportEvent::WriteDone { outcome, .. } => assert_eq!(outcome, WriteOutcome::Sent),
+            other => panic!("{other:?}"),
+        }
+    }
+    for source in &sources {
+        assert!(matches!(pair.reader.next(), TransportEvent::Landed { .. }));
+        assert_eq!(Arc::strong_count(source), 1);
+    }
+    for (source, region) in sources.iter().zip(&regions) {
+        assert!(pair.reader.page_of(region.id).as_bytes() == source.as_bytes());
     }
 }
 
@@ -520,6 +564,7 @@ macro_rules! transport_suite {
                 strided_stretches_land_where_they_belong,
                 messages_go_both_ways_and_too_long_ones_nowhere,
                 sixty_four_transfers_fly_at_once,
+                private_pages_fly_as_well_as_those_of_an_arena,
                 a_region_that_is_gone_or_guessed_is_written_nowhere,
                 a_write_beyond_its_region_touches_nothing,
                 every_write_of_a_cancelled_transfer_is_done_once,
@@ -537,4 +582,5 @@ macro_rules! transport_suite {
 }
 
 transport_suite!(tcp, crate::transport::tcp::start_for_tests);
+transport_suite!(shm, crate::transport::shm::start_for_tests);
 transport_suite!(memory, crate::transport::memory::start_for_tests);

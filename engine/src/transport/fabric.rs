@@ -7,7 +7,6 @@
 //!
 //! A fabric knows arenas, addresses and bytes. Connections, greetings, silence, queues, regions, transfers and
 //! acknowledgements are the control plane's; a fabric never calls back.
-#![expect(dead_code, reason = "the control plane that uses it comes next")]
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -65,39 +64,53 @@ pub(crate) struct ReadJob<'a> {
 /// What went wrong. Every one of them ends the connection for which it happened, with this text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub(crate) enum FabricError {
+pub enum FabricError {
     /// The peer's address or key is not of this fabric, or damaged.
     #[error("{fabric}: {what} not understood: {detail}")]
     Malformed {
+        /// Its name.
         fabric: &'static str,
         /// `address` or `arena key`.
         what: &'static str,
+        /// What is wrong with it.
         detail: String,
     },
     /// The peer cannot be reached this way: another host, another user, no route.
     #[error("{fabric}: cannot reach the peer's memory: {detail}")]
     Unreachable {
+        /// Its name.
         fabric: &'static str,
+        /// What was observed.
         detail: String,
     },
     /// Memory of ours could not be registered or mapped.
     #[error("{fabric}: cannot register memory: {detail}")]
     Memory {
+        /// Its name.
         fabric: &'static str,
+        /// What was observed.
         detail: String,
     },
     /// The library or the system failed a read.
     #[error("{fabric}: read failed: {detail}")]
     Read {
+        /// Its name.
         fabric: &'static str,
+        /// What was observed.
         detail: String,
     },
     /// The deadline came first.
     #[error("{fabric}: read not done in time")]
-    TimedOut { fabric: &'static str },
+    TimedOut {
+        /// Its name.
+        fabric: &'static str,
+    },
     /// The caller's flag came first, or the fabric was closed.
     #[error("{fabric}: read given up")]
-    Cancelled { fabric: &'static str },
+    Cancelled {
+        /// Its name.
+        fabric: &'static str,
+    },
 }
 
 /// A way to read the memory of other processes.

@@ -253,6 +253,10 @@ impl Transport for MemoryTransport {
         }
     }
 
+    fn reaches(&self, endpoint: &EndpointRecord) -> bool {
+        endpoint.transport == CAPABILITY.name
+    }
+
     fn connect(&self, endpoint: &EndpointRecord, _: Instant) -> Result<PeerId, ConnectError> {
         let wrong = || ConnectError::Record(format!("{endpoint:?}"));
         if endpoint.transport != CAPABILITY.name {

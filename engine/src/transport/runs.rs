@@ -239,24 +239,32 @@ impl Runs {
     #[must_use]
     pub fn gathered(&self) -> Self {
         let mut at = 0;
-        let runs: Vec<_> = self
-            .runs
-            .iter()
-            .map(|run| {
-                let source = at;
-                at += run.bytes * run.count;
-                Run {
-                    source,
-                    source_stride: if run.count > 1 { run.bytes } else { 0 },
-                    ..*run
-                }
-            })
-            .collect();
-        Self {
-            runs: runs.into(),
-            source_end: self.total_bytes,
-            ..*self
-        }
+        let runs = self.runs.iter().map(|run| {
+            let source = at;
+            at += run.bytes * run.count;
+            Run {
+                source,
+                source_stride: run.bytes,
+                ..*run
+            }
+        });
+        Self::new(runs).expect("offsets up to the total, which was counted")
+    }
+
+    /// The same sources, into a target in which the stretches lie one after the other.
+    #[must_use]
+    pub fn packed(&self) -> Self {
+        let mut at = 0;
+        let runs = self.runs.iter().map(|run| {
+            let target = at;
+            at += run.bytes * run.count;
+            Run {
+                target,
+                target_stride: run.bytes,
+                ..*run
+            }
+        });
+        Self::new(runs).expect("offsets up to the total, which was counted")
     }
 
     /// The same stretches of a source that begins `bytes` later.
@@ -421,6 +429,9 @@ mod tests {
         let expected = [(0..4, 20..24), (4..8, 28..32), (8..13, 50..55)];
         assert_eq!(runs.gathered().stretches().collect::<Vec<_>>(), expected);
         assert_eq!(runs.gathered().source_end(), 13);
+        let expected = [(10..14, 0..4), (110..114, 4..8), (3..8, 8..13)];
+        assert_eq!(runs.packed().stretches().collect::<Vec<_>>(), expected);
+        assert_eq!(runs.gathered().packed(), Runs::whole(13));
         let shifted = runs.shifted(1000).unwrap();
         assert_eq!(shifted.stretches().next(), Some((1010..1014, 20..24)));
         assert!(runs.shifted(usize::MAX).is_err());

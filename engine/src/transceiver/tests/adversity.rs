@@ -4,14 +4,14 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::transceiver::message::{Message, PieceNote, Request};
-use crate::transport::tcp::TcpTransport;
+use crate::transport::link::LinkTransport;
 use crate::transport::{
     EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, Write,
 };
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {
     params.faults = FaultPlan::parse(faults).unwrap();
-    params.tcp.stall_timeout = Duration::from_secs(1);
+    params.link.stall_timeout = Duration::from_secs(1);
     params
 }
 
@@ -204,21 +204,21 @@ fn a_generation_server_that_dies_leaves_the_lease_to_the_clock() {
 /// A bare TCP transport that says what a transceiver would not.
 struct Peer {
     events: Mutex<Receiver<TransportEvent>>,
-    transport: TcpTransport,
+    transport: LinkTransport,
 }
 
 impl Peer {
     fn start() -> Self {
         let (sender, events) = channel();
-        let params = TcpParams {
+        let params = LinkParams {
             bind_host: "127.0.0.1".to_owned(),
             advertise_host: "127.0.0.1".to_owned(),
-            ..TcpParams::default()
+            ..LinkParams::default()
         };
         let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
         Self {
             events: Mutex::new(events),
-            transport: TcpTransport::start(params, sink).unwrap(),
+            transport: tcp::start(params, sink).unwrap(),
         }
     }
 

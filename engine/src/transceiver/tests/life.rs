@@ -130,8 +130,8 @@ fn a_second_request_while_one_runs_is_refused() {
     // The first one stalls on the wire, so that it is certainly running when the second comes.
     let mut sending = params("ctx-0");
     sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
-    sending.tcp.stall_timeout = PATIENCE * 4;
-    sending.tcp.silence_limit = PATIENCE * 4;
+    sending.link.stall_timeout = PATIENCE * 4;
+    sending.link.silence_limit = PATIENCE * 4;
     let mut context = Instance::start(Wire::Tcp, sending);
     let mut first = Instance::start(Wire::Tcp, params("gen-0"));
     let mut second = Instance::start(Wire::Tcp, params("gen-1"));
@@ -187,7 +187,7 @@ fn cancelling_a_fetch_that_waits_its_turn_frees_the_lease_too() {
     sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
     let mut receiving = params("gen-0");
     receiving.limits.fetches_running = 1;
-    receiving.tcp.stall_timeout = PATIENCE * 4;
+    receiving.link.stall_timeout = PATIENCE * 4;
     let mut context = Instance::start(Wire::Tcp, sending);
     let mut generation = Instance::start(Wire::Tcp, receiving);
     let tickets: Vec<_> = (0..4).map(|id| context.offer(id, 3)).collect();

@@ -1,19 +1,26 @@
-//! One connection as its two threads and the callers share it: the outgoing queue and the end.
+//! One connection as its threads and the callers share it: the outgoing queue, what a peer is pulling, and the end.
 //!
-//! Messages go before writes, so that a cancel is not stuck behind the megabytes that it cancels. The first
-//! reason to close is the one that is reported.
+//! Acknowledgements and messages go before writes, so that a cancel is not stuck behind the megabytes that it
+//! cancels. The first reason to close is the one that is reported.
+//!
+//! Invariant: a write is in the queue, with the writer thread, or in flight until the peer has pulled it; it leaves
+//! with exactly one completion.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::super::staging::Slot;
 use super::super::{PeerId, Submission, TransferId, Write};
 use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
+use super::pulls::Pulls;
+use crate::page::Page;
 
-/// Writes that wait for the wire at most; more is [`Submission::Busy`].
-const WRITES_QUEUED_MAX: usize = 64;
-/// Bytes of these; the first write is always taken.
+/// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`].
+pub(super) const WRITES_OPEN_MAX: usize = 64;
+/// Bytes of those that wait for the wire; the first write is always taken.
 const WRITE_BYTES_QUEUED_MAX: usize = 16 << 20;
 /// Messages that wait for the wire at most.
 const MESSAGES_QUEUED_MAX: usize = 1024;
@@ -26,6 +33,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What the writer thread does next.
 #[derive(Debug)]
 pub(super) enum Outgoing {
+    /// Descriptors that this side has pulled.
+    Pulled(Vec<u64>),
     Message(Vec<u8>),
     Write(Write),
     /// These writes were dropped before they started.
@@ -35,12 +44,42 @@ pub(super) enum Outgoing {
     Closed,
 }
 
+/// What the peer reads while it pulls a write.
+#[expect(dead_code, reason = "held until the peer is done, never looked at")]
+#[derive(Debug)]
+pub(super) enum Kept {
+    /// The source itself.
+    Source(Arc<Page>),
+    /// A gathered copy.
+    Slot(Slot),
+    /// A copy that a test's fault plan has spoilt.
+    Spoilt(Page),
+}
+
+/// A write whose descriptor was sent.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) transfer: TransferId,
+    pub(super) kept: Kept,
+}
+
+/// The transfers of writes that a connection's end has overtaken.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    pub(super) lost: Vec<TransferId>,
+    pub(super) cancelled: Vec<TransferId>,
+}
+
 #[derive(Debug, Default)]
 struct Queue {
+    pulled: Vec<u64>,
     messages: VecDeque<Vec<u8>>,
     message_bytes: usize,
     writes: VecDeque<Write>,
     write_bytes: usize,
+    /// The first write waits for staging memory.
+    waits_for_slot: bool,
+    in_flight: HashMap<u64, InFlight>,
     cancelled: Vec<TransferId>,
     stream: Option<TcpStream>,
     /// Takes nothing more; closes with this reason once its messages are out.
@@ -51,6 +90,14 @@ struct Queue {
 impl Queue {
     const fn takes_more(&self) -> bool {
         self.closed.is_none() && self.finishing.is_none()
+    }
+
+    fn has_work(&self) -> bool {
+        !self.takes_more()
+            || !self.pulled.is_empty()
+            || !self.messages.is_empty()
+            || !self.cancelled.is_empty()
+            || (!self.writes.is_empty() && !self.waits_for_slot)
     }
 
     /// Ends the connection; the first reason stays.
@@ -71,6 +118,10 @@ pub(super) struct Connection {
     pub(super) id: PeerId,
     /// The other end, for people.
     pub(super) address: String,
+    /// What the peer asks us to read.
+    pub(super) pulls: Pulls,
+    /// Set with the end; a fabric's read looks at it.
+    pub(super) ended: AtomicBool,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -80,6 +131,8 @@ impl Connection {
         Self {
             id,
             address,
+            pulls: Pulls::default(),
+            ended: AtomicBool::new(false),
             queue: Mutex::default(),
             wake: Condvar::new(),
         }
@@ -125,8 +178,9 @@ impl Connection {
             return Submission::Gone;
         }
         let bytes = queue.write_bytes + write.runs.total_bytes();
-        let full = queue.writes.len() >= WRITES_QUEUED_MAX || bytes > WRITE_BYTES_QUEUED_MAX;
-        if full && !queue.writes.is_empty() {
+        let open = queue.writes.len() + queue.in_flight.len();
+        let full = open >= WRITES_OPEN_MAX || bytes > WRITE_BYTES_QUEUED_MAX;
+        if full && open > 0 {
             return Submission::Busy;
         }
         queue.write_bytes = bytes;
@@ -153,12 +207,9 @@ impl Connection {
     /// Waits for something to send.
     pub(super) fn next(&self, interval: Duration) -> Outgoing {
         let queue = self.lock();
-        let waited = self.wake.wait_timeout_while(queue, interval, |queue| {
-            queue.takes_more()
-                && queue.messages.is_empty()
-                && queue.writes.is_empty()
-                && queue.cancelled.is_empty()
-        });
+        let waited = self
+            .wake
+            .wait_timeout_while(queue, interval, |queue| !queue.has_work());
         let mut queue = match waited {
             Ok((guard, _)) => guard,
             Err(poisoned) => poisoned.into_inner().0,
@@ -169,11 +220,16 @@ impl Connection {
         if !queue.cancelled.is_empty() {
             return Outgoing::Cancelled(std::mem::take(&mut queue.cancelled));
         }
+        if !queue.pulled.is_empty() {
+            return Outgoing::Pulled(std::mem::take(&mut queue.pulled));
+        }
         if let Some(message) = queue.messages.pop_front() {
             queue.message_bytes -= message.len();
             return Outgoing::Message(message);
         }
-        if let Some(write) = queue.writes.pop_front() {
+        if !queue.waits_for_slot
+            && let Some(write) = queue.writes.pop_front()
+        {
             queue.write_bytes -= write.runs.total_bytes();
             return Outgoing::Write(write);
         }
@@ -187,6 +243,12 @@ impl Connection {
     /// Ends the connection now; the first reason stays.
     pub(super) fn close(&self, reason: &str) {
         self.lock().close(reason);
+        self.has_ended();
+    }
+
+    fn has_ended(&self) {
+        self.ended.store(true, Ordering::Release);
+        self.pulls.close();
         self.wake.notify_all();
     }
 
@@ -218,16 +280,24 @@ impl Connection {
             Err(poisoned) => poisoned.into_inner().0,
         };
         queue.close(reason);
+        drop(queue);
+        self.has_ended();
     }
 
-    /// After the end: the transfers of all writes that were never sent (lost), and of those cancelled.
-    pub(super) fn leftovers(&self) -> (Vec<TransferId>, Vec<TransferId>) {
+    /// After the end: all writes that were never sent or never pulled (lost), and those cancelled.
+    pub(super) fn leftovers(&self) -> Leftovers {
         let mut queue = self.lock();
-        let lost = queue.writes.drain(..).map(|w| w.transfer).collect();
+        let in_flight = std::mem::take(&mut queue.in_flight);
+        let mut lost: Vec<_> = in_flight.values().map(|flying| flying.transfer).collect();
+        lost.extend(queue.writes.drain(..).map(|w| w.transfer));
         queue.write_bytes = 0;
         queue.messages.clear();
         queue.message_bytes = 0;
-        (lost, std::mem::take(&mut queue.cancelled))
+        let cancelled = std::mem::take(&mut queue.cancelled);
+        drop(queue);
+        // Outside of the lock: a slot that comes back wakes connections, this one perhaps.
+        drop(in_flight);
+        Leftovers { lost, cancelled }
     }
 
     /// Waits until the connection is closed: what a stalled peer does.
@@ -244,5 +314,60 @@ impl Connection {
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+// === what the peer pulls from us, and we from it ===
+
+impl Connection {
+    /// Has the peer told that its descriptors are not needed any more.
+    pub(super) fn acknowledge(&self, sequences: &[u64]) {
+        self.lock().pulled.extend_from_slice(sequences);
+        self.wake.notify_all();
+    }
+
+    /// Books a write before its descriptor is sent.
+    pub(super) fn take_off(&self, sequence: u64, flying: InFlight) {
+        self.lock().in_flight.insert(sequence, flying);
+    }
+
+    /// Ends a write that the peer has pulled; `None` when there is no such write.
+    pub(super) fn land(&self, sequence: u64) -> Option<InFlight> {
+        let mut queue = self.lock();
+        let flying = queue.in_flight.remove(&sequence)?;
+        queue.waits_for_slot = false;
+        drop(queue);
+        self.wake.notify_all();
+        Some(flying)
+    }
+
+    /// Slots of the staging memory that the peer is reading.
+    pub(super) fn slots_held(&self) -> usize {
+        let queue = self.lock();
+        let kept = queue.in_flight.values().map(|flying| &flying.kept);
+        kept.filter(|kept| matches!(kept, Kept::Slot(_))).count()
+    }
+
+    /// From now on writes wait until [`Connection::slot_may_be_free`]. Said before a slot is asked for, so that no
+    /// wake-up is lost.
+    pub(super) fn wait_for_slot(&self) {
+        self.lock().waits_for_slot = true;
+    }
+
+    /// Writes go on.
+    pub(super) fn slot_may_be_free(&self) {
+        self.lock().waits_for_slot = false;
+        self.wake.notify_all();
+    }
+
+    /// Takes a write back that could not start yet; it stays the first.
+    pub(super) fn put_back(&self, write: Write) {
+        let mut queue = self.lock();
+        if queue.finishing.is_some() || queue.closed.is_some() {
+            queue.cancelled.push(write.transfer);
+            return;
+        }
+        queue.write_bytes += write.runs.total_bytes();
+        queue.writes.push_front(write);
     }
 }

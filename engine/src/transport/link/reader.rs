@@ -8,11 +8,12 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
-use super::frame::{FrameError, HEADER_BYTES, Header, Kind};
+use super::frame::{Descriptor, FrameError, HEADER_BYTES, Header, Kind};
+use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
-use super::{TcpTuning, TransportEvent};
+use super::{LinkTuning, TransportEvent};
 use crate::page::Page;
-use crate::transport::{RegionId, Runs, RunsError, TransportSink};
+use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
 /// Most that is read, or allocated, before the bytes before it have come.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -39,6 +40,16 @@ pub(super) enum ReadEnd {
     NotGreeted(Kind),
     #[error("second greeting")]
     GreetedTwice,
+    #[error("greets as `{there}` transport, this is `{here}`")]
+    OtherTransport { there: String, here: &'static str },
+    #[error("{0:?} frame though bytes come with the stream here")]
+    NothingToPull(Kind),
+    #[error("more descriptors than writes may be open")]
+    TooManyPulls,
+    #[error("malformed descriptor")]
+    Descriptor,
+    #[error("end of a write {0} that was not described")]
+    NotDescribed(u64),
     #[error("write up to byte {end} of a region of {bytes}")]
     OutOfRange { end: usize, bytes: u64 },
     #[error("{0}")]
@@ -62,43 +73,59 @@ enum Patience {
     Greeting(Instant),
 }
 
+/// What a peer says first.
+#[derive(Debug)]
+pub(super) struct Greeting {
+    /// Where it listens, for people.
+    pub(super) address: String,
+    /// Its fabric's address; empty where there is no fabric.
+    pub(super) fabric: Vec<u8>,
+}
+
+/// Whom a reader works for.
+#[derive(Clone, Copy)]
+pub(super) struct Receiving<'a> {
+    pub(super) connection: &'a Connection,
+    pub(super) regions: &'a Regions,
+    pub(super) sink: &'a TransportSink,
+    /// Whether somebody pulls what the peer describes.
+    pub(super) pulls: bool,
+}
+
 /// Reads one connection.
 #[derive(Debug)]
 pub(super) struct Reader<'a> {
     stream: &'a TcpStream,
-    tuning: &'a TcpTuning,
+    tuning: &'a LinkTuning,
 }
 
 impl<'a> Reader<'a> {
     /// Takes the socket's receiving half.
-    pub(super) fn new(stream: &'a TcpStream, tuning: &'a TcpTuning) -> Result<Self, ReadEnd> {
+    pub(super) fn new(stream: &'a TcpStream, tuning: &'a LinkTuning) -> Result<Self, ReadEnd> {
         stream
             .set_read_timeout(Some(tuning.tick()))
             .map_err(ReadEnd::Io)?;
         Ok(Self { stream, tuning })
     }
 
-    /// The peer's greeting: its address, for people.
-    pub(super) fn greeting(&self) -> Result<String, ReadEnd> {
+    /// The peer's greeting; it has to be of the same kind of transport.
+    pub(super) fn greeting(&self, here: &'static str) -> Result<Greeting, ReadEnd> {
         let patience = Patience::Greeting(Instant::now() + self.tuning.handshake_timeout);
         let header = self.header(patience)?;
         if header.kind != Kind::Hello {
             return Err(ReadEnd::NotGreeted(header.kind));
         }
-        let text = self.payload(header.payload_bytes, patience)?;
-        Ok(String::from_utf8_lossy(&text)
-            .chars()
-            .filter(|c| !c.is_control())
-            .collect())
+        let there = printable(&self.payload(u64::from(header.note_bytes), patience)?);
+        if there != here {
+            return Err(ReadEnd::OtherTransport { there, here });
+        }
+        let fabric = self.payload(header.extra_bytes, patience)?;
+        let address = printable(&self.payload(header.payload_bytes, patience)?);
+        Ok(Greeting { address, fabric })
     }
 
     /// Carries frames until the end.
-    pub(super) fn run(
-        &self,
-        connection: &Connection,
-        regions: &Regions,
-        sink: &TransportSink,
-    ) -> Result<(), ReadEnd> {
+    pub(super) fn run(&self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
         loop {
             let header = self.header(Patience::Idle)?;
             match header.kind {
@@ -106,25 +133,44 @@ impl<'a> Reader<'a> {
                 Kind::Hello => return Err(ReadEnd::GreetedTwice),
                 Kind::Message => {
                     let message = self.payload(header.payload_bytes, Patience::Frame)?;
-                    sink(TransportEvent::Message {
-                        peer: connection.id,
+                    (to.sink)(TransportEvent::Message {
+                        peer: to.connection.id,
                         message,
                     });
                 }
-                Kind::Write => self.write(&header, connection, regions, sink)?,
+                Kind::Write => self.write(&header, to)?,
+                Kind::Arena => {
+                    let key = self.payload(header.payload_bytes, Patience::Frame)?;
+                    let number = header.region;
+                    pull(to, Kind::Arena, Order::Arena { number, key })?;
+                }
+                Kind::Pull => {
+                    let order = Order::Pull(self.pull(&header)?);
+                    pull(to, Kind::Pull, order)?;
+                }
+                Kind::Pulled => pulled(header.region, to)?,
             }
         }
     }
 
-    fn write(
-        &self,
-        header: &Header,
-        connection: &Connection,
-        regions: &Regions,
-        sink: &TransportSink,
-    ) -> Result<(), ReadEnd> {
+    fn pull(&self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
-        let runs = Runs::decode(&self.payload(header.runs_bytes, Patience::Frame)?)?;
+        let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
+        let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
+        Ok(Pull {
+            transfer: header.transfer,
+            region: header.region,
+            key: header.key,
+            note,
+            runs,
+            descriptor: Descriptor::decode(&descriptor).ok_or(ReadEnd::Descriptor)?,
+        })
+    }
+
+    fn write(&self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+        let (regions, sink) = (to.regions, to.sink);
+        let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
+        let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
         if runs.total_bytes() as u64 != header.payload_bytes {
             return Err(ReadEnd::Payload {
                 runs: runs.total_bytes(),
@@ -148,7 +194,7 @@ impl<'a> Reader<'a> {
         }
         filled?;
         sink(TransportEvent::Landed {
-            peer: connection.id,
+            peer: to.connection.id,
             region,
             runs,
             transfer: header.transfer,
@@ -265,4 +311,37 @@ impl<'a> Reader<'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// Hands an order to the puller.
+fn pull(to: &Receiving<'_>, kind: Kind, order: Order) -> Result<(), ReadEnd> {
+    if !to.pulls {
+        return Err(ReadEnd::NothingToPull(kind));
+    }
+    if to.connection.pulls.push(order) {
+        Ok(())
+    } else {
+        Err(ReadEnd::TooManyPulls)
+    }
+}
+
+/// The peer has read what we described, or does not want it.
+fn pulled(sequence: u64, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+    let flying = to.connection.land(sequence);
+    let flying = flying.ok_or(ReadEnd::NotDescribed(sequence))?;
+    let transfer = flying.transfer;
+    // The source is let go before that is reported.
+    drop(flying);
+    (to.sink)(TransportEvent::WriteDone {
+        peer: to.connection.id,
+        transfer,
+        outcome: WriteOutcome::Sent,
+    });
+    Ok(())
+}
+
+/// A peer's text for our messages.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.chars().filter(|c| !c.is_control()).collect()
 }

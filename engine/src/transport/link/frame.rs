@@ -1,9 +1,10 @@
-//! The frame that everything on a TCP connection begins with. Pure: bytes to values and back, no I/O.
+//! The frame that everything on a link begins with. Pure: bytes to values and back, no I/O.
 //!
 //! 48 bytes, little-endian: magic, kind, version, note length, payload length, transfer, region, key, length of the
-//! runs. Note and runs (writes only) and the payload follow. Lengths are checked here against what each kind may have, so
-//! that no later step trusts a peer's number.
+//! extra. Note, extra and payload follow, in this order; what they are depends on the kind. Lengths are checked here
+//! against what each kind may have, so that no later step trusts a peer's number.
 
+use super::super::fabric::{ADDRESS_BYTES_MAX, KEY_BYTES_MAX};
 use super::super::{TransferId, runs};
 
 /// `BKVT`, so that a connection from anything else is told apart by its first bytes.
@@ -18,6 +19,9 @@ pub(super) const HEADER_BYTES: usize = 48;
 /// Longest greeting.
 const HELLO_BYTES_MAX: u64 = 1024;
 
+/// Longest name of a transport.
+const NAME_BYTES_MAX: usize = 64;
+
 /// Longest message: the regions of a million-token request.
 pub(super) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
@@ -27,14 +31,21 @@ pub(super) const NOTE_BYTES_MAX: usize = 256;
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// The first frame in each direction: the sender's address for people.
+    /// The first frame in each direction. Note: the transport's name. Extra: the fabric's address, if there is one.
+    /// Payload: the sender's address for people.
     Hello,
     /// A message for the transceiver.
     Message,
-    /// Bytes for a region.
+    /// Bytes for a region. Extra: the runs. Payload: their stretches.
     Write,
     /// Nothing: the sender lives.
     Ping,
+    /// An arena that descriptors will name by the number in `region`. Payload: the fabric's key.
+    Arena,
+    /// Bytes for a region that the receiver is to read by itself. Extra: the runs. Payload: a [`Descriptor`].
+    Pull,
+    /// The descriptor whose sequence number is in `region` is not needed any more.
+    Pulled,
 }
 
 /// A frame's header.
@@ -46,7 +57,7 @@ pub(super) struct Header {
     pub(super) transfer: TransferId,
     pub(super) region: u64,
     pub(super) key: u64,
-    pub(super) runs_bytes: u64,
+    pub(super) extra_bytes: u64,
 }
 
 /// What is wrong with a header.
@@ -60,8 +71,8 @@ pub(super) enum FrameError {
     Kind(u8),
     #[error("{kind:?} frame of {bytes} bytes, at most {limit} allowed")]
     Length { kind: Kind, bytes: u64, limit: u64 },
-    #[error("{kind:?} frame with {bytes} bytes of runs, at most {limit} allowed")]
-    Runs { kind: Kind, bytes: u64, limit: u64 },
+    #[error("{kind:?} frame with an extra of {bytes} bytes, at most {limit} allowed")]
+    Extra { kind: Kind, bytes: u64, limit: u64 },
     #[error("{kind:?} frame with a note of {bytes} bytes, at most {limit} allowed")]
     Note {
         kind: Kind,
@@ -71,7 +82,15 @@ pub(super) enum FrameError {
 }
 
 impl Header {
-    /// A header without region, for everything but writes.
+    /// A header that names something by number, and nothing else.
+    pub(super) const fn numbered(kind: Kind, number: u64, payload_bytes: u64) -> Self {
+        Self {
+            region: number,
+            ..Self::plain(kind, payload_bytes)
+        }
+    }
+
+    /// A header that names nothing.
     pub(super) const fn plain(kind: Kind, payload_bytes: u64) -> Self {
         Self {
             kind,
@@ -80,7 +99,7 @@ impl Header {
             transfer: TransferId(0),
             region: 0,
             key: 0,
-            runs_bytes: 0,
+            extra_bytes: 0,
         }
     }
 
@@ -92,6 +111,9 @@ impl Header {
             Kind::Message => 2,
             Kind::Write => 3,
             Kind::Ping => 4,
+            Kind::Arena => 5,
+            Kind::Pull => 6,
+            Kind::Pulled => 7,
         };
         out[5] = VERSION;
         out[6..8].copy_from_slice(&self.note_bytes.to_le_bytes());
@@ -100,7 +122,7 @@ impl Header {
             self.transfer.0,
             self.region,
             self.key,
-            self.runs_bytes,
+            self.extra_bytes,
         ];
         for (slot, word) in out[8..].chunks_exact_mut(8).zip(words) {
             slot.copy_from_slice(&word.to_le_bytes());
@@ -116,16 +138,21 @@ impl Header {
         if bytes[5] != VERSION {
             return Err(FrameError::Version(bytes[5]));
         }
-        let (kind, payload_limit) = match bytes[4] {
-            1 => (Kind::Hello, HELLO_BYTES_MAX),
-            2 => (Kind::Message, MESSAGE_BYTES_MAX as u64),
-            3 => (Kind::Write, u64::MAX),
-            4 => (Kind::Ping, 0),
+        let runs = runs::ENCODED_BYTES_MAX as u64;
+        let (kind, payload_limit, note_limit, extra_limit) = match bytes[4] {
+            1 => (
+                Kind::Hello,
+                HELLO_BYTES_MAX,
+                NAME_BYTES_MAX,
+                ADDRESS_BYTES_MAX as u64,
+            ),
+            2 => (Kind::Message, MESSAGE_BYTES_MAX as u64, 0, 0),
+            3 => (Kind::Write, u64::MAX, NOTE_BYTES_MAX, runs),
+            4 => (Kind::Ping, 0, 0, 0),
+            5 => (Kind::Arena, KEY_BYTES_MAX as u64, 0, 0),
+            6 => (Kind::Pull, DESCRIPTOR_BYTES as u64, NOTE_BYTES_MAX, runs),
+            7 => (Kind::Pulled, 0, 0, 0),
             other => return Err(FrameError::Kind(other)),
-        };
-        let (note_limit, runs_limit) = match kind {
-            Kind::Write => (NOTE_BYTES_MAX, runs::ENCODED_BYTES_MAX as u64),
-            Kind::Hello | Kind::Message | Kind::Ping => (0, 0),
         };
         let word = |index: usize| {
             let mut word = [0; 8];
@@ -139,7 +166,7 @@ impl Header {
             transfer: TransferId(word(1)),
             region: word(2),
             key: word(3),
-            runs_bytes: word(4),
+            extra_bytes: word(4),
         };
         if header.payload_bytes > payload_limit {
             return Err(FrameError::Length {
@@ -148,11 +175,11 @@ impl Header {
                 limit: payload_limit,
             });
         }
-        if header.runs_bytes > runs_limit {
-            return Err(FrameError::Runs {
+        if header.extra_bytes > extra_limit {
+            return Err(FrameError::Extra {
                 kind,
-                bytes: header.runs_bytes,
-                limit: runs_limit,
+                bytes: header.extra_bytes,
+                limit: extra_limit,
             });
         }
         if usize::from(header.note_bytes) > note_limit {
@@ -163,6 +190,56 @@ impl Header {
             });
         }
         Ok(header)
+    }
+}
+
+/// Bytes of an encoded descriptor.
+pub(super) const DESCRIPTOR_BYTES: usize = 32;
+
+/// Where the receiver of a [`Kind::Pull`] finds the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    /// Comes back with [`Kind::Pulled`].
+    pub(super) sequence: u64,
+    /// The number of a [`Kind::Arena`] that came before.
+    pub(super) arena: u64,
+    /// Where in the arena the runs' source begins, in bytes.
+    pub(super) offset: u64,
+    /// Whether the stretches lie one after the other there, instead of where the runs' source offsets say.
+    pub(super) gathered: bool,
+}
+
+impl Descriptor {
+    pub(super) fn encode(&self) -> [u8; DESCRIPTOR_BYTES] {
+        let words = [
+            self.sequence,
+            self.arena,
+            self.offset,
+            u64::from(self.gathered),
+        ];
+        let mut out = [0; DESCRIPTOR_BYTES];
+        for (slot, word) in out.chunks_exact_mut(8).zip(words) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+        out
+    }
+
+    /// `None` when the length or a value is none of a descriptor's.
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (&[sequence, arena, offset, gathered], []) = bytes.as_chunks::<8>() else {
+            return None;
+        };
+        let gathered = match u64::from_le_bytes(gathered) {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        Some(Self {
+            sequence: u64::from_le_bytes(sequence),
+            arena: u64::from_le_bytes(arena),
+            offset: u64::from_le_bytes(offset),
+            gathered,
+        })
     }
 }
 
@@ -179,7 +256,7 @@ mod tests {
             transfer: TransferId(0xfeed),
             region: 7,
             key: u64::MAX,
-            runs_bytes: 96,
+            extra_bytes: 96,
         }
     }
 
@@ -187,6 +264,23 @@ mod tests {
     fn a_header_survives_the_wire() {
         let header = write_header();
         assert_eq!(Header::decode(&header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn a_descriptor_survives_the_wire() {
+        let descriptor = Descriptor {
+            sequence: 1,
+            arena: u64::MAX,
+            offset: 4096,
+            gathered: true,
+        };
+        let bytes = descriptor.encode();
+        assert_eq!(Descriptor::decode(&bytes), Some(descriptor));
+        assert_eq!(Descriptor::decode(&bytes[..31]), None);
+        assert_eq!(Descriptor::decode(&[&bytes[..], &[0; 8]].concat()), None);
+        let mut odd = bytes;
+        odd[24] = 2;
+        assert_eq!(Descriptor::decode(&odd), None);
     }
 
     #[test]
@@ -212,10 +306,10 @@ mod tests {
             Err(FrameError::Note { .. })
         ));
         let mut long_runs = write_header();
-        long_runs.runs_bytes = runs::ENCODED_BYTES_MAX as u64 + 1;
+        long_runs.extra_bytes = runs::ENCODED_BYTES_MAX as u64 + 1;
         assert!(matches!(
             Header::decode(&long_runs.encode()),
-            Err(FrameError::Runs { .. })
+            Err(FrameError::Extra { .. })
         ));
     }
 

@@ -1,16 +1,20 @@
 //! The sending half of a connection: the queue out, bytes straight from shared pages, completions in.
 //!
 //! Header and payload leave in one system call. A peer that takes no byte for the stall time-out ends the
-//! connection. Faults of a test's plan happen here, where the wire would make them.
+//! connection. Faults of a test's plan happen here, where the wire would make them: in the bytes of a stream; and for
+//! bytes that the peer pulls, in a copy that it pulls instead (flip), or within the frame that describes them (cut, stall).
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, IoSlice, Write as _};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, Outgoing};
-use super::frame::{Header, Kind};
+use super::connection::{Connection, InFlight, Outgoing};
+use super::frame::{DESCRIPTOR_BYTES, Header, Kind};
+use super::lender::{Lender, Lent, Way};
 use super::regions::parse_token;
-use super::{TcpTuning, TransportEvent, Write};
+use super::{LinkTuning, TransportEvent, Write};
 use crate::transport::fault::{Fault, Faults};
 use crate::transport::{TransferId, TransportSink, WriteOutcome};
 
@@ -26,6 +30,8 @@ pub(super) enum WriteEnd {
     Cut,
     #[error("stalled by a test's fault plan")]
     StalledByPlan,
+    #[error("no spoilt copy for a test's fault plan: {0}")]
+    NoCopy(std::io::Error),
     #[error("{0}")]
     Io(std::io::Error),
 }
@@ -48,16 +54,20 @@ fn complete(
 #[derive(Debug)]
 pub(super) struct Writer<'a> {
     stream: &'a TcpStream,
-    tuning: &'a TcpTuning,
+    tuning: &'a LinkTuning,
     faults: &'a Faults,
+    lender: Option<&'a Lender>,
+    /// Arenas that the peer knows.
+    told: HashSet<u64>,
 }
 
 impl<'a> Writer<'a> {
     /// Takes the socket's sending half.
     pub(super) fn new(
         stream: &'a TcpStream,
-        tuning: &'a TcpTuning,
+        tuning: &'a LinkTuning,
         faults: &'a Faults,
+        lender: Option<&'a Lender>,
     ) -> Result<Self, WriteEnd> {
         stream
             .set_write_timeout(Some(tuning.tick()))
@@ -66,17 +76,28 @@ impl<'a> Writer<'a> {
             stream,
             tuning,
             faults,
+            lender,
+            told: HashSet::new(),
         })
     }
 
     /// Sends our greeting.
-    pub(super) fn greet(&self, address: &str) -> Result<(), WriteEnd> {
-        let header = Header::plain(Kind::Hello, address.len() as u64).encode();
-        self.send([&header[..], address.as_bytes()])
+    pub(super) fn greet(&self, name: &str, address: &str, fabric: &[u8]) -> Result<(), WriteEnd> {
+        let header = Header {
+            note_bytes: length_of(name.as_bytes()),
+            extra_bytes: fabric.len() as u64,
+            ..Header::plain(Kind::Hello, address.len() as u64)
+        };
+        self.send([
+            &header.encode()[..],
+            name.as_bytes(),
+            fabric,
+            address.as_bytes(),
+        ])
     }
 
     /// Carries the queue until the end; every write that it took gets its completion, sent or not.
-    pub(super) fn run(&self, connection: &Connection, sink: &TransportSink) {
+    pub(super) fn run(&mut self, connection: &Arc<Connection>, sink: &TransportSink) {
         let done = |transfer, outcome| complete(connection, sink, transfer, outcome);
         loop {
             let sent = match connection.next(self.tuning.ping_interval()) {
@@ -92,16 +113,14 @@ impl<'a> Writer<'a> {
                     }
                     Ok(())
                 }
-                Outgoing::Write(write) => {
-                    let sent = self.piece(&write, connection);
-                    let transfer = write.transfer;
-                    drop(write);
-                    match sent {
-                        Ok(()) => done(transfer, WriteOutcome::Sent),
-                        Err(_) => done(transfer, WriteOutcome::Lost),
-                    }
-                    sent
+                Outgoing::Pulled(sequences) => {
+                    let frames: Vec<_> = sequences
+                        .into_iter()
+                        .map(|sequence| Header::numbered(Kind::Pulled, sequence, 0).encode())
+                        .collect();
+                    self.send(frames.iter().map(|frame| &frame[..]))
                 }
+                Outgoing::Write(write) => self.write(write, connection, sink),
             };
             if let Err(end) = sent {
                 connection.close(&end.to_string());
@@ -110,34 +129,93 @@ impl<'a> Writer<'a> {
         }
     }
 
+    fn write(
+        &mut self,
+        write: Write,
+        connection: &Arc<Connection>,
+        sink: &TransportSink,
+    ) -> Result<(), WriteEnd> {
+        let way = self.lender.map(|lender| lender.way(&write, connection));
+        match way.unwrap_or(Way::Stream) {
+            Way::Later => {
+                connection.put_back(write);
+                Ok(())
+            }
+            Way::Pull(lent) => self.describe(write, lent, connection),
+            Way::Stream => {
+                let sent = self.piece(&write, connection);
+                let transfer = write.transfer;
+                drop(write);
+                let outcome = match sent {
+                    Ok(()) => WriteOutcome::Sent,
+                    Err(_) => WriteOutcome::Lost,
+                };
+                complete(connection, sink, transfer, outcome);
+                sent
+            }
+        }
+    }
+
     /// Completes the writes that a closed connection never started.
     pub(super) fn finish(connection: &Connection, sink: &TransportSink) {
-        let (lost, cancelled) = connection.leftovers();
-        for transfer in cancelled {
+        let left = connection.leftovers();
+        for transfer in left.cancelled {
             complete(connection, sink, transfer, WriteOutcome::Cancelled);
         }
-        for transfer in lost {
+        for transfer in left.lost {
             complete(connection, sink, transfer, WriteOutcome::Lost);
         }
     }
 
+    /// Describes a write that the peer will pull. It is booked first, as the peer may be quick; once it is, its end is
+    /// the acknowledgement or the connection's.
+    fn describe(
+        &mut self,
+        write: Write,
+        mut lent: Lent,
+        connection: &Connection,
+    ) -> Result<(), WriteEnd> {
+        let (transfer, bytes) = (write.transfer, write.runs.total_bytes());
+        let fault = self.faults.next(transfer, bytes);
+        if let Some((at, fault)) = fault {
+            tracing::warn!(%transfer, ?fault, "transport fault of a test plan");
+            if let (Fault::Flip, Some(lender)) = (fault, self.lender) {
+                lent = match lender.spoilt(&write, at) {
+                    Ok(spoilt) => spoilt,
+                    Err(error) => {
+                        connection.put_back(write);
+                        return Err(WriteEnd::NoCopy(error));
+                    }
+                };
+            }
+        }
+        let head = head(Kind::Pull, &write, DESCRIPTOR_BYTES);
+        drop(write);
+        let descriptor = lent.descriptor.encode();
+        let kept = lent.kept;
+        connection.take_off(lent.descriptor.sequence, InFlight { transfer, kept });
+        if self.told.insert(lent.arena.number) {
+            let key = &lent.arena.key.0;
+            let arena = Header::numbered(Kind::Arena, lent.arena.number, key.len() as u64);
+            self.send([&arena.encode()[..], key])?;
+        }
+        match fault {
+            Some((_, Fault::Cut)) => {
+                self.send([&head[..]])?;
+                Err(WriteEnd::Cut)
+            }
+            Some((_, Fault::Stall)) => {
+                self.send([&head[..]])?;
+                connection.wait_closed();
+                Err(WriteEnd::StalledByPlan)
+            }
+            Some((_, Fault::Flip)) | None => self.send([&head[..], &descriptor]),
+        }
+    }
+
     fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {
-        // A token that is not ours names no region of the peer either; it throws the bytes away.
-        let (region, key) = parse_token(&write.target.token).unwrap_or((u64::MAX, 0));
-        let runs = write.runs.encode();
         let payload_bytes = write.runs.total_bytes();
-        let header = Header {
-            kind: Kind::Write,
-            note_bytes: u16::try_from(write.note.len()).unwrap_or(u16::MAX),
-            payload_bytes: payload_bytes as u64,
-            transfer: write.transfer,
-            region,
-            key,
-            runs_bytes: runs.len() as u64,
-        };
-        let mut head = header.encode().to_vec();
-        head.extend_from_slice(&write.note);
-        head.extend_from_slice(&runs);
+        let head = head(Kind::Write, write, payload_bytes);
         let source = write.source.as_bytes();
         let payload = write.runs.stretches().map(|(range, _)| &source[range]);
         match self.faults.next(write.transfer, payload_bytes) {
@@ -209,4 +287,26 @@ impl<'a> Writer<'a> {
         }
         Ok(())
     }
+}
+
+/// All of a write's frame but its payload.
+fn head(kind: Kind, write: &Write, payload_bytes: usize) -> Vec<u8> {
+    // A token that is not ours names no region of the peer either; it throws the bytes away.
+    let (region, key) = parse_token(&write.target.token).unwrap_or((u64::MAX, 0));
+    let runs = write.runs.encode();
+    let header = Header {
+        kind,
+        note_bytes: length_of(&write.note),
+        payload_bytes: payload_bytes as u64,
+        transfer: write.transfer,
+        region,
+        key,
+        extra_bytes: runs.len() as u64,
+    };
+    [&header.encode()[..], &write.note, &runs].concat()
+}
+
+/// Of a note; what is too long was refused when it was submitted.
+fn length_of(note: &[u8]) -> u16 {
+    u16::try_from(note.len()).unwrap_or(u16::MAX)
 }

@@ -1,4 +1,4 @@
-//! What is TCP's own: strangers at the listener, peers that stop, deadlines, and the fault plan.
+//! What is the control plane's own: strangers at the listener, peers that stop, deadlines, and the fault plan.
 
 use std::io::{Read, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -9,36 +9,34 @@ use proptest::prelude::*;
 use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
 use crate::transport::conformance::{Node, PATIENCE, page};
-use crate::transport::{RemoteRegion, Runs, WriteOutcome};
+use crate::transport::{RemoteRegion, Runs, WriteOutcome, tcp};
 
-fn params(tuning: TcpTuning, faults: &str) -> TcpParams {
-    TcpParams {
+fn params(tuning: LinkTuning, faults: &str) -> LinkParams {
+    LinkParams {
         bind_host: "127.0.0.1".to_owned(),
         bind_port: 0,
         advertise_host: "127.0.0.1".to_owned(),
         tuning,
+        staging: StagingSize::default(),
         faults: FaultPlan::parse(faults).unwrap(),
     }
 }
 
-pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
-    Arc::new(TcpTransport::start(params(TcpTuning::default(), ""), sink).unwrap())
-}
-
-fn node(tuning: TcpTuning, faults: &str) -> Node {
+fn node(tuning: LinkTuning, faults: &str) -> Node {
     let (sender, events) = channel();
     let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
     Node {
         events,
-        transport: Arc::new(TcpTransport::start(params(tuning, faults), sink).unwrap()),
+        transport: Arc::new(tcp::start(params(tuning, faults), sink).unwrap()),
     }
 }
 
 /// Deadlines so short that a test that waits for them is quick, and so long that a busy machine meets the others.
-fn brisk() -> TcpTuning {
-    TcpTuning {
+fn brisk() -> LinkTuning {
+    LinkTuning {
         handshake_timeout: Duration::from_secs(1),
         stall_timeout: Duration::from_secs(1),
+        pull_timeout: Duration::from_secs(5),
         silence_limit: Duration::from_secs(2),
         peers_max: 64,
     }
@@ -50,18 +48,26 @@ fn dial(node: &Node) -> TcpStream {
     stream
 }
 
+/// A greeting as a peer of this kind sends it.
+fn hello(name: &str) -> Vec<u8> {
+    let header = Header {
+        note_bytes: u16::try_from(name.len()).unwrap(),
+        ..Header::plain(Kind::Hello, 0)
+    };
+    [&header.encode()[..], name.as_bytes()].concat()
+}
+
 /// A connection whose greeting is done.
 fn greeted(node: &Node) -> TcpStream {
     let mut stream = dial(node);
-    stream
-        .write_all(&Header::plain(Kind::Hello, 0).encode())
-        .unwrap();
+    stream.write_all(&hello("tcp")).unwrap();
     let mut hello = [0; HEADER_BYTES];
     stream.read_exact(&mut hello).unwrap();
     let length = Header::decode(&hello).unwrap().payload_bytes;
-    let mut address = vec![0; usize::try_from(length).unwrap()];
-    stream.read_exact(&mut address).unwrap();
-    assert_eq!(address, node.transport.endpoint().address.as_bytes());
+    let mut text = vec![0; 3 + usize::try_from(length).unwrap()];
+    stream.read_exact(&mut text).unwrap();
+    let address = node.transport.endpoint().address;
+    assert_eq!(text, ["tcp", &address].concat().as_bytes());
     stream
 }
 
@@ -101,7 +107,7 @@ fn write_header(region: &RemoteRegion, payload_bytes: u64) -> Vec<u8> {
         transfer: TransferId(1),
         region: id,
         key,
-        runs_bytes: runs.len() as u64,
+        extra_bytes: runs.len() as u64,
     };
     [&header.encode()[..], &runs].concat()
 }
@@ -109,12 +115,14 @@ fn write_header(region: &RemoteRegion, payload_bytes: u64) -> Vec<u8> {
 #[test]
 fn strangers_are_shown_out() {
     let node = node(brisk(), "");
-    let mut other_version = Header::plain(Kind::Hello, 0).encode();
+    let mut other_version = hello("tcp");
     other_version[5] += 1;
     let not_a_hello = Header::plain(Kind::Ping, 0).encode();
     let mut oversize_hello = Header::plain(Kind::Hello, 0).encode();
     oversize_hello[15] = 0xff;
-    let strangers: [&[u8]; 5] = [
+    let other_kind = hello("carrier-pigeon");
+    let strangers: [&[u8]; 6] = [
+        &other_kind,
         b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",
         &other_version,
         &not_a_hello,
@@ -143,7 +151,12 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
     let beyond = write_header(&region.remote, 401);
     let mut no_runs = write_header(&region.remote, 400);
     no_runs[8] += 1;
-    let cases: [(&[u8], &str); 5] = [
+    let mut arena = Header::numbered(Kind::Arena, 1, 1).encode().to_vec();
+    arena.push(0);
+    let pulled = Header::numbered(Kind::Pulled, 77, 0).encode();
+    let cases: [(&[u8], &str); 7] = [
+        (&arena, "Arena frame though bytes come with the stream here"),
+        (&pulled, "end of a write 77 that was not described"),
         (&oversize, "at most"),
         (&second_hello, "second greeting"),
         (&beyond, "up to byte 401 of a region of 400"),
@@ -172,7 +185,7 @@ fn a_truncated_message_is_no_message() {
 fn a_page_under_a_stalled_write_is_quarantined_until_the_peer_is_lost() {
     let (sender, events) = channel();
     let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
-    let tcp = Arc::new(TcpTransport::start(params(brisk(), ""), sink).unwrap());
+    let tcp = Arc::new(tcp::start(params(brisk(), ""), sink).unwrap());
     let node = Node {
         events,
         transport: Arc::clone(&tcp) as Arc<dyn Transport>,
@@ -223,7 +236,7 @@ fn a_silent_peer_is_lost_and_a_pinging_one_is_not() {
 
 #[test]
 fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
-    let tuning = TcpTuning {
+    let tuning = LinkTuning {
         silence_limit: PATIENCE,
         ..brisk()
     };
@@ -239,9 +252,7 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
         .connect(&endpoint, Instant::now() + PATIENCE)
         .unwrap();
     let (mut stopped, _) = listener.accept().unwrap();
-    stopped
-        .write_all(&Header::plain(Kind::Hello, 0).encode())
-        .unwrap();
+    stopped.write_all(&hello("tcp")).unwrap();
     let source = Arc::new(page(10_000_000, 1));
     let write = Write {
         peer,
@@ -266,7 +277,7 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
 
 #[test]
 fn connections_have_a_bound() {
-    let tuning = TcpTuning {
+    let tuning = LinkTuning {
         peers_max: 4,
         ..brisk()
     };
@@ -284,29 +295,29 @@ fn connections_have_a_bound() {
 #[test]
 fn no_wildcard_is_advertised() {
     for host in ["", "0.0.0.0", "::", "[::]"] {
-        let params = TcpParams {
+        let params = LinkParams {
             advertise_host: host.to_owned(),
-            ..params(TcpTuning::default(), "")
+            ..params(LinkTuning::default(), "")
         };
-        let error = TcpTransport::start(params, Arc::new(|_| {})).unwrap_err();
-        assert!(matches!(error, TcpStartError::Advertise(_)), "{error}");
+        let error = tcp::start(params, Arc::new(|_| {})).unwrap_err();
+        assert!(matches!(error, LinkStartError::Advertise(_)), "{error}");
     }
-    let params = TcpParams {
+    let params = LinkParams {
         bind_host: "0.0.0.0".to_owned(),
-        ..params(TcpTuning::default(), "")
+        ..params(LinkTuning::default(), "")
     };
-    let transport = TcpTransport::start(params, Arc::new(|_| {})).unwrap();
+    let transport = tcp::start(params, Arc::new(|_| {})).unwrap();
     assert!(transport.endpoint().address.starts_with("127.0.0.1:"));
 }
 
 #[test]
 fn a_port_in_use_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-    let params = TcpParams {
+    let params = LinkParams {
         bind_port: taken.local_addr().unwrap().port(),
-        ..params(TcpTuning::default(), "")
+        ..params(LinkTuning::default(), "")
     };
-    let error = TcpTransport::start(params.clone(), Arc::new(|_| {})).unwrap_err();
+    let error = tcp::start(params.clone(), Arc::new(|_| {})).unwrap_err();
     let expected = format!(
         "kv transport: cannot listen on 127.0.0.1:{}",
         params.bind_port
@@ -381,7 +392,7 @@ proptest! {
         if framed && frame.len() > 6 {
             let plain = Header::plain(Kind::Write, 0).encode();
             frame[..4].copy_from_slice(&plain[..4]);
-            frame[4] %= 5;
+            frame[4] %= 8;
             frame[5] = plain[5];
         }
         // The other side may have closed by now.

@@ -1,7 +1,7 @@
 //! What the transport's threads share, and the life of a connection: admitted, greeted, carried, forgotten.
 //!
-//! The thread that reads a connection owns it: it starts and joins the writer, and only then reports the peer
-//! lost, so that nothing of a peer follows its loss.
+//! The thread that reads a connection owns it: it starts and joins the writer and the puller, and only then reports the
+//! peer lost, so that nothing of a peer follows its loss.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -10,21 +10,35 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::TcpTuning;
+use super::LinkTuning;
 use super::connection::Connection;
-use super::reader::Reader;
+use super::lender::Lender;
+use super::puller::{Puller, PullerParts};
+use super::reader::{Greeting, Reader, Receiving};
 use super::regions::Regions;
-use super::writer::Writer;
+use super::writer::{WriteEnd, Writer};
 use crate::transport::fault::{FaultPlan, Faults};
 use crate::transport::{ConnectError, PeerId, TransportEvent, TransportSink};
 
 /// A host that does not answer at all is given up after this, whatever the caller's deadline.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What a transport has beside its stream, if its peers read each other's memory.
+#[derive(Debug)]
+pub(super) struct Pulling {
+    /// Of our fabric.
+    pub(super) address: Vec<u8>,
+    pub(super) lender: Lender,
+    pub(super) parts: PullerParts,
+}
+
 /// Shared by the transport's handle and its threads.
 pub(super) struct Shared {
-    tuning: TcpTuning,
+    /// Peers greet with it.
+    name: &'static str,
+    tuning: LinkTuning,
     faults: Faults,
+    pub(super) pulling: Option<Pulling>,
     /// `host:port` that peers connect to.
     pub(super) advertised: String,
     /// Where the listener really is, to wake it.
@@ -64,15 +78,16 @@ pub(super) fn join(thread: JoinHandle<()>) {
 
 impl Shared {
     pub(super) fn new(
-        tuning: TcpTuning,
-        faults: FaultPlan,
-        advertised: String,
-        listening: SocketAddr,
+        (name, pulling): (&'static str, Option<Pulling>),
+        (tuning, faults): (LinkTuning, FaultPlan),
+        (advertised, listening): (String, SocketAddr),
         sink: TransportSink,
     ) -> Self {
         Self {
+            name,
             tuning,
             faults: Faults::new(faults),
+            pulling,
             advertised,
             listening,
             sink,
@@ -169,7 +184,7 @@ impl Shared {
         let shared = Arc::clone(self);
         let kept = Arc::clone(&connection);
         let spawned = std::thread::Builder::new()
-            .name(format!("kv-tcp-{}", connection.id.0))
+            .name(format!("kv-link-{}", connection.id.0))
             .spawn(move || {
                 run(&shared, &connection);
                 shared.forget(&connection);
@@ -225,22 +240,22 @@ impl Shared {
 
     fn run_incoming(&self, connection: &Arc<Connection>, stream: &TcpStream) {
         match self.greet(connection, stream, Side::Accepted) {
-            Ok(()) => {
+            Ok(theirs) => {
                 self.know(connection);
-                self.carry(connection, stream);
+                self.carry(connection, stream, &theirs, Side::Accepted);
             }
             Err(reason) => connection.close(&reason),
         }
     }
 
     /// Runs a connection that we open.
-    pub(super) fn run_outgoing(&self, connection: &Connection, deadline: Instant) {
+    pub(super) fn run_outgoing(&self, connection: &Arc<Connection>, deadline: Instant) {
         let connected = dial(&connection.address, deadline).and_then(|stream| {
-            self.greet(connection, &stream, Side::Connecting)
-                .map(|()| stream)
+            let theirs = self.greet(connection, &stream, Side::Connecting)?;
+            Ok((stream, theirs))
         });
         match connected {
-            Ok(stream) => self.carry(connection, &stream),
+            Ok((stream, theirs)) => self.carry(connection, &stream, &theirs, Side::Connecting),
             Err(reason) => {
                 connection.close(&format!("cannot be connected to: {reason}"));
                 // Nothing was written; what was submitted meanwhile is completed all the same.
@@ -250,7 +265,12 @@ impl Shared {
     }
 
     /// Exchanges greetings and hands the socket to the connection. The one who connects speaks first.
-    fn greet(&self, connection: &Connection, stream: &TcpStream, side: Side) -> Result<(), String> {
+    fn greet(
+        &self,
+        connection: &Connection,
+        stream: &TcpStream,
+        side: Side,
+    ) -> Result<Greeting, String> {
         let text = |error: std::io::Error| error.to_string();
         stream.set_nodelay(true).map_err(text)?;
         let closing_handle = stream.try_clone().map_err(text)?;
@@ -258,9 +278,13 @@ impl Shared {
             return Err(connection.reason());
         }
         let reader = Reader::new(stream, &self.tuning).map_err(|e| e.to_string())?;
-        let writer = Writer::new(stream, &self.tuning, &self.faults).map_err(|e| e.to_string())?;
-        let listen = || reader.greeting().map_err(|e| e.to_string());
-        let speak = || writer.greet(&self.advertised).map_err(|e| e.to_string());
+        let writer = self.writer(stream).map_err(|e| e.to_string())?;
+        let listen = || reader.greeting(self.name).map_err(|e| e.to_string());
+        let fabric: &[u8] = self.pulling.as_ref().map_or(&[], |p| &p.address);
+        let speak = || {
+            let spoken = writer.greet(self.name, &self.advertised, fabric);
+            spoken.map_err(|e| e.to_string())
+        };
         let theirs = match side {
             Side::Connecting => {
                 speak()?;
@@ -272,35 +296,86 @@ impl Shared {
                 theirs
             }
         };
-        tracing::debug!(peer = %connection.address, listens_at = %theirs, "kv connection open");
-        Ok(())
+        let listens_at = &theirs.address;
+        tracing::debug!(peer = %connection.address, %listens_at, transport = self.name, "kv connection open");
+        Ok(theirs)
     }
 
-    /// Carries frames both ways until either half ends; returns when both have.
-    fn carry(&self, connection: &Connection, stream: &TcpStream) {
+    fn writer<'a>(&'a self, stream: &'a TcpStream) -> Result<Writer<'a>, WriteEnd> {
+        let lender = self.pulling.as_ref().map(|pulling| &pulling.lender);
+        Writer::new(stream, &self.tuning, &self.faults, lender)
+    }
+
+    /// Carries frames both ways, and pulls, until one of the threads ends; returns when all have.
+    fn carry(
+        &self,
+        connection: &Arc<Connection>,
+        stream: &TcpStream,
+        theirs: &Greeting,
+        side: Side,
+    ) {
         std::thread::scope(|scope| {
-            let writing = std::thread::Builder::new()
-                .name(format!("kv-tcp-{}-out", connection.id.0))
-                .spawn_scoped(scope, || self.write_until_end(connection, stream));
+            let id = connection.id.0;
+            let thread =
+                |what: &str| std::thread::Builder::new().name(format!("kv-link-{id}-{what}"));
+            let writing =
+                thread("out").spawn_scoped(scope, || self.write_until_end(connection, stream));
             if let Err(error) = writing {
                 connection.close(&format!("cannot start a thread: {error}"));
                 Writer::finish(connection, &self.sink);
                 return;
             }
-            let end = Reader::new(stream, &self.tuning)
-                .and_then(|reader| reader.run(connection, &self.regions, &self.sink));
+            if let Some(pulling) = &self.pulling {
+                let pulling = thread("pull").spawn_scoped(scope, || {
+                    self.pull_until_end(connection, &pulling.parts, theirs, side);
+                });
+                if let Err(error) = pulling {
+                    connection.close(&format!("cannot start a thread: {error}"));
+                    return;
+                }
+            }
+            let receiving = Receiving {
+                connection,
+                regions: &self.regions,
+                sink: &self.sink,
+                pulls: self.pulling.is_some(),
+            };
+            let end = Reader::new(stream, &self.tuning).and_then(|reader| reader.run(&receiving));
             if let Err(end) = end {
                 connection.close(&end.to_string());
             }
         });
     }
 
-    fn write_until_end(&self, connection: &Connection, stream: &TcpStream) {
-        match Writer::new(stream, &self.tuning, &self.faults) {
-            Ok(writer) => writer.run(connection, &self.sink),
+    fn write_until_end(&self, connection: &Arc<Connection>, stream: &TcpStream) {
+        match self.writer(stream) {
+            Ok(mut writer) => writer.run(connection, &self.sink),
             Err(end) => connection.close(&end.to_string()),
         }
         Writer::finish(connection, &self.sink);
+    }
+
+    fn pull_until_end(
+        &self,
+        connection: &Connection,
+        parts: &PullerParts,
+        theirs: &Greeting,
+        side: Side,
+    ) {
+        let mut puller = Puller::new(
+            parts,
+            &self.tuning,
+            (connection, &self.regions),
+            &theirs.fabric,
+        );
+        // Who connects is the one who fetches: it prepares at once, the other side when it has to.
+        let opened = match side {
+            Side::Connecting => puller.open(),
+            Side::Accepted => Ok(()),
+        };
+        if let Err(end) = opened.and_then(|()| puller.run(&self.sink)) {
+            connection.close(&end.to_string());
+        }
     }
 }
 

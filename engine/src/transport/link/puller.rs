@@ -1,0 +1,293 @@
+//! The reader's side of a pulled write: one thread a connection reads what the peer has described.
+//!
+//! A region's page is out of the regions while the fabric writes it, as it is with the thread that reads a stream; so
+//! giving it up meanwhile is `Later`, and it comes back when this thread lets go. Everything that is queued is
+//! read in one call, as much as suits the fabric. Stale regions are not read, but acknowledged.
+//!
+//! Invariant: whatever the fabric says, each page that was taken is put back before anything else happens.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::LinkTuning;
+use super::connection::Connection;
+use super::pulls::{Batch, Pull};
+use super::regions::{Regions, Taken};
+use crate::page::Page;
+use crate::transport::fabric::{
+    Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena,
+};
+use crate::transport::staging::{Slot, Staging};
+use crate::transport::{RegionId, Runs, RunsError, TransportEvent, TransportSink};
+
+/// Arenas of one peer at most.
+const ARENAS_MAX: usize = 1024;
+
+/// Why a connection's pulling ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PullEnd {
+    #[error("{0}")]
+    Fabric(#[from] FabricError),
+    #[error("descriptor of an arena {0} that was never described")]
+    UnknownArena(u64),
+    #[error("more than {ARENAS_MAX} arenas")]
+    TooManyArenas,
+    #[error("descriptor up to byte {end} of an arena of {bytes}")]
+    OutOfArena { end: usize, bytes: u64 },
+    #[error("write up to byte {end} of a region of {bytes}")]
+    OutOfRange { end: usize, bytes: u64 },
+    #[error("region still written by another peer after {0:?}")]
+    Occupied(Duration),
+    #[error("{0}")]
+    Runs(#[from] RunsError),
+}
+
+/// What all pullers of a transport share.
+#[derive(Debug)]
+pub(super) struct PullerParts {
+    pub(super) fabric: Arc<dyn Fabric>,
+    /// Apart from the writers' staging memory, so that neither waits for the other.
+    pub(super) staging: Arc<Staging>,
+}
+
+/// Pulls for one connection.
+#[derive(Debug)]
+pub(super) struct Puller<'a> {
+    parts: &'a PullerParts,
+    terms: FabricTerms,
+    tuning: &'a LinkTuning,
+    connection: &'a Connection,
+    regions: &'a Regions,
+    /// Of the peer's fabric.
+    address: &'a [u8],
+    peer: Option<Box<dyn FabricPeer>>,
+    arenas: HashMap<u64, RemoteArena>,
+}
+
+/// A pull whose page was taken out.
+#[derive(Debug)]
+struct Landing {
+    pull: Pull,
+    from: RemoteArena,
+    page: Page,
+    /// Where the bytes go first, when their targets do not suit the fabric.
+    slot: Option<Slot>,
+    /// From the arena to the page or the slot.
+    runs: Runs,
+}
+
+impl Landing {
+    fn job(&mut self) -> ReadJob<'_> {
+        ReadJob {
+            from: self.from,
+            runs: &self.runs,
+            page: match &mut self.slot {
+                Some(slot) => slot.page_mut(),
+                None => &mut self.page,
+            },
+        }
+    }
+
+    /// Moves what came into a slot to where it belongs.
+    fn scatter(&mut self) {
+        let Some(slot) = self.slot.take() else {
+            return;
+        };
+        let mut rest = slot.page().as_bytes();
+        for (_, target) in self.pull.runs.stretches() {
+            let (now, later) = rest.split_at(target.len());
+            self.page.as_bytes_mut()[target].copy_from_slice(now);
+            rest = later;
+        }
+    }
+}
+
+/// What could be made of a batch at this moment.
+#[derive(Debug, Default)]
+struct Ready {
+    landings: Vec<Landing>,
+    /// Sequence numbers of all that are over with this batch, in order.
+    over: Vec<u64>,
+}
+
+impl<'a> Puller<'a> {
+    pub(super) fn new(
+        parts: &'a PullerParts,
+        tuning: &'a LinkTuning,
+        (connection, regions): (&'a Connection, &'a Regions),
+        address: &'a [u8],
+    ) -> Self {
+        Self {
+            terms: parts.fabric.terms(),
+            parts,
+            tuning,
+            connection,
+            regions,
+            address,
+            peer: None,
+            arenas: HashMap::new(),
+        }
+    }
+
+    /// Prepares reading now rather than with the first piece.
+    pub(super) fn open(&mut self) -> Result<(), PullEnd> {
+        self.peer()?;
+        Ok(())
+    }
+
+    /// Reads until the connection's end.
+    pub(super) fn run(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
+        while let Some(batch) = self.connection.pulls.next(self.terms.batch_bytes_max) {
+            match batch {
+                Batch::Arena { number, key } => {
+                    if self.arenas.len() >= ARENAS_MAX {
+                        return Err(PullEnd::TooManyArenas);
+                    }
+                    let arena = self.peer()?.import(&key)?;
+                    self.arenas.insert(number, arena);
+                }
+                Batch::Pulls(pulls) => self.read(pulls, sink)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn peer(&mut self) -> Result<&mut Box<dyn FabricPeer>, FabricError> {
+        let opened = match self.peer.take() {
+            Some(peer) => peer,
+            None => {
+                let deadline = Instant::now() + self.tuning.handshake_timeout;
+                self.parts.fabric.open(self.address, deadline)?
+            }
+        };
+        Ok(self.peer.insert(opened))
+    }
+
+    fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
+        let mut ready = Ready::default();
+        let taken = self.take(pulls, &mut ready);
+        let read = taken.and_then(|()| self.carry_out(&mut ready.landings));
+        for landing in ready.landings {
+            self.let_go(landing, read.is_ok(), sink);
+        }
+        read?;
+        self.connection.acknowledge(&ready.over);
+        Ok(())
+    }
+
+    fn carry_out(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
+        if landings.is_empty() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.tuning.pull_timeout;
+        let connection = self.connection;
+        let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
+        self.peer()?.read(&mut jobs, deadline, &connection.ended)?;
+        Ok(())
+    }
+
+    fn let_go(&self, mut landing: Landing, read: bool, sink: &TransportSink) {
+        if read {
+            landing.scatter();
+        }
+        let Landing { pull, page, .. } = landing;
+        let region = RegionId(pull.region);
+        if let Some(page) = self.regions.put_back(pull.region, page) {
+            sink(TransportEvent::PageReleased { region, page });
+        } else if read {
+            sink(TransportEvent::Landed {
+                peer: self.connection.id,
+                region,
+                runs: pull.runs,
+                transfer: pull.transfer,
+                note: pull.note,
+            });
+        }
+    }
+
+    /// Takes the pages of as many pulls as can be read at once; the others wait for the next turn.
+    fn take(&self, pulls: Vec<Pull>, ready: &mut Ready) -> Result<(), PullEnd> {
+        let mut pulls = pulls.into_iter();
+        while let Some(pull) = pulls.next() {
+            if let Some(back) = self.take_one(pull, ready)? {
+                let later = std::iter::once(back).chain(pulls).collect();
+                self.connection.pulls.put_back(later);
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one page; gives the pull back when it has to wait for those before it.
+    fn take_one(&self, pull: Pull, ready: &mut Ready) -> Result<Option<Pull>, PullEnd> {
+        let sequence = pull.descriptor.sequence;
+        let first = ready.landings.is_empty();
+        let (from, source) = self.source(&pull)?;
+        let fine = !source.is_coarse(self.terms.stretch_bytes_min);
+        let patience = if first {
+            self.tuning.stall_timeout
+        } else {
+            Duration::ZERO
+        };
+        let may_need_slot = fine || self.terms.target_in_arena;
+        let mut slot = None;
+        if may_need_slot && self.parts.staging.fits(source.total_bytes()) {
+            slot = if first {
+                self.parts.staging.take(Instant::now() + patience)
+            } else {
+                self.parts.staging.try_take()
+            };
+            if slot.is_none() && !first {
+                return Ok(Some(pull));
+            }
+        }
+        let end = pull.runs.target_end();
+        let page = match self.regions.take(pull.region, pull.key, end, patience) {
+            Taken::Page(page) => page,
+            Taken::Stale => {
+                ready.over.push(sequence);
+                return Ok(None);
+            }
+            Taken::Occupied if first => return Err(PullEnd::Occupied(patience)),
+            // By an earlier one of this batch, perhaps.
+            Taken::Occupied => return Ok(Some(pull)),
+            Taken::OutOfRange { bytes } => return Err(PullEnd::OutOfRange { end, bytes }),
+        };
+        if !fine && page.arena().is_some() {
+            slot = None;
+        }
+        let runs = match slot {
+            Some(_) => source.packed(),
+            None => source,
+        };
+        ready.over.push(sequence);
+        ready.landings.push(Landing {
+            pull,
+            from,
+            page,
+            slot,
+            runs,
+        });
+        Ok(None)
+    }
+
+    /// Where the bytes lie, with offsets within the arena.
+    fn source(&self, pull: &Pull) -> Result<(RemoteArena, Runs), PullEnd> {
+        let number = pull.descriptor.arena;
+        let arena = self.arenas.get(&number).copied();
+        let arena = arena.ok_or(PullEnd::UnknownArena(number))?;
+        let offset = usize::try_from(pull.descriptor.offset).unwrap_or(usize::MAX);
+        let runs = if pull.descriptor.gathered {
+            pull.runs.gathered().shifted(offset)?
+        } else {
+            pull.runs.shifted(offset)?
+        };
+        let end = runs.source_end();
+        if end as u64 > arena.bytes {
+            let bytes = arena.bytes;
+            return Err(PullEnd::OutOfArena { end, bytes });
+        }
+        Ok((arena, runs))
+    }
+}
