@@ -30,6 +30,8 @@ pub enum PreferredTransport {
     Mpi,
     /// Mooncake.
     Mooncake,
+    /// Shared memory of one host.
+    Shm,
 }
 
 impl TransportChoice {
@@ -54,6 +56,7 @@ impl Choices for TransportChoice {
             "MOONCAKE",
             Choice::Is(Self::Preferred(PreferredTransport::Mooncake)),
         ),
+        ("SHM", Choice::Is(Self::Preferred(PreferredTransport::Shm))),
     ];
 }
 
@@ -78,8 +81,9 @@ section! {
     /// instance hands nothing off.
     RawTransceiver "cache_transceiver_config" {
         /// Which transport moves the KV: `DEFAULT` takes the best that is there; `TCP` takes TCP streams;
-        /// `UCX`, `NIXL`, `MPI` and `MOONCAKE` are wishes, and where the transport is not there the best
-        /// one that is takes its place, with one warning that names both. `null` hands nothing off.
+        /// `UCX`, `NIXL`, `MPI`, `MOONCAKE` and `SHM` (shared memory of one host) are wishes, and where the
+        /// transport is not there another takes its place, with one warning that names both. `null` hands
+        /// nothing off.
         /// Upper and lower case are the same.
         backend: OneOf<TransportChoice> = "null";
         /// Older spelling of `backend: DEFAULT` (true) or no hand-off (false).

@@ -29,12 +29,13 @@ pub struct HandoffTicket {
     pub first_logprobs: Vec<Vec<Logprob>>,
 }
 
-/// What an instance's KV looks like; both sides of a hand-off compare it before anything is allocated.
+/// What an instance's KV looks like and how its ranks divide it; both sides of a hand-off compare it before anything is
+/// allocated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayout {
     /// See [`crate::model::ModelShape::fingerprint`].
     pub model_fingerprint: u64,
-    /// A rank's page.
+    /// The whole model's page, however many ranks hold parts of it.
     pub page: PageShape,
     /// Tensor-parallel ranks.
     pub tensor_parallel: u32,
@@ -133,9 +134,11 @@ pub struct Fetch {
     pub request: RequestId,
     /// Where to get it.
     pub ticket: HandoffTicket,
-    /// Tokens whose KV is expected.
+    /// Tokens whose KV there is.
     pub token_count: usize,
-    /// Pages to write, in order, with the blocks they belong to.
+    /// The KV of tokens before this one is here already; a multiple of the block size.
+    pub first_token: usize,
+    /// Pages to write, in order from the first token's on, with the blocks they belong to.
     pub pages: Vec<(BlockId, Page)>,
 }
 

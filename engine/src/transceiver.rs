@@ -1,8 +1,9 @@
 //! The KV transceiver: takes pages of a context instance to a generation instance (DESIGN.md §7).
 //!
 //! [`Transceiver`] is the engine thread's handle: its calls only queue. One desk thread owns the protocol, over
-//! whatever [`Transport`] was chosen; checksum threads sum pages; results go to the engine's sink. Re-sharding is
-//! not done here: instances whose layouts differ are refused before anything is allocated.
+//! whatever [`Transport`]s there are; checksum threads sum pieces; results go to the engine's sink. Sides that divide one
+//! model differently are served piece by piece (`reshard.rs`); those whose KV cannot be converted are refused before
+//! anything is allocated.
 //!
 //! Invariant: however a lease or a fetch ends, it ends once, and every page comes back exactly once.
 
@@ -16,18 +17,18 @@ use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
 };
 use crate::request::RequestId;
+use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
-use crate::transport::link::{LinkParams, LinkStartError, LinkTuning};
-use crate::transport::staging::StagingSize;
-use crate::transport::tcp;
-use crate::transport::{Capability, Transport, TransportSink};
+use crate::transport::link::LinkTuning;
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
-use inbox::{Command, Happening, Inbox};
+use inbox::{Command, Inbox};
 use info::Held;
-pub use info::{TransceiverInfo, TransceiverStats};
-use state::{LayoutRecord, Nonce, OpaqueState, PROTOCOL_VERSION, RankRecord};
+pub use info::{TransceiverInfo, TransceiverStats, WireStats};
+use select::Preference;
+use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord};
+use wires::{KINDS, Kind, Wires};
 
 mod available;
 mod checksum;
@@ -35,9 +36,11 @@ mod desk;
 mod inbox;
 mod info;
 mod message;
+mod reshard;
 mod select;
 mod state;
 mod timers;
+mod wires;
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +56,8 @@ pub struct TransceiverParams {
     pub instance: String,
     /// This rank within its instance.
     pub rank: u32,
+    /// What the instance's leading rank has as its epoch; `None` for that rank itself, which makes one.
+    pub epoch: Option<u64>,
     /// Address to listen on; `0.0.0.0` is all interfaces.
     pub bind_host: String,
     /// Port to listen on; 0 lets the kernel choose.
@@ -101,6 +106,7 @@ impl TransceiverParams {
             layout,
             instance: String::new(),
             rank: 0,
+            epoch: None,
             bind_host: host.to_owned(),
             bind_port: 0,
             advertise_host: host.to_owned(),
@@ -115,12 +121,12 @@ impl TransceiverParams {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TransceiverStartError {
-    /// A transport did not start to listen.
-    #[error(transparent)]
-    Link(#[from] LinkStartError),
     /// No transport is there.
-    #[error("no kv transport is available")]
-    NoTransport,
+    #[error("no kv transport is available: {0}")]
+    NoTransport(String),
+    /// The layout makes no sense.
+    #[error("kv layout: {0}")]
+    Layout(String),
     /// A thread could not be started.
     #[error("kv transceiver: cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -132,9 +138,9 @@ pub struct Transceiver {
     sink: HandoffSink,
     info: TransceiverInfo,
     limits: TransceiverLimits,
-    layout: LayoutRecord,
-    transport: &'static str,
-    rank: u32,
+    layout: OwnLayout,
+    transports: Vec<Arc<dyn Transport>>,
+    rank: usize,
     /// The ticket's state, but for nonce and token count.
     template: OpaqueState,
     desk: Option<JoinHandle<()>>,
@@ -149,65 +155,57 @@ impl fmt::Debug for Transceiver {
 }
 
 impl Transceiver {
-    /// Chooses a transport, starts it and the transceiver's threads.
+    /// Starts every transport that the config allows and that is there, and the transceiver's threads.
     ///
     /// # Errors
-    /// When the transport cannot listen or threads cannot be started.
+    /// When no transport can be started, or no thread.
     pub fn start(
         params: TransceiverParams,
         sink: HandoffSink,
     ) -> Result<Self, TransceiverStartError> {
-        let tcp = LinkParams {
-            bind_host: params.bind_host.clone(),
-            bind_port: params.bind_port,
-            advertise_host: params.advertise_host.clone(),
-            tuning: params.link.clone(),
-            staging: StagingSize::default(),
-            faults: params.faults.clone(),
-        };
-        Self::start_over(params, sink, &[tcp::CAPABILITY], |_, events| {
-            Ok(Arc::new(tcp::start(tcp, events)?))
-        })
+        let preference = Preference::new(params.config.backend, |name| std::env::var_os(name));
+        Self::start_over(params, sink, &preference, KINDS)
     }
 
-    /// As [`Transceiver::start`], with the transports that there are and a way to start the chosen one.
+    /// As [`Transceiver::start`], with the transports that there may be.
     fn start_over(
         params: TransceiverParams,
         sink: HandoffSink,
-        available: &[Capability],
-        start: impl FnOnce(&str, TransportSink) -> Result<Arc<dyn Transport>, TransceiverStartError>,
+        preference: &Preference,
+        kinds: &[Kind],
     ) -> Result<Self, TransceiverStartError> {
-        let choice = select::choose(params.config.backend, available)
-            .ok_or(TransceiverStartError::NoTransport)?;
+        let layout = OwnLayout::new(&params.layout).map_err(TransceiverStartError::Layout)?;
         let inbox = Arc::new(Inbox::default());
-        let events: TransportSink = {
-            let inbox = Arc::clone(&inbox);
-            Arc::new(move |event| inbox.happened(Happening::Transport(event)))
-        };
-        let transport = start(choice.transport, events)?;
-        let endpoint = transport.endpoint();
+        let (transports, tried) = wires::start_all(preference, kinds, &params, &inbox);
+        let choice = preference.choose(&tried).ok_or_else(|| {
+            let missing = tried.iter().filter_map(|(name, missing)| {
+                let missing = missing.as_ref()?;
+                Some(format!("{name}: {missing}"))
+            });
+            TransceiverStartError::NoTransport(missing.collect::<Vec<_>>().join("; "))
+        })?;
         if choice.fell_back {
             tracing::warn!(transport = choice.transport, "{}", choice.reason);
         }
-        tracing::info!(
-            transport = choice.transport,
-            reason = %choice.reason,
-            address = %endpoint.address,
-            "kv transceiver ready"
-        );
-        let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-        let epoch = high.rotate_left(32) ^ low;
-        let name = choice.transport;
-        let info = TransceiverInfo::new(choice, endpoint.address.clone(), epoch);
-        let layout = LayoutRecord::new(&params.layout);
+        let endpoints: Vec<_> = transports.iter().map(|t| t.endpoint()).collect();
+        for endpoint in &endpoints {
+            tracing::info!(
+                transport = endpoint.transport,
+                address = %endpoint.address,
+                reason = %choice.reason,
+                "kv transceiver ready"
+            );
+        }
+        let epoch = params.epoch.unwrap_or_else(fresh_epoch);
+        let info = TransceiverInfo::new(choice, endpoints.clone(), tried, epoch);
         let checksums = ChecksumThreads::start(params.limits.checksum_threads, &inbox)
             .map_err(TransceiverStartError::Thread)?;
         let desk = Desk::new(
-            terms(&params, epoch),
+            terms(&params, &layout, epoch),
             Surroundings {
                 inbox: Arc::clone(&inbox),
                 sink: Arc::clone(&sink),
-                transport,
+                wires: Wires::new(transports.clone()),
                 checksums,
                 info: info.clone(),
             },
@@ -220,28 +218,67 @@ impl Transceiver {
                 drop(closing);
             })
             .map_err(TransceiverStartError::Thread)?;
+        let rank = RankRecord {
+            rank: params.rank,
+            endpoints,
+        };
         Ok(Self {
             inbox,
             sink,
             info,
             limits: params.limits,
-            transport: name,
-            rank: params.rank,
+            transports,
+            rank: params.rank as usize,
             template: OpaqueState {
                 version: PROTOCOL_VERSION,
                 instance: params.instance,
                 epoch,
-                layout: layout.clone(),
-                ranks: vec![RankRecord {
-                    rank: params.rank,
-                    endpoints: vec![endpoint],
-                }],
+                layout: layout.record.clone(),
+                ranks: vec![rank],
                 nonce: Nonce::random(),
                 token_count: 0,
             },
             layout,
             desk: Some(desk),
         })
+    }
+
+    /// How peers reach this rank.
+    pub(crate) fn rank_record(&self) -> RankRecord {
+        self.template.ranks[0].clone()
+    }
+
+    /// Says which ranks the instance has, this one included; tickets name them all.
+    pub(crate) fn set_ranks(&mut self, ranks: Vec<RankRecord>) {
+        self.template.ranks = ranks;
+    }
+
+    /// Starts this rank's part of a lease that the leading rank has given out.
+    ///
+    /// # Errors
+    /// When too many leases are held, or the state is none.
+    pub(crate) fn join_offer(&mut self, offer: Offer, state: &[u8]) -> Result<(), HandoffError> {
+        let state = OpaqueState::decode(state)?;
+        self.hold(offer, state.nonce)
+    }
+
+    fn hold(&mut self, offer: Offer, nonce: Nonce) -> Result<(), HandoffError> {
+        self.info
+            .hold(Held::Leases, self.limits.leases)
+            .map_err(|held| HandoffError::Refused(format!("{held} leases are held already")))?;
+        let command = Command::Offer { offer, nonce };
+        self.inbox.command(command).map_err(|_| {
+            self.info.release(Held::Leases);
+            HandoffError::Transport("the kv transceiver is not running".to_owned())
+        })
+    }
+
+    /// Whether the KV of a state can be taken here.
+    fn usable(&self, state: &OpaqueState) -> Result<(), HandoffError> {
+        let there = self.layout.convertible(&state.layout)?;
+        let senders = reshard::senders(&self.layout.side, self.rank, &there);
+        wires::ways(&self.transports, state, &senders)?;
+        Ok(())
     }
 
     /// The choice of transport and the counters; stays usable after the transceiver is gone.
@@ -251,9 +288,14 @@ impl Transceiver {
     }
 }
 
-fn terms(params: &TransceiverParams, epoch: u64) -> Terms {
-    let page = &params.layout.page;
-    let tokens_per_block = page.tokens_per_block.max(1);
+/// Random, so that no process has one that another had.
+fn fresh_epoch() -> u64 {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    high.rotate_left(32) ^ low
+}
+
+fn terms(params: &TransceiverParams, layout: &OwnLayout, epoch: u64) -> Terms {
+    let tokens_per_block = layout.side.tokens_per_block();
     let window = params
         .config
         .max_tokens_in_buffer
@@ -261,10 +303,9 @@ fn terms(params: &TransceiverParams, epoch: u64) -> Terms {
             usize::try_from(tokens).map_or(usize::MAX, |t| t.div_ceil(tokens_per_block).max(1))
         });
     Terms {
-        layout: LayoutRecord::new(&params.layout),
-        page_bytes: page.bytes() as u64,
-        tokens_per_block: tokens_per_block as u64,
-        rank: params.rank,
+        layout: layout.clone(),
+        instance: params.instance.clone(),
+        rank: params.rank as usize,
         epoch,
         transfer_timeout: params.config.kv_transfer_timeout,
         settle_timeout: params.config.sender_future_timeout,
@@ -284,14 +325,7 @@ impl Handoff for Transceiver {
             ..self.template.clone()
         };
         let state = state.encode()?;
-        self.info
-            .hold(Held::Leases, self.limits.leases)
-            .map_err(|held| HandoffError::Refused(format!("{held} leases are held already")))?;
-        let command = Command::Offer { offer, nonce };
-        self.inbox.command(command).map_err(|_| {
-            self.info.release(Held::Leases);
-            HandoffError::Transport("the kv transceiver is not running".to_owned())
-        })?;
+        self.hold(offer, nonce)?;
         Ok(state)
     }
 
@@ -302,8 +336,16 @@ impl Handoff for Transceiver {
 
     fn check(&self, ticket: &HandoffTicket) -> Result<usize, HandoffError> {
         let state = OpaqueState::decode(&ticket.opaque_state)?;
-        self.layout.check(&state.layout)?;
-        state.endpoint(self.rank, self.transport)?;
+        if let Err(error) = self.usable(&state) {
+            let reject = Command::Reject {
+                ctx_request_id: ticket.ctx_request_id,
+                state: Box::new(state),
+                reason: error.to_string(),
+            };
+            // So that the other side says it too. A transceiver that is gone has nobody to tell.
+            drop(self.inbox.command(reject));
+            return Err(error);
+        }
         usize::try_from(state.token_count)
             .map_err(|_| HandoffError::State(format!("kv of {} tokens", state.token_count)))
     }

@@ -133,6 +133,7 @@ impl Core {
             request: id,
             ticket,
             token_count: sequence.prompt_len,
+            first_token: 0,
             pages: blocks
                 .map(|&block| (block, self.model.lend_page(block)))
                 .collect(),

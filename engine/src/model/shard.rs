@@ -99,6 +99,43 @@ impl Place {
     }
 }
 
+/// The keys and values that one rank holds; the hand-off's geometry as well as the decoder's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct KvPart {
+    /// Of `L`.
+    pub(crate) layers: Range<usize>,
+    /// Of `K`.
+    pub(crate) heads: Range<usize>,
+    /// How many ranks hold just these.
+    pub(crate) copies: usize,
+    /// Which of them this one is, in their order.
+    pub(crate) copy: usize,
+}
+
+impl KvPart {
+    /// The part of the rank at `place`. The sizes have passed [`kv_obstacle`].
+    pub(crate) fn new(layers: usize, kv_heads: usize, place: Place) -> Self {
+        let (size, tp) = (place.grid.tensor, place.tp);
+        // Ranks that share a KV head, when there are more ranks than KV heads.
+        let copies = (size / kv_heads).max(1);
+        Self {
+            layers: part(layers, place.grid.pipeline, place.pp),
+            heads: part(kv_heads, size / copies, tp / copies),
+            copies,
+            copy: tp % copies,
+        }
+    }
+
+    /// This rank's page, where the whole model's is `whole`.
+    pub(crate) fn page(&self, whole: PageShape) -> PageShape {
+        PageShape {
+            layers: self.layers.len(),
+            kv_heads: self.heads.len(),
+            ..whole
+        }
+    }
+}
+
 /// One rank's part of a decoder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Shard {
@@ -121,17 +158,15 @@ impl Shard {
     /// The part of the rank at `place`. The sizes have passed [`check`].
     pub(crate) fn new(config: &DecoderConfig, place: Place) -> Self {
         let (size, tp) = (place.grid.tensor, place.tp);
-        // Ranks that share a KV head, when there are more ranks than KV heads.
-        let copies = (size / config.kv_heads).max(1);
-        let kv_heads = part(config.kv_heads, size / copies, tp / copies);
+        let kv = KvPart::new(config.layers(), config.kv_heads, place);
         Self {
             place,
-            layers: part(config.layers(), place.grid.pipeline, place.pp),
+            layers: kv.layers,
             heads: part(config.heads, size, tp),
-            kv_heads,
+            kv_heads: kv.heads,
             ffn: part(config.ffn_width, size, tp),
             vocab: part(config.vocab, size, tp),
-            first_holder: tp % copies == 0,
+            first_holder: kv.copy == 0,
         }
     }
 
@@ -190,8 +225,8 @@ fn tensor_obstacle(config: &DecoderConfig, size: usize) -> Option<String> {
         "must be at least 1".to_owned()
     } else if !heads.is_multiple_of(size) {
         format!("does not divide {heads} attention heads")
-    } else if !kv_heads.is_multiple_of(size) && !size.is_multiple_of(kv_heads) {
-        format!("neither divides {kv_heads} key/value heads nor is a multiple of them")
+    } else if let Some(what) = kv_heads_obstacle(kv_heads, size) {
+        what
     } else if !config.ffn_width.is_multiple_of(size) {
         format!("does not divide the feed-forward size {}", config.ffn_width)
     } else if config.vocab < size {
@@ -200,6 +235,23 @@ fn tensor_obstacle(config: &DecoderConfig, size: usize) -> Option<String> {
         return None;
     };
     Some(format!("tensor_parallel_size {size} {what}"))
+}
+
+fn kv_heads_obstacle(kv_heads: usize, size: usize) -> Option<String> {
+    (!kv_heads.is_multiple_of(size) && !size.is_multiple_of(kv_heads))
+        .then(|| format!("neither divides {kv_heads} key/value heads nor is a multiple of them"))
+}
+
+/// What is in the way of dividing so many layers and KV heads like this, if anything is.
+pub(crate) fn kv_obstacle(layers: usize, kv_heads: usize, grid: Grid) -> Option<String> {
+    let size = grid.tensor;
+    let what = match (size, kv_heads) {
+        (0, _) => Some("must be at least 1".to_owned()),
+        (_, 0) => Some("divides a model without key/value heads".to_owned()),
+        _ => kv_heads_obstacle(kv_heads, size),
+    };
+    what.map(|what| format!("tensor_parallel_size {size} {what}"))
+        .or_else(|| pipeline_obstacle(layers, grid.pipeline))
 }
 
 fn pipeline_obstacle(layers: usize, size: usize) -> Option<String> {

@@ -4,15 +4,16 @@
 
 use baton_configs::transceiver::{PreferredTransport, TransportChoice};
 
-use super::select;
-use crate::transport::{Capability, tcp};
+use super::select::Preference;
+use super::wires::KINDS;
+use crate::transport::Capability;
 
 /// A transport that the engine knows by name.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TransportState {
     /// Its name in configs, logs and metrics.
     pub name: &'static str,
-    /// What asks for it alone; `None` when no configuration can.
+    /// What asks for it first; `None` when no configuration can.
     pub choice: Option<TransportChoice>,
     /// What it can do here, or what is missing: one line, and a `hint:` line where there is a remedy.
     pub state: Result<Capability, String>,
@@ -21,33 +22,39 @@ pub struct TransportState {
 /// All transports, the best first.
 #[must_use]
 pub fn transports() -> Vec<TransportState> {
-    let absent = |name, choice| TransportState {
+    let preferred = |wish| Some(TransportChoice::Preferred(wish));
+    let known = [
+        ("nixl", preferred(PreferredTransport::Nixl)),
+        ("ucx", preferred(PreferredTransport::Ucx)),
+        ("shm", preferred(PreferredTransport::Shm)),
+        ("mpi", preferred(PreferredTransport::Mpi)),
+        ("tcp", Some(TransportChoice::Tcp)),
+    ];
+    let states = known.map(|(name, choice)| TransportState {
         name,
         choice,
-        state: Err("this build does not have it".to_owned()),
-    };
-    let preferred = |wish| Some(TransportChoice::Preferred(wish));
-    vec![
-        absent("nixl", preferred(PreferredTransport::Nixl)),
-        absent("ucx", preferred(PreferredTransport::Ucx)),
-        absent("shm", None),
-        absent("mpi", preferred(PreferredTransport::Mpi)),
-        TransportState {
-            name: tcp::CAPABILITY.name,
-            choice: Some(TransportChoice::Tcp),
-            state: Ok(tcp::CAPABILITY),
-        },
-    ]
+        state: probe(name),
+    });
+    states.into()
+}
+
+fn probe(name: &str) -> Result<Capability, String> {
+    let mut kinds = KINDS.iter();
+    match kinds.find(|kind| kind.name == name) {
+        Some(kind) => (kind.probe)(),
+        None => Err("this build does not have it".to_owned()),
+    }
 }
 
 /// The transport that `backend: DEFAULT` takes here, and why, in a sentence; `None` when there is none.
 #[must_use]
 pub fn default_transport() -> Option<(&'static str, String)> {
-    let there: Vec<Capability> = transports()
-        .into_iter()
-        .filter_map(|known| known.state.ok())
-        .collect();
-    let choice = select::choose(TransportChoice::Default, &there)?;
+    let preference = Preference::new(TransportChoice::Default, |name| std::env::var_os(name));
+    let tried = preference
+        .order
+        .iter()
+        .map(|&name| (name, probe(name).err()));
+    let choice = preference.choose(&tried.collect::<Vec<_>>())?;
     Some((choice.transport, choice.reason))
 }
 

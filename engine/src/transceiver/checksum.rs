@@ -1,41 +1,81 @@
-//! XXH3-64 over whole pages, on threads of its own, so that neither the desk nor the wire waits for it.
+//! XXH3-64 over pieces of pages, on threads of its own, so that neither the desk nor the wire waits for it.
 //!
 //! Landed pages go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
-use super::inbox::{Checked, Happening, Inbox};
+use super::inbox::{Checked, Happening, Inbox, Mismatch, SumsOf};
 use crate::page::Page;
-use crate::transport::{RegionId, TransferId};
+use crate::transport::{RegionId, Runs, TransferId};
 
-/// A page that landed.
+/// A page whose pieces have all landed.
 #[derive(Debug)]
 pub(super) struct Landed {
     pub(super) transfer: TransferId,
     pub(super) region: RegionId,
-    pub(super) piece: usize,
+    /// Index among the fetch's pages.
+    pub(super) index: usize,
     pub(super) page: Page,
-    pub(super) expected: u64,
+    /// What lies where in it, with the checksum that it shall have.
+    pub(super) parts: Vec<(Runs, u64)>,
 }
 
-/// An offered sequence; its pages are let go when the job is over or given up.
+/// Pieces to be sent; their pages are let go when the job is over or given up.
 #[derive(Debug)]
-pub(super) struct Offered {
-    pub(super) ctx_request_id: u64,
-    pub(super) pages: VecDeque<Arc<Page>>,
+pub(super) struct Summing {
+    pub(super) of: SumsOf,
+    pub(super) parts: VecDeque<(Arc<Page>, Runs)>,
     pub(super) given_up: Arc<AtomicBool>,
+}
+
+/// Of the stretches of a page that a piece is read from, in their order.
+pub(super) fn source_sum(page: &Page, runs: &Runs) -> u64 {
+    sum(page, runs.stretches().map(|(source, _)| source))
+}
+
+/// Of the stretches of a page that a piece was written to, in their order.
+fn target_sum(page: &Page, runs: &Runs) -> u64 {
+    sum(page, runs.stretches().map(|(_, target)| target))
+}
+
+fn sum(page: &Page, mut stretches: impl Iterator<Item = Range<usize>>) -> u64 {
+    let bytes = page.as_bytes();
+    let first = &bytes[stretches.next().unwrap_or(0..0)];
+    let Some(second) = stretches.next() else {
+        // Most often a whole page; in one go it is faster.
+        return xxh3_64(first);
+    };
+    let mut hasher = Xxh3Default::new();
+    hasher.update(first);
+    hasher.update(&bytes[second]);
+    stretches.for_each(|stretch| hasher.update(&bytes[stretch]));
+    hasher.digest()
+}
+
+impl Landed {
+    fn mismatch(&self) -> Option<Mismatch> {
+        let parts = self.parts.iter().enumerate();
+        parts
+            .map(|(part, (runs, expected))| Mismatch {
+                part,
+                expected: *expected,
+                found: target_sum(&self.page, runs),
+            })
+            .find(|part| part.found != part.expected)
+    }
 }
 
 #[derive(Debug, Default)]
 struct Jobs {
     landed: VecDeque<Landed>,
-    offered: VecDeque<Offered>,
+    offered: VecDeque<Summing>,
     stopped: bool,
 }
 
@@ -76,7 +116,7 @@ impl ChecksumThreads {
         self.queue.wake.notify_one();
     }
 
-    pub(super) fn sum(&self, offered: Offered) {
+    pub(super) fn sum(&self, offered: Summing) {
         self.queue.lock().offered.push_back(offered);
         self.queue.wake.notify_one();
     }
@@ -110,14 +150,13 @@ impl Queue {
             }
             if let Some(landed) = jobs.landed.pop_front() {
                 drop(jobs);
-                let found = xxh3_64(landed.page.as_bytes());
+                let mismatch = landed.mismatch();
                 inbox.happened(Happening::Checked(Checked {
                     transfer: landed.transfer,
                     region: landed.region,
-                    piece: landed.piece,
+                    index: landed.index,
                     page: landed.page,
-                    expected: landed.expected,
-                    found,
+                    mismatch,
                 }));
             } else if let Some(offered) = jobs.offered.pop_front() {
                 drop(jobs);
@@ -126,25 +165,22 @@ impl Queue {
         }
     }
 
-    /// Sums one page and puts the job back in front, so that a long sequence holds up no landed page.
-    fn sum_one(&self, mut offered: Offered, inbox: &Inbox) {
-        let ctx_request_id = offered.ctx_request_id;
+    /// Sums one piece and puts the job back in front, so that a long sequence holds up no landed page.
+    fn sum_one(&self, mut offered: Summing, inbox: &Inbox) {
+        let of = offered.of;
         let given_up = offered.given_up.load(Ordering::Acquire);
-        match offered.pages.pop_front() {
-            Some(page) if !given_up => {
-                let checksum = xxh3_64(page.as_bytes());
+        match offered.parts.pop_front() {
+            Some((page, runs)) if !given_up => {
+                let checksum = source_sum(&page, &runs);
                 drop(page);
-                inbox.happened(Happening::Hashed {
-                    ctx_request_id,
-                    checksum,
-                });
+                inbox.happened(Happening::Hashed { of, checksum });
                 self.lock().offered.push_front(offered);
                 self.wake.notify_one();
             }
             last => {
                 drop(last);
                 drop(offered);
-                inbox.happened(Happening::HashingEnded { ctx_request_id });
+                inbox.happened(Happening::HashingEnded { of });
             }
         }
     }

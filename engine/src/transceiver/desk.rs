@@ -4,7 +4,7 @@
 //! what is due. [`lending`] is the context side, [`fetching`] the generation side. Each way out of either ends in
 //! one place that gives back what was held.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,19 +12,21 @@ use super::checksum::ChecksumThreads;
 use super::inbox::{Command, Happening, Inbox, Input};
 use super::info::TransceiverInfo;
 use super::message::Message;
-use super::state::LayoutRecord;
+use super::state::OwnLayout;
 use super::timers::{Due, Timers};
+use super::wires::Wires;
 use crate::backend::BlockId;
 use crate::handoff::{HandoffError, HandoffEvent, HandoffSink, LeaseEnd};
 use crate::request::RequestId;
-use crate::transport::{
-    EndpointRecord, PeerId, RegionId, Submission, TransferId, Transport, TransportEvent,
-};
-use fetching::FetchTask;
-use lending::Lease;
+use crate::transport::{PeerId, RegionId, Submission, TransferId, TransportEvent};
+use lease::Lease;
+use task::FetchTask;
 
 mod fetching;
+mod lease;
 mod lending;
+mod moving;
+mod task;
 
 /// How long shutting down waits after it has cut every connection.
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
@@ -32,11 +34,11 @@ const LAST_PATIENCE: Duration = Duration::from_secs(5);
 /// What does not change while the desk works.
 #[derive(Debug)]
 pub(super) struct Terms {
-    pub(super) layout: LayoutRecord,
-    pub(super) page_bytes: u64,
-    pub(super) tokens_per_block: u64,
-    /// This rank within its instance; it trades with the same rank of the other.
-    pub(super) rank: u32,
+    pub(super) layout: OwnLayout,
+    /// This instance, for the other side's messages.
+    pub(super) instance: String,
+    /// This rank within its instance.
+    pub(super) rank: usize,
     pub(super) epoch: u64,
     /// `kv_transfer_timeout_ms`.
     pub(super) transfer_timeout: Duration,
@@ -56,7 +58,7 @@ pub(super) struct Terms {
 pub(super) struct Surroundings {
     pub(super) inbox: Arc<Inbox>,
     pub(super) sink: HandoffSink,
-    pub(super) transport: Arc<dyn Transport>,
+    pub(super) wires: Wires,
     pub(super) checksums: ChecksumThreads,
     pub(super) info: TransceiverInfo,
 }
@@ -69,8 +71,8 @@ pub(super) struct Desk {
     leases: HashMap<u64, Lease>,
     /// Whose lease a running transfer sends.
     sending: HashMap<(PeerId, TransferId), u64>,
-    /// Per peer, the leases with pieces left, in turn.
-    turns: HashMap<PeerId, VecDeque<u64>>,
+    /// Per peer, the transfers with pieces left, in turn.
+    turns: HashMap<PeerId, VecDeque<TransferId>>,
     fetches: HashMap<TransferId, FetchTask>,
     by_request: HashMap<RequestId, TransferId>,
     /// Fetches that wait until others end.
@@ -78,10 +80,8 @@ pub(super) struct Desk {
     running: usize,
     /// Pages of ended fetches that are not back yet.
     quarantine: HashMap<RegionId, BlockId>,
-    /// Connections that we opened.
-    peers: HashMap<EndpointRecord, PeerId>,
-    /// Every connection that we know of.
-    known: HashSet<PeerId>,
+    /// Pages that a fetch waits for before it goes another way: of which fetch, and which of its pages.
+    leaving: HashMap<RegionId, (TransferId, usize)>,
     stopping: bool,
     /// Shutting down has cut every connection.
     cut: bool,
@@ -102,8 +102,7 @@ impl Desk {
             waiting: VecDeque::new(),
             running: 0,
             quarantine: HashMap::new(),
-            peers: HashMap::new(),
-            known: HashSet::new(),
+            leaving: HashMap::new(),
             stopping: false,
             cut: false,
             out_of_patience: false,
@@ -151,26 +150,28 @@ impl Desk {
             Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
             Command::Fetch(fetch) => self.on_fetch(fetch),
             Command::CancelFetch(request) => self.on_cancel_fetch(request),
+            Command::Reject {
+                ctx_request_id,
+                state,
+                reason,
+            } => self.on_reject(ctx_request_id, *state, reason),
             Command::Stop => self.on_stop(),
         }
     }
 
     fn on_happening(&mut self, happening: Happening) {
         match happening {
-            Happening::Transport(event) => self.on_transport_event(event),
-            Happening::Hashed {
-                ctx_request_id,
-                checksum,
-            } => self.on_hashed(ctx_request_id, checksum),
-            Happening::HashingEnded { ctx_request_id } => self.on_hashing_ended(ctx_request_id),
+            Happening::Transport { wire, event } => self.on_transport_event(wire, event),
+            Happening::Hashed { of, checksum } => self.on_hashed(of, checksum),
+            Happening::HashingEnded { of } => self.on_hashing_ended(of),
             Happening::Checked(checked) => self.on_checked(checked),
         }
     }
 
-    fn on_transport_event(&mut self, event: TransportEvent) {
+    fn on_transport_event(&mut self, wire: usize, event: TransportEvent) {
         match event {
             TransportEvent::Message { peer, message } => {
-                self.known.insert(peer);
+                self.around.wires.met(peer, wire);
                 self.on_message(peer, &message);
             }
             TransportEvent::Landed {
@@ -180,8 +181,8 @@ impl Desk {
                 transfer,
                 note,
             } => {
-                self.known.insert(peer);
-                self.on_landed(peer, region, transfer, &runs, &note);
+                self.around.wires.met(peer, wire);
+                self.on_landed((peer, transfer), region, &runs, &note);
             }
             TransportEvent::WriteDone {
                 peer,
@@ -190,8 +191,7 @@ impl Desk {
             } => self.on_write_done(peer, transfer, outcome),
             TransportEvent::PageReleased { region, page } => self.on_page_released(region, page),
             TransportEvent::PeerLost { peer, reason } => {
-                self.known.remove(&peer);
-                self.peers.retain(|_, known| *known != peer);
+                self.around.wires.lost(peer);
                 self.lending_peer_lost(peer);
                 self.fetching_peer_lost(peer, &reason);
             }
@@ -203,14 +203,20 @@ impl Desk {
             Ok(message) => message,
             Err(error) => {
                 tracing::debug!(%peer, %error, "a peer's message was not understood; disconnecting");
-                self.around.transport.disconnect(peer);
+                self.around.wires.disconnect(peer);
                 return;
             }
         };
         match message {
             Message::Request(request) => self.on_request(peer, request),
             Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
-            Message::Cancel { transfer, claim } => self.on_cancel(peer, transfer, &claim),
+            Message::Release { transfer } => self.on_release(peer, transfer),
+            Message::Cancel {
+                claim,
+                taker,
+                reason,
+                ..
+            } => self.on_cancel(peer, &claim, taker, reason.as_deref()),
             Message::Refused { transfer, reason } | Message::Aborted { transfer, reason } => {
                 self.on_refused(peer, transfer, &reason);
             }
@@ -232,10 +238,10 @@ impl Desk {
 
     /// Sends a control message. A peer that does not even take those is given up.
     fn tell(&mut self, peer: PeerId, message: &Message) -> Submission {
-        let submission = self.around.transport.notify(peer, message.encode());
+        let submission = self.around.wires.notify(peer, message.encode());
         if submission == Submission::Busy {
             tracing::debug!(%peer, "a peer takes no messages; disconnecting");
-            self.around.transport.disconnect(peer);
+            self.around.wires.disconnect(peer);
         }
         submission
     }
@@ -264,7 +270,7 @@ impl Desk {
         for lease in leases {
             self.withdraw(lease, "the context server shuts down");
         }
-        self.around.transport.close();
+        self.around.wires.close();
         let patience = Instant::now() + self.terms.settle_timeout;
         self.timers.set(patience, Due::Patience);
     }
@@ -274,9 +280,7 @@ impl Desk {
             self.out_of_patience = true;
             return;
         }
-        for peer in self.known.drain() {
-            self.around.transport.disconnect(peer);
-        }
+        self.around.wires.cut();
         self.timers
             .set(Instant::now() + LAST_PATIENCE, Due::Patience);
     }

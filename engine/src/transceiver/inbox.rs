@@ -10,9 +10,9 @@ use std::time::Instant;
 use crate::handoff::{Fetch, Offer};
 use crate::page::Page;
 use crate::request::RequestId;
-use crate::transport::{RegionId, TransferId, TransportEvent};
+use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
-use super::state::Nonce;
+use super::state::{Nonce, OpaqueState};
 
 /// Events that wait for the desk at most.
 const EVENTS_MAX: usize = 4096;
@@ -20,36 +20,68 @@ const EVENTS_MAX: usize = 4096;
 /// What the engine thread asks for.
 #[derive(Debug)]
 pub(super) enum Command {
-    Offer { offer: Offer, nonce: Nonce },
+    Offer {
+        offer: Offer,
+        nonce: Nonce,
+    },
     Withdraw(u64),
     Fetch(Fetch),
     CancelFetch(RequestId),
+    /// A ticket that this side cannot use: the context server shall hear why, and need not keep its lease.
+    Reject {
+        ctx_request_id: u64,
+        state: Box<OpaqueState>,
+        reason: String,
+    },
     Stop,
 }
 
-/// A landed page with the checksum that it has.
+/// A page whose pieces have all landed, checked.
 #[derive(Debug)]
 pub(super) struct Checked {
     pub(super) transfer: TransferId,
     pub(super) region: RegionId,
-    pub(super) piece: usize,
+    /// Index among the fetch's pages.
+    pub(super) index: usize,
     pub(super) page: Page,
+    /// The first piece that is not what was sent.
+    pub(super) mismatch: Option<Mismatch>,
+}
+
+/// A piece that is not what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mismatch {
+    /// As [`Landed`](super::checksum::Landed) numbered it.
+    pub(super) part: usize,
     pub(super) expected: u64,
     pub(super) found: u64,
+}
+
+/// Whose checksums are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SumsOf {
+    /// Of a lease's pages, each as far as it is held.
+    Lease(u64),
+    /// Of the pieces that a lease's transfer has to itself.
+    Transfer(u64, PeerId, TransferId),
 }
 
 /// What happens elsewhere.
 #[derive(Debug)]
 pub(super) enum Happening {
-    Transport(TransportEvent),
-    /// The checksum of a lease's next page.
+    Transport {
+        /// Which transport.
+        wire: usize,
+        event: TransportEvent,
+    },
+    /// The next checksum.
     Hashed {
-        ctx_request_id: u64,
+        of: SumsOf,
         checksum: u64,
     },
-    /// The checksum threads hold no page of this lease any more.
+    /// The checksum threads hold no page for these any more.
     HashingEnded {
-        ctx_request_id: u64,
+        of: SumsOf,
     },
     Checked(Checked),
 }

@@ -1,10 +1,15 @@
 //! What others may know of a transceiver: which transport it chose and why, and its counters.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::select::Choice;
+use super::select::{Choice, Tried};
+use crate::transport::EndpointRecord;
+
+/// Peers whose transport is remembered; more are not.
+const PEERS_MAX: usize = 1024;
 
 /// A cheap handle on the choice and the counters; read by logs, `/server_info` and metrics.
 #[derive(Debug, Clone)]
@@ -15,7 +20,10 @@ pub struct TransceiverInfo {
 #[derive(Debug)]
 struct Shared {
     choice: Choice,
-    endpoint: String,
+    wires: Vec<WireCounters>,
+    missing: Vec<(&'static str, String)>,
+    /// Over what KV went last, by the other instance's name.
+    peers: Mutex<BTreeMap<String, &'static str>>,
     epoch: u64,
     leases_held: AtomicUsize,
     leases_serving: AtomicUsize,
@@ -27,9 +35,32 @@ struct Shared {
     fetches_succeeded: AtomicU64,
     fetches_failed: AtomicU64,
     checksum_mismatches: AtomicU64,
+    last_rate: AtomicU64,
+}
+
+/// A transport that is there.
+#[derive(Debug)]
+struct WireCounters {
+    name: &'static str,
+    address: String,
     bytes_sent: AtomicU64,
     bytes_received: AtomicU64,
-    last_rate: AtomicU64,
+    fetches: AtomicU64,
+}
+
+/// What one transport has done so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireStats {
+    /// Its name.
+    pub transport: &'static str,
+    /// Where peers connect to.
+    pub endpoint: String,
+    /// Payload bytes handed to it.
+    pub bytes_sent: u64,
+    /// Payload bytes that came over it and were verified.
+    pub bytes_received: u64,
+    /// Fetches that succeeded over it.
+    pub fetches: u64,
 }
 
 /// The counters at one moment.
@@ -78,14 +109,34 @@ pub(super) enum Count {
     LeasesCancelled,
     FetchesFailed,
     ChecksumMismatches,
-    BytesSent,
 }
 
 impl TransceiverInfo {
-    pub(super) fn new(choice: Choice, endpoint: String, epoch: u64) -> Self {
+    /// `endpoints` are those of the transports that are there, best first.
+    pub(super) fn new(
+        choice: Choice,
+        endpoints: Vec<EndpointRecord>,
+        tried: Vec<Tried>,
+        epoch: u64,
+    ) -> Self {
+        let there = tried.iter().filter(|(_, missing)| missing.is_none());
+        let wires = there
+            .zip(endpoints)
+            .map(|((name, _), endpoint)| WireCounters {
+                name,
+                address: endpoint.address,
+                bytes_sent: AtomicU64::new(0),
+                bytes_received: AtomicU64::new(0),
+                fetches: AtomicU64::new(0),
+            });
         let shared = Shared {
             choice,
-            endpoint,
+            wires: wires.collect(),
+            missing: tried
+                .into_iter()
+                .filter_map(|(name, missing)| Some((name, missing?)))
+                .collect(),
+            peers: Mutex::default(),
             epoch,
             leases_held: AtomicUsize::new(0),
             leases_serving: AtomicUsize::new(0),
@@ -97,8 +148,6 @@ impl TransceiverInfo {
             fetches_succeeded: AtomicU64::new(0),
             fetches_failed: AtomicU64::new(0),
             checksum_mismatches: AtomicU64::new(0),
-            bytes_sent: AtomicU64::new(0),
-            bytes_received: AtomicU64::new(0),
             last_rate: AtomicU64::new(0),
         };
         Self {
@@ -106,7 +155,7 @@ impl TransceiverInfo {
         }
     }
 
-    /// Name of the transport in use.
+    /// Name of the best transport that is there.
     #[must_use]
     pub fn transport(&self) -> &'static str {
         self.shared.choice.transport
@@ -118,10 +167,40 @@ impl TransceiverInfo {
         &self.shared.choice.reason
     }
 
-    /// Where peers connect to.
+    /// Where peers connect to, over the best transport.
     #[must_use]
     pub fn endpoint(&self) -> &str {
-        &self.shared.endpoint
+        let best = self.shared.wires.first();
+        best.map_or("", |wire| &wire.address)
+    }
+
+    /// The transports that are there, best first.
+    #[must_use]
+    pub fn wires(&self) -> Vec<WireStats> {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let wires = self.shared.wires.iter();
+        wires
+            .map(|wire| WireStats {
+                transport: wire.name,
+                endpoint: wire.address.clone(),
+                bytes_sent: count(&wire.bytes_sent),
+                bytes_received: count(&wire.bytes_received),
+                fetches: count(&wire.fetches),
+            })
+            .collect()
+    }
+
+    /// Transports that were tried and are not there, with why.
+    #[must_use]
+    pub fn missing(&self) -> &[(&'static str, String)] {
+        &self.shared.missing
+    }
+
+    /// Over which transport KV went last, for each instance that it went to or came from.
+    #[must_use]
+    pub fn peers(&self) -> BTreeMap<String, &'static str> {
+        let peers = self.shared.peers.lock();
+        peers.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Tells this process from its predecessors.
@@ -147,8 +226,8 @@ impl TransceiverInfo {
             fetches_succeeded: count(&shared.fetches_succeeded),
             fetches_failed: count(&shared.fetches_failed),
             checksum_mismatches: count(&shared.checksum_mismatches),
-            bytes_sent: count(&shared.bytes_sent),
-            bytes_received: count(&shared.bytes_received),
+            bytes_sent: shared.wires.iter().map(|w| count(&w.bytes_sent)).sum(),
+            bytes_received: shared.wires.iter().map(|w| count(&w.bytes_received)).sum(),
             last_bytes_per_second: count(&shared.last_rate),
         }
     }
@@ -183,15 +262,37 @@ impl TransceiverInfo {
             Count::LeasesCancelled => &shared.leases_cancelled,
             Count::FetchesFailed => &shared.fetches_failed,
             Count::ChecksumMismatches => &shared.checksum_mismatches,
-            Count::BytesSent => &shared.bytes_sent,
         };
         counter.fetch_add(amount, Ordering::Relaxed);
     }
 
-    pub(super) fn fetched(&self, bytes: u64, elapsed: Duration) {
+    /// Notes payload bytes handed to a transport.
+    pub(super) fn sent(&self, wire: Option<usize>, bytes: u64) {
+        if let Some(wire) = wire.and_then(|wire| self.shared.wires.get(wire)) {
+            wire.bytes_sent.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes over what KV goes to or comes from an instance; says so when that is news.
+    pub(super) fn goes_to(&self, instance: &str, transport: &'static str) {
+        let peers = self.shared.peers.lock();
+        let mut peers = peers.unwrap_or_else(PoisonError::into_inner);
+        if peers.get(instance) == Some(&transport)
+            || (peers.len() >= PEERS_MAX && !peers.contains_key(instance))
+        {
+            return;
+        }
+        peers.insert(instance.to_owned(), transport);
+        tracing::info!(peer = instance, transport, "kv goes over this transport");
+    }
+
+    pub(super) fn fetched(&self, wire: usize, bytes: u64, elapsed: Duration) {
         let shared = &*self.shared;
         shared.fetches_succeeded.fetch_add(1, Ordering::Relaxed);
-        shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(wire) = shared.wires.get(wire) {
+            wire.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+            wire.fetches.fetch_add(1, Ordering::Relaxed);
+        }
         let nanoseconds = elapsed.as_nanos().max(1);
         let rate = u128::from(bytes) * 1_000_000_000 / nanoseconds;
         let rate = u64::try_from(rate).unwrap_or(u64::MAX);

@@ -1,7 +1,7 @@
 //! What the two transceivers say to each other, over any transport's messages and notes.
 //!
-//! Generation to context: request, acknowledge, cancel. Context to generation: refuse, done, abort. Messages
-//! are JSON, bounded by the transport; a piece's note is 28 fixed bytes, as it comes with every page.
+//! Generation to context: request, acknowledge, release, cancel. Context to generation: refuse, done, abort. Messages
+//! are JSON, bounded by the transport; a piece's note is 32 fixed bytes, as it comes with every piece.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,16 +17,33 @@ pub(super) struct Claim {
     pub(super) nonce: Nonce,
 }
 
-/// Asks for a lease's KV.
+/// Who takes a lease's KV: the ranks of one generation instance, for one request. A lease is one taker's at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Taker {
+    /// Of the generation instance.
+    pub(super) epoch: u64,
+    /// Its own number for the request.
+    pub(super) request: u64,
+}
+
+/// Asks for a lease's KV: what the receiver's rank needs of what the sender's rank holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Request {
     /// Another version is refused by name.
     pub(super) version: u32,
     pub(super) claim: Claim,
+    pub(super) taker: Taker,
+    /// The generation instance, for messages.
+    pub(super) instance: String,
+    /// The receiver's rank within it.
+    pub(super) rank: u32,
     pub(super) transfer: TransferId,
     pub(super) layout: LayoutRecord,
+    /// Tokens before this one are there already; a multiple of the receiver's block.
+    pub(super) first_token: u64,
     pub(super) token_count: u64,
-    /// Where each page goes, in order.
+    /// Where each page of the receiver goes, in order, from the first token's on.
     pub(super) regions: Vec<RemoteRegion>,
 }
 
@@ -38,8 +55,16 @@ pub(super) enum Message {
     Request(Request),
     /// Generation: everything came and is verified.
     Acknowledge { transfer: TransferId },
+    /// Generation: not over this wire. The lease stays.
+    Release { transfer: TransferId },
     /// Generation: not wanted any more.
-    Cancel { transfer: TransferId, claim: Claim },
+    Cancel {
+        transfer: TransferId,
+        claim: Claim,
+        taker: Taker,
+        /// Why, where the context side should know.
+        reason: Option<String>,
+    },
     /// Context: not served.
     Refused {
         transfer: TransferId,
@@ -73,14 +98,16 @@ impl Message {
 pub(super) struct PieceNote {
     pub(super) ctx_request_id: u64,
     pub(super) epoch: u64,
-    /// Index of the page.
+    /// The sender's rank.
+    pub(super) rank: u32,
+    /// Index among the pieces that this sender has for this receiver.
     pub(super) piece: u32,
     /// XXH3-64 of the payload.
     pub(super) checksum: u64,
 }
 
 /// Bytes of an encoded note.
-const NOTE_BYTES: usize = 28;
+const NOTE_BYTES: usize = 32;
 
 impl PieceNote {
     pub(super) fn encode(&self) -> Vec<u8> {
@@ -89,21 +116,20 @@ impl PieceNote {
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.extend_from_slice(&self.checksum.to_le_bytes());
         out.extend_from_slice(&self.piece.to_le_bytes());
+        out.extend_from_slice(&self.rank.to_le_bytes());
         out
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; NOTE_BYTES] = bytes.try_into().ok()?;
-        let word = |at: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[at..at + 8]);
-            u64::from_le_bytes(word)
-        };
+        let (words, _) = bytes.as_chunks::<8>();
+        let (halves, _) = words[3].as_chunks::<4>();
         Some(Self {
-            ctx_request_id: word(0),
-            epoch: word(8),
-            checksum: word(16),
-            piece: u32::from_le_bytes([bytes[24], bytes[25], bytes[26], bytes[27]]),
+            ctx_request_id: u64::from_le_bytes(words[0]),
+            epoch: u64::from_le_bytes(words[1]),
+            checksum: u64::from_le_bytes(words[2]),
+            piece: u32::from_le_bytes(halves[0]),
+            rank: u32::from_le_bytes(halves[1]),
         })
     }
 }
@@ -118,6 +144,7 @@ mod tests {
         let note = PieceNote {
             ctx_request_id: 1,
             epoch: u64::MAX,
+            rank: 3,
             piece: 7,
             checksum: 0xdead_beef,
         };
@@ -135,6 +162,11 @@ mod tests {
                 epoch: 4,
                 nonce: Nonce::random(),
             },
+            taker: Taker {
+                epoch: 5,
+                request: 6,
+            },
+            reason: None,
         };
         let bytes = message.encode();
         assert_eq!(Message::decode(&bytes).unwrap(), message);

@@ -1,86 +1,195 @@
-//! Which transport moves the KV: the best that is there, or the one asked for if it is there. Pure.
+//! In which order transports are preferred, and what came of it. Pure.
+//!
+//! `DEFAULT` takes the fastest that loads; a name takes that one first and, where it is not there, says so once and
+//! goes on with what needs no library. TCP is always last, because it always works; asked for, it is alone.
 
-use baton_configs::transceiver::TransportChoice;
+use std::ffi::OsString;
 
-use crate::transport::Capability;
+use baton_configs::transceiver::{PreferredTransport, TransportChoice};
+
+/// What is tried when nothing is asked for, best first.
+const DEFAULT_ORDER: [&str; 4] = ["nixl", "ucx", "shm", "tcp"];
+
+/// What is left when what was asked for is not there.
+const FALL_BACK: [&str; 2] = ["shm", "tcp"];
+
+/// Variables that choose where the config says DEFAULT (COMPAT.md §12.3), the first that is `1`.
+const VARIABLES: [(&str, &str); 4] = [
+    ("TRTLLM_USE_UCX_KVCACHE", "ucx"),
+    ("TRTLLM_USE_NIXL_KVCACHE", "nixl"),
+    ("TRTLLM_USE_MOONCAKE_KVCACHE", "mooncake"),
+    ("TRTLLM_USE_MPI_KVCACHE", "mpi"),
+];
+
+/// Which transports to start, best first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Preference {
+    pub(super) order: Vec<&'static str>,
+    /// The one that was asked for, and by what.
+    asked: Option<(&'static str, &'static str)>,
+}
 
 /// A decision with its reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Choice {
+    /// The best one that is there.
     pub(super) transport: &'static str,
     pub(super) reason: String,
     /// Whether the user asked for another one.
     pub(super) fell_back: bool,
 }
 
-/// Chooses among the transports that are there; `None` when there is none.
-pub(super) fn choose(choice: TransportChoice, available: &[Capability]) -> Option<Choice> {
-    let best = available
-        .iter()
-        .max_by_key(|capability| capability.bandwidth_estimate)?;
-    let choose_best = |reason, fell_back| Choice {
-        transport: best.name,
-        reason,
-        fell_back,
-    };
-    // By name, so that a choice that configs learn first still falls back here, with its warning.
-    let wish = choice.name().to_lowercase();
-    if choice == TransportChoice::Default {
-        let names: Vec<_> = available.iter().map(|c| c.name).collect();
-        return Some(choose_best(
-            format!(
-                "DEFAULT: the best of those available ({})",
-                names.join(", ")
-            ),
-            false,
-        ));
+/// What became of a transport that was to be started: nothing, or why it is not there.
+pub(super) type Tried = (&'static str, Option<String>);
+
+impl Preference {
+    /// What config and environment ask for.
+    pub(super) fn new(
+        choice: TransportChoice,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Self {
+        let set = |name: &str| variable(name).is_some_and(|value| value == "1");
+        let config = "cache_transceiver_config.backend";
+        let asked = match choice {
+            TransportChoice::Default => VARIABLES
+                .into_iter()
+                .find(|(name, _)| set(name))
+                .map(|(name, transport)| (transport, name)),
+            TransportChoice::Tcp => Some(("tcp", config)),
+            TransportChoice::Preferred(preferred) => Some((name_of(preferred), config)),
+        };
+        let order = match asked {
+            None => DEFAULT_ORDER.to_vec(),
+            Some(("tcp", _)) => vec!["tcp"],
+            Some((first, _)) => {
+                let rest = FALL_BACK.into_iter().filter(|name| *name != first);
+                std::iter::once(first).chain(rest).collect()
+            }
+        };
+        Self { order, asked }
     }
-    Some(match available.iter().find(|c| c.name == wish) {
-        Some(wished) => Choice {
-            transport: wished.name,
-            reason: format!("asked for by cache_transceiver_config.backend: {wish}"),
-            fell_back: false,
-        },
-        None => choose_best(
-            format!(
-                "cache_transceiver_config.backend asks for {wish}, which this build does not have; using {}",
-                best.name
-            ),
-            true,
-        ),
-    })
+
+    /// Only these, for tests.
+    #[cfg(test)]
+    pub(super) const fn of(order: Vec<&'static str>) -> Self {
+        Self { order, asked: None }
+    }
+
+    /// The best of those that are there, in the order of trying; `None` when none is.
+    pub(super) fn choose(&self, tried: &[Tried]) -> Option<Choice> {
+        let (transport, _) = *tried.iter().find(|(_, missing)| missing.is_none())?;
+        let missing: Vec<_> = tried
+            .iter()
+            .take_while(|(name, _)| *name != transport)
+            .filter_map(|(name, why)| Some(format!("no {name}: {}", why.as_ref()?)))
+            .collect();
+        let missing = missing.join("; ");
+        let (reason, fell_back) = match self.asked {
+            Some((wish, by)) if wish == transport => (format!("asked for by {by}: {wish}"), false),
+            Some((wish, by)) => {
+                let text = format!("{by} asks for {wish}; using {transport} ({missing})");
+                (text, true)
+            }
+            None if missing.is_empty() => (format!("DEFAULT: {transport} is the best"), false),
+            None => {
+                let text = format!("DEFAULT: {transport} is the best that is there ({missing})");
+                (text, false)
+            }
+        };
+        Some(Choice {
+            transport,
+            reason,
+            fell_back,
+        })
+    }
+}
+
+const fn name_of(preferred: PreferredTransport) -> &'static str {
+    match preferred {
+        PreferredTransport::Ucx => "ucx",
+        PreferredTransport::Nixl => "nixl",
+        PreferredTransport::Mpi => "mpi",
+        PreferredTransport::Mooncake => "mooncake",
+        PreferredTransport::Shm => "shm",
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::transport::tcp::CAPABILITY as TCP;
 
-    fn named(name: &'static str, bandwidth_estimate: u64) -> Capability {
-        Capability {
-            name,
-            bandwidth_estimate,
-            ..TCP
-        }
+    fn nothing_set(_: &str) -> Option<OsString> {
+        None
+    }
+
+    fn preferred(preferred: PreferredTransport) -> Preference {
+        Preference::new(TransportChoice::Preferred(preferred), nothing_set)
+    }
+
+    fn missing(name: &'static str) -> Tried {
+        (name, Some("its library is not there".to_owned()))
     }
 
     #[test]
-    fn default_takes_the_best_and_says_among_which() {
-        let there = [named("slow", 1), named("fast", 9), named("middling", 5)];
-        let choice = choose(TransportChoice::Default, &there).unwrap();
-        assert_eq!(choice.transport, "fast");
-        assert!(choice.reason.contains("slow, fast, middling"));
-        assert!(!choice.fell_back);
-        assert_eq!(choose(TransportChoice::Default, &[]), None);
+    fn default_takes_the_best_that_is_there_and_says_what_is_not() {
+        let preference = Preference::new(TransportChoice::Default, nothing_set);
+        assert_eq!(preference.order, DEFAULT_ORDER);
+        let all = DEFAULT_ORDER.map(|name| (name, None));
+        let choice = preference.choose(&all).unwrap();
+        assert_eq!((choice.transport, choice.fell_back), ("nixl", false));
+        let some = [
+            missing("nixl"),
+            missing("ucx"),
+            ("shm", None),
+            ("tcp", None),
+        ];
+        let choice = preference.choose(&some).unwrap();
+        assert_eq!((choice.transport, choice.fell_back), ("shm", false));
+        assert_eq!(
+            choice.reason,
+            "DEFAULT: shm is the best that is there (no nixl: its library is not there; no ucx: its library is not there)"
+        );
+        assert_eq!(preference.choose(&[missing("tcp")]), None);
     }
 
     #[test]
-    fn a_wish_is_granted_or_falls_back_with_both_names() {
-        let granted = choose(TransportChoice::Tcp, &[named("fast", u64::MAX), TCP]).unwrap();
-        assert_eq!((granted.transport, granted.fell_back), ("tcp", false));
-        let fallen = choose(TransportChoice::Tcp, &[named("other", 1)]).unwrap();
+    fn a_wish_comes_first_and_falls_back_with_its_reason() {
+        let ucx = preferred(PreferredTransport::Ucx);
+        assert_eq!(ucx.order, ["ucx", "shm", "tcp"]);
+        let granted = ucx.choose(&[("ucx", None), ("shm", None)]).unwrap();
+        assert_eq!((granted.transport, granted.fell_back), ("ucx", false));
+        let fallen = ucx.choose(&[missing("ucx"), ("shm", None)]).unwrap();
         assert!(fallen.fell_back);
-        assert!(fallen.reason.contains("asks for tcp"));
-        assert!(fallen.reason.contains("using other"));
+        assert_eq!(
+            fallen.reason,
+            "cache_transceiver_config.backend asks for ucx; using shm (no ucx: its library is not there)"
+        );
+        assert_eq!(preferred(PreferredTransport::Shm).order, ["shm", "tcp"]);
+    }
+
+    #[test]
+    fn tcp_asked_for_is_alone() {
+        let tcp = Preference::new(TransportChoice::Tcp, nothing_set);
+        assert_eq!(tcp.order, ["tcp"]);
+    }
+
+    #[test]
+    fn variables_choose_where_the_config_does_not() {
+        let mpi = |name: &str| (name == "TRTLLM_USE_MPI_KVCACHE").then(|| "1".into());
+        let asked = Preference::new(TransportChoice::Default, mpi);
+        assert_eq!(asked.order, ["mpi", "shm", "tcp"]);
+        let fallen = asked.choose(&[missing("mpi"), ("tcp", None)]).unwrap();
+        assert!(
+            fallen
+                .reason
+                .starts_with("TRTLLM_USE_MPI_KVCACHE asks for mpi")
+        );
+        assert_eq!(Preference::new(TransportChoice::Tcp, mpi).order, ["tcp"]);
+        let not_one = |_: &str| Some("true".into());
+        let untouched = Preference::new(TransportChoice::Default, not_one);
+        assert_eq!(untouched.order, DEFAULT_ORDER);
+        let all = |_: &str| Some("1".into());
+        let first = Preference::new(TransportChoice::Default, all);
+        assert_eq!(first.order, ["ucx", "shm", "tcp"]);
     }
 }

@@ -5,16 +5,19 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::reshard::Side;
 use crate::handoff::{HandoffError, KvLayout};
+use crate::model::shard::Grid;
+use crate::page::PageShape;
 use crate::transport::EndpointRecord;
 
 /// Of the state and of the messages; both sides must have the same.
-pub(super) const PROTOCOL_VERSION: u32 = 1;
+pub(super) const PROTOCOL_VERSION: u32 = 2;
 
 /// Longest state that is read.
 const STATE_BYTES_MAX: usize = 256 << 10;
 
-/// A [`KvLayout`] with the names that cross the wire.
+/// A [`KvLayout`] with the names that cross the wire. Sizes are the whole model's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct LayoutRecord {
@@ -29,7 +32,7 @@ pub(super) struct LayoutRecord {
 }
 
 impl LayoutRecord {
-    pub(super) fn new(layout: &KvLayout) -> Self {
+    fn new(layout: &KvLayout) -> Self {
         Self {
             model_fingerprint: layout.model_fingerprint,
             layers: layout.page.layers as u64,
@@ -42,8 +45,8 @@ impl LayoutRecord {
         }
     }
 
-    /// Names the first field in which `there` differs, with both values.
-    pub(super) fn check(&self, there: &Self) -> Result<(), HandoffError> {
+    /// Names the first field that no re-sharding mends, with both values.
+    fn check(&self, there: &Self) -> Result<(), HandoffError> {
         let fingerprint = |layout: &Self| format!("{:016x}", layout.model_fingerprint);
         let fields = [
             ("model fingerprint", fingerprint(self), fingerprint(there)),
@@ -59,21 +62,6 @@ impl LayoutRecord {
                 self.head_dim.to_string(),
                 there.head_dim.to_string(),
             ),
-            (
-                "tokens_per_block",
-                self.tokens_per_block.to_string(),
-                there.tokens_per_block.to_string(),
-            ),
-            (
-                "tensor parallel size",
-                self.tensor_parallel.to_string(),
-                there.tensor_parallel.to_string(),
-            ),
-            (
-                "pipeline parallel size",
-                self.pipeline_parallel.to_string(),
-                there.pipeline_parallel.to_string(),
-            ),
         ];
         match fields.into_iter().find(|(_, here, there)| here != there) {
             None => Ok(()),
@@ -85,10 +73,48 @@ impl LayoutRecord {
     }
 }
 
+/// This instance's layout: as it crosses the wire, and as re-sharding reckons with it.
+#[derive(Debug, Clone)]
+pub(super) struct OwnLayout {
+    pub(super) record: LayoutRecord,
+    pub(super) side: Side,
+    whole: PageShape,
+}
+
+impl OwnLayout {
+    /// Otherwise what is wrong with it.
+    pub(super) fn new(layout: &KvLayout) -> Result<Self, String> {
+        let grid = Grid {
+            tensor: layout.tensor_parallel as usize,
+            pipeline: layout.pipeline_parallel as usize,
+        };
+        Ok(Self {
+            record: LayoutRecord::new(layout),
+            side: Side::new(layout.page, grid)?,
+            whole: layout.page,
+        })
+    }
+
+    /// The other side, if its KV can be converted into ours and ours into its.
+    pub(super) fn convertible(&self, there: &LayoutRecord) -> Result<Side, HandoffError> {
+        self.record.check(there)?;
+        let size = |size: u64| usize::try_from(size).unwrap_or(usize::MAX);
+        let whole = PageShape {
+            tokens_per_block: size(there.tokens_per_block),
+            ..self.whole
+        };
+        let grid = Grid {
+            tensor: size(there.tensor_parallel.into()),
+            pipeline: size(there.pipeline_parallel.into()),
+        };
+        Side::new(whole, grid).map_err(|what| HandoffError::Layout(format!("there: {what}")))
+    }
+}
+
 /// How one rank of the context instance is reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct RankRecord {
+pub(crate) struct RankRecord {
     pub(super) rank: u32,
     /// One per transport that it has, best first.
     pub(super) endpoints: Vec<EndpointRecord>,
@@ -135,34 +161,6 @@ impl OpaqueState {
             )));
         }
         serde_json::from_slice(bytes).map_err(malformed)
-    }
-
-    /// The first endpoint of a rank that one of our transports can use.
-    pub(super) fn endpoint(
-        &self,
-        rank: u32,
-        transport: &str,
-    ) -> Result<&EndpointRecord, HandoffError> {
-        let record = self
-            .ranks
-            .iter()
-            .find(|record| record.rank == rank)
-            .ok_or_else(|| HandoffError::State(format!("no endpoint of rank {rank}")))?;
-        record
-            .endpoints
-            .iter()
-            .find(|endpoint| endpoint.transport == transport)
-            .ok_or_else(|| {
-                let names: Vec<_> = record
-                    .endpoints
-                    .iter()
-                    .map(|endpoint| printable(&endpoint.transport))
-                    .collect();
-                HandoffError::State(format!(
-                    "no common transport: {transport} here, {} there",
-                    names.join(", ")
-                ))
-            })
     }
 }
 
@@ -250,7 +248,7 @@ mod tests {
             version: PROTOCOL_VERSION,
             instance: "ctx-0".to_owned(),
             epoch: u64::MAX,
-            layout: LayoutRecord::new(&layout()),
+            layout: OwnLayout::new(&layout()).unwrap().record,
             ranks: vec![RankRecord {
                 rank: 0,
                 endpoints: vec![EndpointRecord {
@@ -280,35 +278,32 @@ mod tests {
         let error = OpaqueState::decode(&newer.encode().unwrap()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "hand-off state not understood: version 9 there, 1 here"
+            "hand-off state not understood: version 9 there, 2 here"
         );
     }
 
     #[test]
     fn a_layout_difference_names_field_and_both_values() {
-        let here = LayoutRecord::new(&layout());
-        assert_eq!(here.check(&here), Ok(()));
+        let here = OwnLayout::new(&layout()).unwrap();
+        let there = |other: &KvLayout| here.convertible(&LayoutRecord::new(other));
+        assert_eq!(there(&layout()), Ok(here.side));
         let mut other = layout();
         other.page.dtype = KvDtype::F16;
         other.page.tokens_per_block = 64;
-        let error = here.check(&LayoutRecord::new(&other)).unwrap_err();
         assert_eq!(
-            error.to_string(),
+            there(&other).unwrap_err().to_string(),
             "kv layouts differ: kv dtype float32 here, float16 there"
         );
         other.page.dtype = KvDtype::F32;
-        let error = here.check(&LayoutRecord::new(&other)).unwrap_err();
+        other.tensor_parallel = 3;
+        other.pipeline_parallel = 2;
+        let side = there(&other).unwrap();
+        assert_eq!((side.ranks(), side.tokens_per_block()), (6, 64));
+        other.tensor_parallel = 2;
         assert_eq!(
-            error.to_string(),
-            "kv layouts differ: tokens_per_block 32 here, 64 there"
+            there(&other).unwrap_err().to_string(),
+            "kv layouts differ: there: tensor_parallel_size 2 neither divides 3 key/value heads nor is a multiple of them"
         );
-    }
-
-    #[test]
-    fn a_state_without_a_common_transport_names_both() {
-        let error = state().endpoint(0, "ucx").unwrap_err();
-        assert!(error.to_string().contains("ucx here, tcp there"), "{error}");
-        assert!(state().endpoint(3, "tcp").is_err());
     }
 
     #[test]

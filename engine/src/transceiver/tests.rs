@@ -12,10 +12,19 @@ use super::*;
 use crate::backend::BlockId;
 use crate::handoff::{HandoffStats, LeaseEnd};
 use crate::page::{KvDtype, Page, PageShape};
-use crate::transport::{Capability, memory};
+use crate::transport::memory;
 
 mod adversity;
 mod life;
+mod resharding;
+mod several;
+
+/// The transport for tests, started.
+const MEMORY: Kind = Kind {
+    name: "memory",
+    probe: || Err("for tests only".to_owned()),
+    start: |_, events| Ok(memory::start_for_tests(events)),
+};
 
 /// How long a test waits for an event that must come.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,10 +41,11 @@ const SHAPE: PageShape = PageShape {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wire {
     Tcp,
+    Shm,
     Memory,
 }
 
-const WIRES: [Wire; 2] = [Wire::Tcp, Wire::Memory];
+const WIRES: [Wire; 3] = [Wire::Tcp, Wire::Shm, Wire::Memory];
 
 fn layout(page: PageShape) -> KvLayout {
     KvLayout {
@@ -85,17 +95,18 @@ impl Instance {
         let (sender, events) = channel();
         let sink: HandoffSink = Arc::new(move |event| drop(sender.send(event)));
         let shape = params.layout.page;
-        let transceiver = match wire {
-            Wire::Tcp => Transceiver::start(params, sink).unwrap(),
-            Wire::Memory => {
-                let probe = memory::start_for_tests(Arc::new(|_| {}));
-                let available: [Capability; 1] = [probe.capability().clone()];
-                Transceiver::start_over(params, sink, &available, |_, events| {
-                    Ok(memory::start_for_tests(events))
-                })
-                .unwrap()
-            }
+        let name = match wire {
+            Wire::Tcp => "tcp",
+            Wire::Shm => "shm",
+            Wire::Memory => "memory",
         };
+        let kinds: Vec<_> = KINDS.iter().copied().chain([MEMORY]).collect();
+        let preference = Preference::of(vec![name]);
+        let transceiver = Transceiver::start_over(params, sink, &preference, &kinds).unwrap();
+        Self::around(transceiver, shape, events)
+    }
+
+    fn around(transceiver: Transceiver, shape: PageShape, events: Receiver<HandoffEvent>) -> Self {
         Self {
             events,
             transceiver,
@@ -147,6 +158,7 @@ impl Instance {
             request: RequestId(request),
             ticket: ticket.clone(),
             token_count,
+            first_token: 0,
             pages,
         });
     }
@@ -221,16 +233,33 @@ impl Instance {
         assert!(self.events.try_recv().is_err(), "an event too many");
     }
 
-    /// The pages that came back hold what was offered under `id`, from block `first` on.
+    /// The pages that came back hold what was offered under `id`, from block `first` on: the tokens that there are, and
+    /// nothing behind them.
     fn assert_content(&self, first: BlockId, id: u64, pages: usize) {
-        for (index, block) in (0..pages).zip(first..) {
-            assert_eq!(
-                self.back[&block].as_bytes(),
-                filled(self.shape, id, index).as_bytes(),
-                "page {index} of {id}"
-            );
+        let shape = self.shape;
+        let (row, block) = (shape.head_dim * 4, shape.tokens_per_block);
+        let tokens = (pages * block).saturating_sub(5);
+        for (index, page) in (0..pages).zip(first..) {
+            let sent = filled(shape, id, index);
+            let rows = self.back[&page].as_bytes().chunks(row);
+            for (at, (came, sent)) in rows.zip(sent.as_bytes().chunks(row)).enumerate() {
+                if index * block + at % block < tokens {
+                    assert_eq!(came, sent, "row {at} of page {index} of {id}");
+                } else {
+                    assert!(
+                        came.iter().all(|byte| *byte == 0),
+                        "row {at} of page {index}"
+                    );
+                }
+            }
         }
     }
+}
+
+/// Bytes of the KV that is offered as so many pages.
+fn kv_bytes(pages: usize) -> u64 {
+    let tokens = (pages * SHAPE.tokens_per_block).saturating_sub(5);
+    (SHAPE.bytes() / SHAPE.tokens_per_block * tokens) as u64
 }
 
 fn filled(shape: PageShape, id: u64, index: usize) -> Page {

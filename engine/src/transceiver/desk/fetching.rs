@@ -1,11 +1,14 @@
 //! The generation side: fetches, their pages, and the pages of ended fetches that are not back yet.
 //!
 //! Every page of a fetch is in exactly one place: held here, registered with the transport, or with a checksum
-//! thread. When a fetch ends, what is here goes back at once; the rest is in quarantine until it shows up.
+//! thread. It is complete when each piece that its sources owe it has landed, and then verified piece by piece. When a
+//! fetch ends, what is here goes back at once; the rest is in quarantine until it shows up.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::Desk;
+use super::task::{Expected, FetchTask, Phase, Place, Slot, Source};
 use crate::backend::BlockId;
 use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats};
 use crate::page::Page;
@@ -13,102 +16,26 @@ use crate::request::RequestId;
 use crate::transceiver::checksum::Landed;
 use crate::transceiver::inbox::Checked;
 use crate::transceiver::info::{Count, Held};
-use crate::transceiver::message::{Claim, Message, PieceNote, Request};
-use crate::transceiver::state::{OpaqueState, PROTOCOL_VERSION, printable};
-use crate::transceiver::timers::{Due, TimerKey};
-use crate::transport::{
-    Deregistered, EndpointRecord, PeerId, RegionId, RemoteRegion, Runs, Submission, TransferId,
-};
+use crate::transceiver::message::{Claim, Message, Taker};
+use crate::transceiver::reshard;
+use crate::transceiver::state::{OpaqueState, printable};
+use crate::transceiver::timers::Due;
+use crate::transceiver::wires::{Way, ways};
+use crate::transport::{Deregistered, PeerId, RegionId, Runs, TransferId};
 
-/// A fetch from the engine's call to its decision.
-#[derive(Debug)]
-pub(super) struct FetchTask {
-    request: RequestId,
-    claim: Claim,
-    /// The context instance, for messages.
-    instance: String,
-    endpoint: EndpointRecord,
-    token_count: u64,
-    began: Instant,
-    timer: TimerKey,
-    blocks: Vec<BlockId>,
-    pieces: Vec<Piece>,
-    remotes: Vec<RemoteRegion>,
-    verified: usize,
-    done: bool,
-    phase: Phase,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// Others run.
-    Queued,
-    Running {
-        peer: PeerId,
-        /// Whether the connection was there before; such a one may turn out to be dead.
-        cached: bool,
-        /// Whether the context server has answered.
-        heard: bool,
-    },
-}
-
-/// Where a page of a fetch is.
-#[derive(Debug)]
-enum Piece {
-    Held(Page),
-    Registered(RegionId),
-    Checking(RegionId),
-    Verified(Page),
-    /// Gone back.
-    Gone,
-}
-
-impl FetchTask {
-    fn peer(&self) -> Option<PeerId> {
-        match self.phase {
-            Phase::Queued => None,
-            Phase::Running { peer, .. } => Some(peer),
-        }
-    }
-
-    fn context_server(&self) -> String {
-        format!(
-            "context server {} at {}",
-            printable(&self.instance),
-            printable(&self.endpoint.address)
-        )
-    }
-
-    /// What it waits for, on whom and since when.
-    fn describe_wait(&self) -> String {
-        let what = match self.phase {
-            Phase::Queued => "its turn among other transfers".to_owned(),
-            Phase::Running { heard: false, .. } => "an answer".to_owned(),
-            Phase::Running { .. } => {
-                format!("{} of {} pages", self.verified, self.pieces.len())
-            }
-        };
-        let waited = self.began.elapsed().as_secs_f64();
-        match self.phase {
-            Phase::Running { heard: true, .. } => {
-                format!(
-                    "{what} came from {} in {waited:.1} s",
-                    self.context_server()
-                )
-            }
-            _ => format!(
-                "no kv from {}: waited {waited:.1} s for {what}",
-                self.context_server()
-            ),
-        }
-    }
+/// What a fetch needs, worked out before anything happens.
+struct Planned {
+    state: OpaqueState,
+    ways: VecDeque<Way>,
+    sources: Vec<Source>,
+    /// For each page, how many pieces go into it.
+    pieces: Vec<usize>,
 }
 
 impl Desk {
     pub(super) fn on_fetch(&mut self, fetch: Fetch) {
-        let planned = self.plan(&fetch);
         let began = Instant::now();
-        let (state, endpoint) = match planned {
+        let planned = match self.plan(&fetch) {
             Ok(planned) => planned,
             Err(error) => {
                 self.give_back(fetch.pages);
@@ -117,11 +44,14 @@ impl Desk {
             }
         };
         let transfer = self.fresh_transfer();
-        let (blocks, pieces) = fetch
-            .pages
-            .into_iter()
-            .map(|(block, page)| (block, Piece::Held(page)))
-            .unzip();
+        let pages = fetch.pages.into_iter().zip(planned.pieces);
+        let pages = pages.map(|((block, page), pieces)| Slot {
+            block,
+            place: Place::Held(page),
+            pieces,
+            landed: Vec::with_capacity(pieces),
+        });
+        let state = planned.state;
         let mut nonce = state.nonce;
         if self.terms.forged_nonce {
             nonce = nonce.forged();
@@ -134,16 +64,21 @@ impl Desk {
                 epoch: state.epoch,
                 nonce,
             },
+            taker: Taker {
+                epoch: self.terms.epoch,
+                request: fetch.request.0,
+            },
             instance: state.instance,
-            endpoint,
+            first_token: fetch.first_token as u64,
             token_count: state.token_count,
             began,
             timer: self.timers.set(deadline, Due::Fetch(transfer)),
-            blocks,
-            pieces,
+            pages: pages.collect(),
+            sources: planned.sources,
+            way: planned.ways[0].clone(),
+            ways: planned.ways,
             remotes: Vec::new(),
             verified: 0,
-            done: false,
             phase: Phase::Queued,
         };
         self.by_request.insert(fetch.request, transfer);
@@ -151,8 +86,8 @@ impl Desk {
         self.waiting.push_back(transfer);
     }
 
-    /// Checks a fetch against its ticket; nothing has happened yet.
-    fn plan(&self, fetch: &Fetch) -> Result<(OpaqueState, EndpointRecord), HandoffError> {
+    /// Checks a fetch against its ticket and works out who owes what; nothing has happened yet.
+    fn plan(&self, fetch: &Fetch) -> Result<Planned, HandoffError> {
         if self.stopping {
             return Err(HandoffError::Cancelled);
         }
@@ -161,35 +96,67 @@ impl Desk {
             return Err(HandoffError::Transport(text));
         }
         let state = OpaqueState::decode(&fetch.ticket.opaque_state)?;
-        self.terms.layout.check(&state.layout)?;
+        let there = self.terms.layout.convertible(&state.layout)?;
+        let (own, rank) = (&self.terms.layout.side, self.terms.rank);
         if state.token_count != fetch.token_count as u64 {
             return Err(HandoffError::State(format!(
                 "kv of {} tokens there, {} expected",
                 state.token_count, fetch.token_count
             )));
         }
-        let needed = state.token_count.div_ceil(self.terms.tokens_per_block);
-        if needed != fetch.pages.len() as u64 {
+        let block = own.tokens_per_block();
+        if fetch.first_token > fetch.token_count || !fetch.first_token.is_multiple_of(block) {
+            return Err(HandoffError::State(format!(
+                "kv wanted from token {} of {} on, in blocks of {block}",
+                fetch.first_token, fetch.token_count
+            )));
+        }
+        let first_page = fetch.first_token / block;
+        let needed = own.pages_for(fetch.token_count) - first_page;
+        if needed != fetch.pages.len() {
             return Err(HandoffError::State(format!(
                 "{} tokens need {needed} pages, {} given",
-                state.token_count,
+                fetch.token_count - fetch.first_token,
                 fetch.pages.len()
             )));
         }
-        let page_bytes = self.terms.page_bytes;
-        if let Some((block, page)) = fetch
-            .pages
-            .iter()
-            .find(|(_, page)| page.as_bytes().len() as u64 != page_bytes)
-        {
+        let shape = own.page(rank);
+        if let Some((block, page)) = fetch.pages.iter().find(|(_, page)| *page.shape() != shape) {
             return Err(HandoffError::Layout(format!(
-                "page of block {block} has {} bytes, {page_bytes} expected",
-                page.as_bytes().len()
+                "page of block {block} is {:?}, {shape:?} expected",
+                page.shape()
             )));
         }
-        let name = self.around.transport.capability().name;
-        let endpoint = state.endpoint(self.terms.rank, name)?.clone();
-        Ok((state, endpoint))
+        let senders = reshard::senders(own, rank, &there);
+        let ways = ways(self.around.wires.all(), &state, &senders)?;
+        let mut pieces = vec![0; needed];
+        let tokens = fetch.first_token..fetch.token_count;
+        let sources = senders.into_iter().map(|sender| {
+            let owed = reshard::pieces((&there, sender), (own, rank), tokens.clone());
+            let expected = owed.into_iter().map(|piece| {
+                let page = piece.receiver_page - first_page;
+                pieces[page] += 1;
+                Expected {
+                    page,
+                    runs: piece.runs,
+                    landed: false,
+                }
+            });
+            Source {
+                rank: sender,
+                expected: expected.collect(),
+                peer: None,
+                cached: false,
+                heard: false,
+                done: false,
+            }
+        });
+        Ok(Planned {
+            sources: sources.collect(),
+            state,
+            ways,
+            pieces,
+        })
     }
 
     fn fresh_transfer(&self) -> TransferId {
@@ -208,108 +175,27 @@ impl Desk {
             let Some(transfer) = self.waiting.pop_front() else {
                 return;
             };
-            if self.fetches.contains_key(&transfer)
-                && let Err(error) = self.start(transfer)
-            {
-                self.fail(transfer, error);
+            if let Some(task) = self.fetches.get_mut(&transfer) {
+                task.phase = Phase::Running;
+                self.running += 1;
+                self.go(transfer, None);
             }
         }
     }
 
-    fn start(&mut self, transfer: TransferId) -> Result<(), HandoffError> {
-        let Some(task) = self.fetches.get_mut(&transfer) else {
-            return Ok(());
-        };
-        for piece in &mut task.pieces {
-            let Piece::Held(page) = std::mem::replace(piece, Piece::Gone) else {
-                continue;
-            };
-            match self.around.transport.register(page) {
-                Ok(region) => {
-                    *piece = Piece::Registered(region.id);
-                    task.remotes.push(region.remote);
-                }
-                Err(refused) => {
-                    *piece = Piece::Held(refused.page);
-                    return Err(HandoffError::Transport(refused.reason));
-                }
-            }
-        }
-        self.ask(transfer)
-    }
-
-    /// Sends the request, over the connection that is there or over a new one.
-    fn ask(&mut self, transfer: TransferId) -> Result<(), HandoffError> {
-        let Some(task) = self.fetches.get(&transfer) else {
-            return Ok(());
-        };
-        let request = Message::Request(Request {
-            version: PROTOCOL_VERSION,
-            claim: task.claim,
-            transfer,
-            layout: self.terms.layout.clone(),
-            token_count: task.token_count,
-            regions: task.remotes.clone(),
-        });
-        let server = task.context_server();
-        let endpoint = task.endpoint.clone();
-        let (mut peer, mut cached) = self.connect(&endpoint)?;
-        let mut submission = self.tell(peer, &request);
-        if submission == Submission::Gone && cached {
-            self.peers.remove(&endpoint);
-            (peer, cached) = self.connect(&endpoint)?;
-            submission = self.tell(peer, &request);
-        }
-        let failure = match submission {
-            // Gone so soon: the loss of the new connection is on its way, and says why.
-            Submission::Accepted | Submission::Gone => {
-                self.set_running(transfer, peer, cached);
-                return Ok(());
-            }
-            Submission::Busy => "takes no more messages",
-            Submission::Invalid => "cannot be sent so long a request",
-        };
-        Err(HandoffError::Transport(format!("{server} {failure}")))
-    }
-
-    fn set_running(&mut self, transfer: TransferId, peer: PeerId, cached: bool) {
-        let Some(task) = self.fetches.get_mut(&transfer) else {
-            return;
-        };
-        if task.phase == Phase::Queued {
-            self.running += 1;
-        }
-        task.phase = Phase::Running {
-            peer,
-            cached,
-            heard: false,
-        };
-    }
-
-    /// A connection to an endpoint, and whether it was there before.
-    fn connect(&mut self, endpoint: &EndpointRecord) -> Result<(PeerId, bool), HandoffError> {
-        if let Some(&peer) = self.peers.get(endpoint) {
-            return Ok((peer, true));
-        }
-        let deadline = Instant::now() + self.terms.transfer_timeout;
-        let peer = self
-            .around
-            .transport
-            .connect(endpoint, deadline)
-            .map_err(|e| HandoffError::Transport(e.to_string()))?;
-        self.peers.insert(endpoint.clone(), peer);
-        self.known.insert(peer);
-        Ok((peer, false))
-    }
-
-    /// The task of a peer's message, if it is that peer's.
-    fn heard(&mut self, from: PeerId, transfer: TransferId) -> Option<&mut FetchTask> {
+    /// The task and the source of a peer's message, if it is that peer's.
+    pub(super) fn heard(
+        &mut self,
+        from: PeerId,
+        transfer: TransferId,
+    ) -> Option<(&mut FetchTask, usize)> {
         let task = self.fetches.get_mut(&transfer)?;
-        match &mut task.phase {
-            Phase::Running { peer, heard, .. } if *peer == from => *heard = true,
-            _ => return None,
+        if task.phase != Phase::Running {
+            return None;
         }
-        Some(task)
+        let source = task.source_of(from)?;
+        task.sources[source].heard = true;
+        Some((task, source))
     }
 
     pub(super) fn on_refused(&mut self, peer: PeerId, transfer: TransferId, reason: &str) {
@@ -319,16 +205,14 @@ impl Desk {
     }
 
     pub(super) fn on_done(&mut self, peer: PeerId, transfer: TransferId, sent: (u64, u64)) {
-        let page_bytes = self.terms.page_bytes;
-        let Some(task) = self.heard(peer, transfer) else {
+        let Some((task, source)) = self.heard(peer, transfer) else {
             return;
         };
-        let pieces = task.pieces.len() as u64;
-        let expected = (pieces * page_bytes, pieces);
+        let expected = task.sources[source].total();
         if sent != expected {
             let text = format!(
                 "{} sent {} bytes in {} pieces, {} in {} expected",
-                task.context_server(),
+                task.server(source),
                 sent.0,
                 sent.1,
                 expected.0,
@@ -337,82 +221,97 @@ impl Desk {
             self.fail(transfer, HandoffError::Transport(text));
             return;
         }
-        task.done = true;
+        task.sources[source].done = true;
         self.complete_if_all_came(transfer);
     }
 
     pub(super) fn on_landed(
         &mut self,
-        peer: PeerId,
+        (peer, transfer): (PeerId, TransferId),
         region: RegionId,
-        transfer: TransferId,
         runs: &Runs,
         note: &[u8],
     ) {
-        let bytes = runs.total_bytes();
-        let whole = bytes as u64 == self.terms.page_bytes && *runs == Runs::whole(bytes);
-        let Some(task) = self.heard(peer, transfer) else {
+        let Some((task, source)) = self.heard(peer, transfer) else {
             return;
         };
-        let server = task.context_server();
-        let (piece, expected) = match task.place(region, whole, note) {
-            Ok(place) => place,
+        let index = match task.land(source, region, runs, note) {
+            Ok((_, false)) => return,
+            Ok((index, true)) => index,
             Err(what) => {
-                let text = format!("{server} sent {what}");
+                let text = format!("{} sent {what}", task.server(source));
                 self.fail(transfer, HandoffError::Transport(text));
                 return;
             }
         };
-        task.pieces[piece] = Piece::Checking(region);
-        match self.around.transport.deregister(region) {
+        task.pages[index].place = Place::Checking(region);
+        let parts = task.parts(index);
+        let (server, wire) = (task.server(source), task.way.wire);
+        match self.around.wires.all()[wire].deregister(region) {
             Deregistered::Now(page) => self.around.checksums.check(Landed {
                 transfer,
                 region,
-                piece,
+                index,
                 page,
-                expected,
+                parts,
             }),
             Deregistered::Later | Deregistered::Unknown => {
-                let text = format!("{server} sent piece {piece} twice");
+                let text = format!("{server} sent a piece of page {index} twice");
                 self.fail(transfer, HandoffError::Transport(text));
             }
         }
     }
 
     pub(super) fn on_checked(&mut self, checked: Checked) {
-        if let Some(block) = self.release(checked.region) {
-            self.give_back(vec![(block, checked.page)]);
-            return;
-        }
-        let Some(task) = self.fetches.get_mut(&checked.transfer) else {
-            tracing::error!(region = checked.region.0, "a checked page has no fetch");
+        let region = checked.region;
+        let Some(page) = self.settle_page(region, checked.page) else {
             return;
         };
-        if checked.found == checked.expected {
-            task.pieces[checked.piece] = Piece::Verified(checked.page);
+        let Some(task) = self.fetches.get_mut(&checked.transfer) else {
+            tracing::error!(region = region.0, "a checked page has no fetch");
+            return;
+        };
+        let Some(mismatch) = checked.mismatch else {
+            task.pages[checked.index].place = Place::Verified(page);
             task.verified += 1;
             self.complete_if_all_came(checked.transfer);
             return;
-        }
-        task.pieces[checked.piece] = Piece::Held(checked.page);
+        };
+        let slot = &mut task.pages[checked.index];
+        slot.place = Place::Held(page);
+        let part = &slot.landed[mismatch.part];
+        let (source, piece) = (part.source, part.piece);
         let text = format!(
-            "piece {} of {} of request {} from {}: {:016x} sent, {:016x} arrived",
-            checked.piece,
-            task.pieces.len(),
+            "piece {piece} of {} of request {} from {}: {:016x} sent, {:016x} arrived",
+            task.sources[source].expected.len(),
             task.claim.ctx_request_id,
-            task.context_server(),
-            checked.expected,
-            checked.found
+            task.server(source),
+            mismatch.expected,
+            mismatch.found
         );
         self.around.info.add(Count::ChecksumMismatches, 1);
         self.fail(checked.transfer, HandoffError::Checksum(text));
     }
 
     pub(super) fn on_page_released(&mut self, region: RegionId, page: Page) {
-        match self.release(region) {
-            Some(block) => self.give_back(vec![(block, page)]),
-            None => tracing::error!(region = region.0, "a released page belongs to no fetch"),
+        if self.settle_page(region, page).is_some() {
+            tracing::error!(region = region.0, "a released page belongs to no fetch");
         }
+    }
+
+    /// Takes a page that nobody writes any more out of quarantine, or to the fetch that waits for it. Comes back when it
+    /// is neither.
+    fn settle_page(&mut self, region: RegionId, page: Page) -> Option<Page> {
+        if let Some(block) = self.quarantine.remove(&region) {
+            self.around.info.set_quarantined(self.quarantine.len());
+            self.give_back(vec![(block, page)]);
+            return None;
+        }
+        let Some((transfer, index)) = self.leaving.remove(&region) else {
+            return Some(page);
+        };
+        self.came_back(transfer, index, page);
+        None
     }
 
     pub(super) fn on_fetch_due(&mut self, transfer: TransferId) {
@@ -423,71 +322,33 @@ impl Desk {
     }
 
     pub(super) fn on_cancel_fetch(&mut self, request: RequestId) {
-        let Some(&transfer) = self.by_request.get(&request) else {
-            return;
-        };
-        // A fetch that never asked tells the context server all the same, so that its lease need not run out.
-        if let Some(task) = self.fetches.get(&transfer)
-            && task.phase == Phase::Queued
-        {
-            let cancel = Message::Cancel {
-                transfer,
-                claim: task.claim,
-            };
-            let endpoint = task.endpoint.clone();
-            if let Ok((peer, _)) = self.connect(&endpoint) {
-                self.tell_in_passing(peer, &cancel);
-            }
-        }
-        self.fail(transfer, HandoffError::Cancelled);
-    }
-
-    /// Fails the fetches of a lost peer; one that found a dead connection tries a new one, once.
-    pub(super) fn fetching_peer_lost(&mut self, peer: PeerId, reason: &str) {
-        let lost: Vec<_> = self
-            .fetches
-            .iter()
-            .filter(|(_, task)| task.peer() == Some(peer))
-            .map(|(transfer, task)| (*transfer, task.phase, task.context_server()))
-            .collect();
-        for (transfer, phase, server) in lost {
-            let may_try_again = matches!(
-                phase,
-                Phase::Running {
-                    cached: true,
-                    heard: false,
-                    ..
-                }
-            ) && !self.stopping;
-            let outcome = if may_try_again {
-                self.ask(transfer)
-            } else {
-                let instance = format!("lost {server}: {}", printable(reason));
-                Err(HandoffError::Transport(instance))
-            };
-            if let Err(error) = outcome {
-                self.fail(transfer, error);
-            }
+        if let Some(&transfer) = self.by_request.get(&request) {
+            self.fail(transfer, HandoffError::Cancelled);
         }
     }
 
     fn complete_if_all_came(&mut self, transfer: TransferId) {
-        let complete = |task: &FetchTask| task.done && task.verified == task.pieces.len();
-        if !self.fetches.get(&transfer).is_some_and(complete) {
+        if !self
+            .fetches
+            .get(&transfer)
+            .is_some_and(FetchTask::is_complete)
+        {
             return;
         }
         let Some((task, pages)) = self.take_apart(transfer) else {
             return;
         };
-        if let Some(peer) = task.peer() {
+        for peer in task.sources.iter().filter_map(|source| source.peer) {
             self.tell_in_passing(peer, &Message::Acknowledge { transfer });
         }
-        let elapsed = task.began.elapsed();
-        let bytes = pages.len() as u64 * self.terms.page_bytes;
-        self.around.info.fetched(bytes, elapsed);
+        let (elapsed, bytes) = (task.began.elapsed(), task.bytes());
+        let transport = self.around.wires.name(task.way.wire);
+        let info = &self.around.info;
+        info.fetched(task.way.wire, bytes, elapsed);
+        info.goes_to(&printable(&task.instance), transport);
         self.give_back(pages);
         let stats = HandoffStats {
-            transport: self.around.transport.capability().name.to_owned(),
+            transport: transport.to_owned(),
             bytes,
             elapsed,
         };
@@ -499,13 +360,33 @@ impl Desk {
         let Some((task, pages)) = self.take_apart(transfer) else {
             return;
         };
-        let context_knows = matches!(error, HandoffError::Refused(_));
-        if let Some(peer) = task.peer().filter(|_| !context_knows) {
-            let claim = task.claim;
-            self.tell_in_passing(peer, &Message::Cancel { transfer, claim });
-        }
+        self.tell_sources(transfer, &task, &error);
         self.give_back(pages);
         self.decide(task.request, Err(error));
+    }
+
+    /// Tells every rank that owes something of a fetch's end, those that were never asked too, so that their leases need
+    /// not run out.
+    fn tell_sources(&mut self, transfer: TransferId, task: &FetchTask, error: &HandoffError) {
+        let refused = matches!(error, HandoffError::Refused(_));
+        let cancel = Message::Cancel {
+            transfer,
+            claim: task.claim,
+            taker: task.taker,
+            reason: None,
+        };
+        for (index, source) in task.sources.iter().enumerate() {
+            match source.peer {
+                // Whoever is alone in refusing knows.
+                Some(_) if refused && task.sources.len() == 1 => {}
+                Some(peer) => self.tell_in_passing(peer, &cancel),
+                None if task.phase != Phase::Running && !self.stopping => {
+                    let endpoint = task.endpoint(index);
+                    self.tell_endpoint(task.way.wire, endpoint, &cancel);
+                }
+                None => {}
+            }
+        }
     }
 
     /// Takes a fetch out of the books: the pages that are here, the others into quarantine.
@@ -515,20 +396,25 @@ impl Desk {
         self.by_request.remove(&task.request);
         match task.phase {
             Phase::Queued => self.waiting.retain(|waiting| *waiting != transfer),
-            Phase::Running { .. } => self.running -= 1,
+            Phase::Running | Phase::Moving(_) => self.running -= 1,
         }
-        let mut pages = Vec::with_capacity(task.pieces.len());
-        for (block, piece) in task.blocks.iter().zip(task.pieces.drain(..)) {
-            match piece {
-                Piece::Held(page) | Piece::Verified(page) => pages.push((*block, page)),
-                Piece::Gone => {}
-                Piece::Checking(region) => {
-                    self.quarantine.insert(region, *block);
+        let transport = &self.around.wires.all()[task.way.wire];
+        let mut pages = Vec::with_capacity(task.pages.len());
+        for slot in &mut task.pages {
+            match std::mem::replace(&mut slot.place, Place::Gone) {
+                Place::Held(page) | Place::Verified(page) => pages.push((slot.block, page)),
+                Place::Gone => {}
+                Place::Checking(region) => {
+                    self.quarantine.insert(region, slot.block);
                 }
-                Piece::Registered(region) => match self.around.transport.deregister(region) {
-                    Deregistered::Now(page) => pages.push((*block, page)),
+                Place::Leaving(region) => {
+                    self.leaving.remove(&region);
+                    self.quarantine.insert(region, slot.block);
+                }
+                Place::Registered(region) => match transport.deregister(region) {
+                    Deregistered::Now(page) => pages.push((slot.block, page)),
                     Deregistered::Later | Deregistered::Unknown => {
-                        self.quarantine.insert(region, *block);
+                        self.quarantine.insert(region, slot.block);
                     }
                 },
             }
@@ -537,20 +423,13 @@ impl Desk {
         Some((task, pages))
     }
 
-    /// Ends a page's quarantine.
-    fn release(&mut self, region: RegionId) -> Option<BlockId> {
-        let block = self.quarantine.remove(&region)?;
-        self.around.info.set_quarantined(self.quarantine.len());
-        Some(block)
-    }
-
-    fn give_back(&self, pages: Vec<(BlockId, Page)>) {
+    fn give_back(&mut self, pages: Vec<(BlockId, Page)>) {
         if !pages.is_empty() {
             self.emit(HandoffEvent::PagesReturned { pages });
         }
     }
 
-    fn decide(&self, request: RequestId, outcome: Result<HandoffStats, HandoffError>) {
+    fn decide(&mut self, request: RequestId, outcome: Result<HandoffStats, HandoffError>) {
         match &outcome {
             Ok(stats) => tracing::debug!(
                 request_id = request.0,
@@ -567,31 +446,5 @@ impl Desk {
         }
         self.around.info.release(Held::Fetches);
         self.emit(HandoffEvent::FetchEnded { request, outcome });
-    }
-}
-
-impl FetchTask {
-    /// Which piece a landed region is, with the checksum that it shall have; otherwise what is wrong with it.
-    fn place(&self, region: RegionId, whole: bool, note: &[u8]) -> Result<(usize, u64), String> {
-        let note = PieceNote::decode(note).ok_or("a piece without a proper note")?;
-        if note.epoch != self.claim.epoch {
-            return Err(format!(
-                "a piece of epoch {:016x} instead of {:016x}",
-                note.epoch, self.claim.epoch
-            ));
-        }
-        if note.ctx_request_id != self.claim.ctx_request_id {
-            return Err(format!(
-                "a piece of request {} instead of {}",
-                note.ctx_request_id, self.claim.ctx_request_id
-            ));
-        }
-        let index = usize::try_from(note.piece).unwrap_or(usize::MAX);
-        match self.pieces.get(index) {
-            Some(Piece::Registered(expected)) if *expected == region && whole => {
-                Ok((index, note.checksum))
-            }
-            _ => Err(format!("piece {} where it does not belong", note.piece)),
-        }
     }
 }

@@ -1,68 +1,40 @@
 //! The context side: leases, who may claim them, and the pieces on their way out.
 //!
-//! A lease is open, being served to one peer, or ending; it is over when no transport and no checksum thread
+//! A lease is open, taken by one generation instance, or ending; it is over when no transport and no checksum thread
 //! holds its pages. A peer lost on the way opens it again until its own deadline, so that another generation
-//! server can have it.
+//! instance can have it. It is delivered when every rank of the taker that needs something of this rank said so.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Desk;
+use super::lease::{Lease, Serving, Taking};
 use crate::handoff::{LeaseEnd, Offer};
-use crate::page::Page;
-use crate::transceiver::checksum::Offered;
+use crate::transceiver::checksum::Summing;
+use crate::transceiver::inbox::SumsOf;
 use crate::transceiver::info::{Count, Held};
-use crate::transceiver::message::{Claim, Message, PieceNote, Request};
-use crate::transceiver::state::{Nonce, PROTOCOL_VERSION};
-use crate::transceiver::timers::{Due, TimerKey};
-use crate::transport::{PeerId, RemoteRegion, Runs, Submission, TransferId, Write, WriteOutcome};
+use crate::transceiver::message::{Claim, Message, PieceNote, Request, Taker};
+use crate::transceiver::reshard::{self, Side};
+use crate::transceiver::state::{Nonce, PROTOCOL_VERSION, printable};
+use crate::transceiver::timers::Due;
+use crate::transport::{PeerId, Submission, TransferId, Write, WriteOutcome};
 
-/// Pages kept for a generation server.
-#[derive(Debug)]
-pub(super) struct Lease {
-    pages: Vec<Arc<Page>>,
-    token_count: u64,
-    nonce: Nonce,
-    /// When the lease ends if nobody is being served.
-    deadline: Instant,
-    timer: TimerKey,
-    /// Of the first pages, as far as they are summed.
-    checksums: Vec<u64>,
-    /// Whether checksum threads hold pages.
-    hashing: bool,
-    given_up: Arc<AtomicBool>,
-    /// Writes that the transport holds.
-    in_flight: usize,
-    /// Its entry among the running transfers.
-    route: Option<(PeerId, TransferId)>,
-    phase: Phase,
-}
-
-#[derive(Debug)]
-enum Phase {
-    Open,
-    Serving(Serving),
-    Ending(LeaseEnd),
-}
-
-#[derive(Debug)]
-struct Serving {
-    peer: PeerId,
-    transfer: TransferId,
-    regions: Vec<RemoteRegion>,
-    /// The next piece to submit.
-    next: usize,
-}
-
-/// What a lease did with its turn.
+/// What a transfer did with its turn.
 enum Turn {
     Submitted,
     /// It cannot go on now: checksums or its window are missing.
     Waits,
     Finished,
     PeerBusy,
+}
+
+/// What a request may have.
+struct Admitted {
+    side: Side,
+    first_token: usize,
+    receivers: Vec<usize>,
 }
 
 impl Desk {
@@ -80,24 +52,29 @@ impl Desk {
         }
         let deadline = Instant::now() + self.terms.transfer_timeout;
         let given_up = Arc::new(AtomicBool::new(false));
+        let own = (&self.terms.layout.side, self.terms.rank);
+        let held = reshard::pieces(own, own, 0..offer.token_count);
+        let held: Vec<_> = held.into_iter().map(|piece| piece.runs).collect();
+        let parts = offer.pages.iter().cloned().zip(held.iter().cloned());
+        self.around.checksums.sum(Summing {
+            of: SumsOf::Lease(id),
+            parts: parts.collect(),
+            given_up: Arc::clone(&given_up),
+        });
         let lease = Lease {
-            token_count: offer.token_count as u64,
+            token_count: offer.token_count,
             nonce,
             deadline,
             timer: self.timers.set(deadline, Due::Lease(id)),
-            checksums: Vec::with_capacity(offer.pages.len()),
-            hashing: true,
-            given_up: Arc::clone(&given_up),
-            in_flight: 0,
-            route: None,
-            phase: Phase::Open,
+            checksums: Vec::with_capacity(held.len()),
+            held,
+            hashing: 1,
+            given_up,
+            taking: None,
+            servings: Vec::new(),
+            end: None,
             pages: offer.pages,
         };
-        self.around.checksums.sum(Offered {
-            ctx_request_id: id,
-            pages: lease.pages.iter().cloned().collect(),
-            given_up,
-        });
         self.leases.insert(id, lease);
     }
 
@@ -114,31 +91,73 @@ impl Desk {
     pub(super) fn on_request(&mut self, peer: PeerId, request: Request) {
         let transfer = request.transfer;
         let id = request.claim.ctx_request_id;
-        if let Err(reason) = self.admit(peer, &request) {
-            tracing::debug!(%peer, ctx_request_id = id, reason, "kv request refused");
-            self.tell_in_passing(peer, &Message::Refused { transfer, reason });
-            return;
-        }
-        let timeout = self.terms.transfer_timeout;
-        let Some(lease) = self.leases.get_mut(&id) else {
-            return;
+        let instance = printable(&request.instance);
+        let admitted = match self.admit(peer, &request) {
+            Ok(admitted) => admitted,
+            Err(reason) => {
+                tracing::debug!(%peer, instance, ctx_request_id = id, reason, "kv request refused");
+                self.tell_in_passing(peer, &Message::Refused { transfer, reason });
+                return;
+            }
         };
-        lease.phase = Phase::Serving(Serving {
-            peer,
-            transfer,
-            regions: request.regions,
-            next: 0,
-        });
-        lease.route = Some((peer, transfer));
-        self.timers.cancel(lease.timer);
-        lease.timer = self.timers.set(Instant::now() + timeout, Due::Lease(id));
+        if let Some(wire) = self.around.wires.wire_of(peer) {
+            let transport = self.around.wires.name(wire);
+            self.around.info.goes_to(&instance, transport);
+        }
+        self.serve(peer, request, admitted);
         self.sending.insert((peer, transfer), id);
-        self.turns.entry(peer).or_default().push_back(id);
+        self.turns.entry(peer).or_default().push_back(transfer);
         self.pump(peer);
     }
 
+    /// Starts a transfer: plans its pieces and has the missing checksums made.
+    fn serve(&mut self, peer: PeerId, request: Request, admitted: Admitted) {
+        let (id, transfer) = (request.claim.ctx_request_id, request.transfer);
+        let own = (&self.terms.layout.side, self.terms.rank);
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
+        let rank = request.rank as usize;
+        let tokens = admitted.first_token..lease.token_count;
+        let pieces = reshard::pieces(own, (&admitted.side, rank), tokens);
+        let (sums, parts) = lease.sums(&pieces);
+        let given_up = Arc::new(AtomicBool::new(false));
+        if !parts.is_empty() {
+            lease.hashing += 1;
+            self.around.checksums.sum(Summing {
+                of: SumsOf::Transfer(id, peer, transfer),
+                parts,
+                given_up: Arc::clone(&given_up),
+            });
+        }
+        lease.servings.push(Serving {
+            peer,
+            transfer,
+            rank,
+            pieces,
+            regions: request.regions,
+            first_page: admitted.first_token / admitted.side.tokens_per_block(),
+            sums,
+            own_sums: Vec::new(),
+            given_up,
+            next: 0,
+            in_flight: 0,
+            released: false,
+        });
+        lease.taking.get_or_insert_with(|| Taking {
+            taker: request.taker,
+            layout: request.layout,
+            first_token: admitted.first_token,
+            receivers: admitted.receivers,
+            delivered: BTreeSet::new(),
+        });
+        self.timers.cancel(lease.timer);
+        let deadline = Instant::now() + self.terms.transfer_timeout;
+        lease.timer = self.timers.set(deadline, Due::Lease(id));
+    }
+
     /// Whether a request may have what it asks for; otherwise why not.
-    fn admit(&self, peer: PeerId, request: &Request) -> Result<(), String> {
+    fn admit(&self, peer: PeerId, request: &Request) -> Result<Admitted, String> {
         let claim = &request.claim;
         if request.version != PROTOCOL_VERSION {
             return Err(format!(
@@ -147,49 +166,47 @@ impl Desk {
             ));
         }
         let lease = self.claimed(claim)?;
-        match &lease.phase {
-            Phase::Open => {}
-            Phase::Serving(_) => {
+        if let Some(end) = lease.end {
+            return Err(format!(
+                "the lease of request {} is over: {end:?}",
+                claim.ctx_request_id
+            ));
+        }
+        let there = self.terms.layout.convertible(&request.layout);
+        let side = there.map_err(|error| error.to_string())?;
+        let own = &self.terms.layout.side;
+        let rank = request.rank as usize;
+        if rank >= side.ranks() {
+            return Err(format!("rank {rank} asks, of {}", side.ranks()));
+        }
+        let receivers = reshard::receivers(own, self.terms.rank, &side);
+        if !receivers.contains(&rank) {
+            return Err(format!(
+                "rank {rank} has nothing to take from rank {}",
+                self.terms.rank
+            ));
+        }
+        let first_token = fitting(lease, request, (&side, rank))?;
+        if let Some(taking) = &lease.taking {
+            let same = (taking.taker, taking.first_token, &taking.layout)
+                == (request.taker, first_token, &request.layout);
+            let served = taking.delivered.contains(&rank)
+                || lease.servings.iter().any(|s| s.rank == rank && !s.released);
+            if !same || served {
                 return Err(format!(
                     "the kv of request {} is already being fetched",
                     claim.ctx_request_id
                 ));
             }
-            Phase::Ending(end) => {
-                return Err(format!(
-                    "the lease of request {} is over: {end:?}",
-                    claim.ctx_request_id
-                ));
-            }
-        }
-        self.terms
-            .layout
-            .check(&request.layout)
-            .map_err(|e| e.to_string())?;
-        if request.token_count != lease.token_count {
-            return Err(format!(
-                "kv of {} tokens asked for, {} held",
-                request.token_count, lease.token_count
-            ));
-        }
-        if request.regions.len() != lease.pages.len() {
-            return Err(format!(
-                "{} pages asked for, {} held",
-                request.regions.len(),
-                lease.pages.len()
-            ));
-        }
-        let page_bytes = self.terms.page_bytes;
-        if let Some(region) = request.regions.iter().find(|r| r.bytes != page_bytes) {
-            return Err(format!(
-                "a region of {} bytes offered for a page of {page_bytes}",
-                region.bytes
-            ));
         }
         if self.sending.contains_key(&(peer, request.transfer)) {
             return Err(format!("transfer {} is in use", request.transfer));
         }
-        Ok(())
+        Ok(Admitted {
+            side,
+            first_token,
+            receivers,
+        })
     }
 
     /// The lease of a claim, if it is one's own.
@@ -215,42 +232,91 @@ impl Desk {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
             return;
         };
-        let complete = self.leases.get(&id).is_some_and(
-            |lease| matches!(&lease.phase, Phase::Serving(s) if s.next == lease.pages.len()),
-        );
-        if complete {
-            self.end_lease(id, LeaseEnd::Delivered, "delivered");
-        } else {
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
+        let sent = lease
+            .serving(peer, transfer)
+            .filter(|serving| serving.next == serving.pieces.len() && !serving.released);
+        let (Some(serving), Some(taking), None) = (sent, &lease.taking, lease.end) else {
             tracing::debug!(%peer, ctx_request_id = id, "kv acknowledged before it was sent");
+            return;
+        };
+        let rank = serving.rank;
+        let mut delivered = taking.delivered.clone();
+        delivered.insert(rank);
+        if let Some(taking) = &mut lease.taking {
+            taking.delivered = delivered;
+        }
+        if lease.taking.as_ref().is_some_and(Taking::is_complete) {
+            self.end_lease(id, LeaseEnd::Delivered, "delivered");
         }
     }
 
-    pub(super) fn on_cancel(&mut self, peer: PeerId, transfer: TransferId, claim: &Claim) {
+    pub(super) fn on_release(&mut self, peer: PeerId, transfer: TransferId) {
+        let Some(&id) = self.sending.get(&(peer, transfer)) else {
+            return;
+        };
+        if let Some(lease) = self.leases.get_mut(&id)
+            && let Some(serving) = lease.serving_mut(peer, transfer)
+        {
+            serving.released = true;
+            serving.given_up.store(true, Ordering::Release);
+        }
+        self.around.wires.cancel(peer, transfer);
+        self.finish_transfer(id, peer, transfer);
+    }
+
+    pub(super) fn on_cancel(
+        &mut self,
+        peer: PeerId,
+        claim: &Claim,
+        taker: Taker,
+        reason: Option<&str>,
+    ) {
+        let id = claim.ctx_request_id;
         let others = self.claimed(claim).map(|lease| {
-            matches!(&lease.phase, Phase::Serving(s) if (s.peer, s.transfer) != (peer, transfer))
+            let taking = lease.taking.as_ref();
+            taking.is_some_and(|taking| taking.taker != taker)
         });
         match others {
-            // The peer knows already; only the lease is to be ended.
-            Ok(false) => self.end_lease_quietly(claim.ctx_request_id, LeaseEnd::Cancelled),
+            // The taker knows already; only the lease is to be ended.
+            Ok(false) => {
+                if let Some(reason) = reason {
+                    let reason = printable(reason);
+                    tracing::warn!(%peer, ctx_request_id = id, reason, "a generation server cannot take kv");
+                }
+                self.end_lease_quietly(id, LeaseEnd::Cancelled);
+            }
             Ok(true) => tracing::debug!(%peer, "a cancel of a transfer that is another peer's"),
             Err(reason) => tracing::debug!(%peer, reason, "a cancel was ignored"),
         }
     }
 
-    pub(super) fn on_hashed(&mut self, id: u64, checksum: u64) {
-        let Some(lease) = self.leases.get_mut(&id) else {
-            return;
-        };
-        lease.checksums.push(checksum);
-        if let Phase::Serving(serving) = &lease.phase {
-            let peer = serving.peer;
-            self.pump(peer);
+    pub(super) fn on_hashed(&mut self, of: SumsOf, checksum: u64) {
+        match of {
+            SumsOf::Lease(id) => {
+                let Some(lease) = self.leases.get_mut(&id) else {
+                    return;
+                };
+                lease.checksums.push(checksum);
+                let peers: Vec<_> = lease.servings.iter().map(|serving| serving.peer).collect();
+                peers.into_iter().for_each(|peer| self.pump(peer));
+            }
+            SumsOf::Transfer(id, peer, transfer) => {
+                let lease = self.leases.get_mut(&id);
+                if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
+                    serving.own_sums.push(checksum);
+                    self.pump(peer);
+                }
+            }
         }
     }
 
-    pub(super) fn on_hashing_ended(&mut self, id: u64) {
+    pub(super) fn on_hashing_ended(&mut self, of: SumsOf) {
+        let (SumsOf::Lease(id) | SumsOf::Transfer(id, ..)) = of;
         if let Some(lease) = self.leases.get_mut(&id) {
-            lease.hashing = false;
+            lease.hashing -= 1;
         }
         self.finish_lease(id);
     }
@@ -262,58 +328,70 @@ impl Desk {
         outcome: WriteOutcome,
     ) {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
-            tracing::error!(%peer, %transfer, "a write ended that no lease knows");
+            tracing::error!(%peer, %transfer, ?outcome, "a write ended that no lease knows");
             return;
         };
-        if let Some(lease) = self.leases.get_mut(&id) {
-            lease.in_flight -= 1;
+        let lease = self.leases.get_mut(&id);
+        if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
+            serving.in_flight -= 1;
         }
-        if outcome == WriteOutcome::Sent {
-            self.around
-                .info
-                .add(Count::BytesSent, self.terms.page_bytes);
-        }
+        self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
         self.pump(peer);
     }
 
-    /// Opens the leases again that were being served to a peer.
+    /// Takes the transfers to a lost peer out. A lease that nobody else takes is open again.
     pub(super) fn lending_peer_lost(&mut self, peer: PeerId) {
         self.turns.remove(&peer);
         let lost: Vec<_> = self
             .sending
             .iter()
             .filter(|((of, _), _)| *of == peer)
-            .map(|(key, id)| (*key, *id))
+            .map(|(key, id)| (key.1, *id))
             .collect();
-        for (key, id) in lost {
-            self.sending.remove(&key);
-            let Some(lease) = self.leases.get_mut(&id) else {
-                continue;
-            };
-            if matches!(lease.phase, Phase::Serving(_)) {
-                lease.phase = Phase::Open;
-                lease.route = None;
-                self.timers.cancel(lease.timer);
-                lease.timer = self.timers.set(lease.deadline, Due::Lease(id));
-                tracing::debug!(%peer, ctx_request_id = id, "peer lost while fetching kv; its lease stays open");
-            }
+        for (transfer, id) in lost {
+            tracing::debug!(%peer, ctx_request_id = id, "peer lost while fetching kv");
+            self.drop_transfer(id, peer, transfer);
+            self.finish_lease(id);
         }
     }
 
-    /// Submits pieces to a peer, its leases in turn, until it takes no more.
+    /// Takes a released transfer out once the transport has let go of it.
+    fn finish_transfer(&mut self, id: u64, peer: PeerId, transfer: TransferId) {
+        let lease = self.leases.get(&id);
+        let serving = lease.and_then(|lease| lease.serving(peer, transfer));
+        if serving.is_some_and(|serving| serving.released && serving.in_flight == 0) {
+            self.drop_transfer(id, peer, transfer);
+        }
+    }
+
+    fn drop_transfer(&mut self, id: u64, peer: PeerId, transfer: TransferId) {
+        self.sending.remove(&(peer, transfer));
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
+        if let Some(serving) = lease.serving(peer, transfer) {
+            serving.given_up.store(true, Ordering::Release);
+        }
+        if lease.remove(peer, transfer) && lease.end.is_none() {
+            self.timers.cancel(lease.timer);
+            lease.timer = self.timers.set(lease.deadline, Due::Lease(id));
+        }
+    }
+
+    /// Submits pieces to a peer, its transfers in turn, until it takes no more.
     fn pump(&mut self, peer: PeerId) {
         let Some(mut turns) = self.turns.remove(&peer) else {
             return;
         };
         let mut waits = VecDeque::new();
-        while let Some(id) = turns.pop_front() {
-            match self.take_turn(id, peer) {
-                Turn::Submitted => turns.push_back(id),
-                Turn::Waits => waits.push_back(id),
+        while let Some(transfer) = turns.pop_front() {
+            match self.take_turn(peer, transfer) {
+                Turn::Submitted => turns.push_back(transfer),
+                Turn::Waits => waits.push_back(transfer),
                 Turn::Finished => {}
                 Turn::PeerBusy => {
-                    turns.push_front(id);
+                    turns.push_front(transfer);
                     break;
                 }
             }
@@ -324,51 +402,51 @@ impl Desk {
         }
     }
 
-    fn take_turn(&mut self, id: u64, peer: PeerId) -> Turn {
-        let Some(lease) = self.leases.get_mut(&id) else {
+    fn take_turn(&mut self, peer: PeerId, transfer: TransferId) -> Turn {
+        let Some(&id) = self.sending.get(&(peer, transfer)) else {
             return Turn::Finished;
         };
-        let Phase::Serving(serving) = &mut lease.phase else {
+        let Some(lease) = self.leases.get(&id).filter(|lease| lease.end.is_none()) else {
             return Turn::Finished;
         };
-        if serving.peer != peer {
+        let Some(serving) = lease.serving(peer, transfer).filter(|s| !s.released) else {
             return Turn::Finished;
-        }
-        let piece = serving.next;
-        if piece == lease.pages.len() {
+        };
+        let Some(piece) = serving.pieces.get(serving.next) else {
+            let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
             let done = Message::Done {
-                transfer: serving.transfer,
-                bytes: lease.pages.len() as u64 * self.terms.page_bytes,
-                pieces: lease.pages.len() as u64,
+                transfer,
+                bytes: bytes.sum(),
+                pieces: serving.pieces.len() as u64,
             };
             self.tell_in_passing(peer, &done);
             return Turn::Finished;
-        }
-        let Some(&checksum) = lease.checksums.get(piece) else {
+        };
+        let Some(checksum) = lease.checksum(serving, serving.next) else {
             return Turn::Waits;
         };
-        if lease.in_flight >= self.terms.window {
+        if serving.in_flight >= self.terms.window {
             return Turn::Waits;
         }
         let note = PieceNote {
             ctx_request_id: id,
             epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
-            piece: u32::try_from(piece).unwrap_or(u32::MAX),
+            rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
+            piece: u32::try_from(serving.next).unwrap_or(u32::MAX),
             checksum,
         };
-        let source = Arc::clone(&lease.pages[piece]);
-        let submission = self.around.transport.write(Write {
+        let bytes = piece.runs.total_bytes() as u64;
+        let submission = self.around.wires.write(Write {
             peer,
-            transfer: serving.transfer,
-            runs: Runs::whole(source.as_bytes().len()),
-            source,
-            target: serving.regions[piece].clone(),
+            transfer,
+            source: Arc::clone(&lease.pages[piece.sender_page]),
+            target: serving.regions[piece.receiver_page - serving.first_page].clone(),
+            runs: piece.runs.clone(),
             note: note.encode(),
         });
         match submission {
             Submission::Accepted => {
-                serving.next += 1;
-                lease.in_flight += 1;
+                self.note_submitted(id, (peer, transfer), bytes);
                 Turn::Submitted
             }
             // Gone: the loss of the peer is on its way and opens the lease again.
@@ -380,16 +458,32 @@ impl Desk {
         }
     }
 
-    /// Ends a lease and tells the peer that it is being served to.
+    fn note_submitted(&mut self, id: u64, (peer, transfer): (PeerId, TransferId), bytes: u64) {
+        let lease = self.leases.get_mut(&id);
+        if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
+            serving.next += 1;
+            serving.in_flight += 1;
+        }
+        let wire = self.around.wires.wire_of(peer);
+        self.around.info.sent(wire, bytes);
+    }
+
+    /// Ends a lease and tells the peers that it is being served to.
     fn end_lease(&mut self, id: u64, end: LeaseEnd, reason: &str) {
-        let served = match self.leases.get(&id).map(|lease| &lease.phase) {
-            Some(Phase::Serving(serving)) if end != LeaseEnd::Delivered => {
-                Some((serving.peer, serving.transfer))
-            }
-            _ => None,
+        let Some(lease) = self.leases.get(&id) else {
+            return;
         };
+        let mut served: Vec<_> = lease
+            .servings
+            .iter()
+            .filter(|serving| !serving.released)
+            .map(|serving| (serving.peer, serving.transfer))
+            .collect();
+        if end == LeaseEnd::Delivered || lease.end.is_some() {
+            served.clear();
+        }
         self.end_lease_quietly(id, end);
-        if let Some((peer, transfer)) = served {
+        for (peer, transfer) in served {
             let reason = reason.to_owned();
             self.tell_in_passing(peer, &Message::Aborted { transfer, reason });
         }
@@ -399,15 +493,15 @@ impl Desk {
         let Some(lease) = self.leases.get_mut(&id) else {
             return;
         };
-        match &lease.phase {
-            Phase::Ending(_) => return,
-            Phase::Open => {}
-            Phase::Serving(serving) => {
-                self.around.transport.cancel(serving.peer, serving.transfer);
-            }
+        if lease.end.is_some() {
+            return;
+        }
+        for serving in &lease.servings {
+            self.around.wires.cancel(serving.peer, serving.transfer);
+            serving.given_up.store(true, Ordering::Release);
         }
         lease.given_up.store(true, Ordering::Release);
-        lease.phase = Phase::Ending(end);
+        lease.end = Some(end);
         self.timers.cancel(lease.timer);
         self.finish_lease(id);
     }
@@ -417,20 +511,17 @@ impl Desk {
         let Some(lease) = self.leases.get(&id) else {
             return;
         };
-        let Phase::Ending(end) = lease.phase else {
+        let Some(end) = lease.end.filter(|_| !lease.is_held()) else {
             return;
         };
-        if lease.hashing || lease.in_flight > 0 {
-            return;
-        }
-        if let Some(route) = lease.route {
-            self.sending.remove(&route);
+        for serving in &lease.servings {
+            self.sending.remove(&(serving.peer, serving.transfer));
         }
         self.leases.remove(&id);
         self.close_books(id, end);
     }
 
-    fn close_books(&self, id: u64, end: LeaseEnd) {
+    fn close_books(&mut self, id: u64, end: LeaseEnd) {
         let count = match end {
             LeaseEnd::Delivered => Count::LeasesDelivered,
             LeaseEnd::Expired => Count::LeasesExpired,
@@ -439,5 +530,42 @@ impl Desk {
         self.around.info.add(count, 1);
         self.around.info.release(Held::Leases);
         self.lease_ended(id, end);
+    }
+}
+
+/// Whether a request's tokens and regions fit a lease, and the rank's pages. Returns the first token that it wants.
+fn fitting(
+    lease: &Lease,
+    request: &Request,
+    (side, rank): (&Side, usize),
+) -> Result<usize, String> {
+    let held = lease.token_count;
+    if request.token_count != held as u64 {
+        return Err(format!(
+            "kv of {} tokens asked for, {held} held",
+            request.token_count
+        ));
+    }
+    let first_token = usize::try_from(request.first_token).unwrap_or(usize::MAX);
+    let block = side.tokens_per_block();
+    if first_token > held || !first_token.is_multiple_of(block) {
+        return Err(format!(
+            "kv asked for from token {first_token} of {held} on, in blocks of {block}"
+        ));
+    }
+    let needed = side.pages_for(held) - first_token / block;
+    if request.regions.len() != needed {
+        return Err(format!(
+            "{} pages offered, {needed} needed",
+            request.regions.len()
+        ));
+    }
+    let page_bytes = side.page(rank).bytes() as u64;
+    match request.regions.iter().find(|r| r.bytes != page_bytes) {
+        None => Ok(first_token),
+        Some(region) => Err(format!(
+            "a region of {} bytes offered for a page of {page_bytes}",
+            region.bytes
+        )),
     }
 }

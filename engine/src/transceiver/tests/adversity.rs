@@ -3,10 +3,10 @@
 use std::sync::Mutex;
 
 use super::*;
-use crate::transceiver::message::{Message, PieceNote, Request};
+use crate::transceiver::message::{Message, PieceNote, Request, Taker};
 use crate::transport::link::LinkTransport;
 use crate::transport::{
-    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, Write,
+    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
 };
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {
@@ -345,8 +345,15 @@ fn a_request_of_another_protocol_is_refused_by_number() {
             epoch: state.epoch,
             nonce: state.nonce,
         },
+        taker: Taker {
+            epoch: 0,
+            request: 0,
+        },
+        instance: "stranger".to_owned(),
+        rank: 0,
         transfer: TransferId(5),
         layout: state.layout,
+        first_token: 0,
         token_count: 0,
         regions: Vec::new(),
     });
@@ -356,7 +363,7 @@ fn a_request_of_another_protocol_is_refused_by_number() {
     };
     match Message::decode(&message).unwrap() {
         Message::Refused { reason, .. } => {
-            assert_eq!(reason, "hand-off protocol 99 asked for, 1 here");
+            assert_eq!(reason, "hand-off protocol 99 asked for, 2 here");
         }
         other => panic!("{other:?}"),
     }
@@ -434,6 +441,7 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let note = PieceNote {
         ctx_request_id: request.claim.ctx_request_id,
         epoch: request.claim.epoch,
+        rank: 0,
         piece: u32::from(matches!(lie, Lie::WrongIndex)),
         checksum,
     };
@@ -449,7 +457,7 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
         },
     };
     let pieces = 3;
-    let bytes = (3 * SHAPE.bytes()) as u64;
+    let bytes = kv_bytes(3);
     let send = |write: &Write| {
         assert_eq!(liar.transport.write(write.clone()), Submission::Accepted);
     };

@@ -15,7 +15,7 @@ fn kv_of_any_size_arrives_as_it_was() {
             assert_eq!(tokens, (pages * 32).saturating_sub(5));
             generation.fetch(id, &ticket, pages);
             let stats = generation.outcome(id).unwrap();
-            assert_eq!(stats.bytes, (pages * SHAPE.bytes()) as u64);
+            assert_eq!(stats.bytes, kv_bytes(pages));
             assert_eq!(stats.transport, generation.transceiver.info().transport());
             generation.assert_content(first, id, pages);
             first += BlockId::try_from(pages).unwrap();
@@ -24,7 +24,8 @@ fn kv_of_any_size_arrives_as_it_was() {
         assert_both_clean(&mut context, &mut generation);
         let stats = generation.transceiver.info().stats();
         assert_eq!(stats.fetches_succeeded, 4);
-        assert_eq!(stats.bytes_received, (72 * SHAPE.bytes()) as u64);
+        let sent: u64 = [1, 7, 64].map(kv_bytes).into_iter().sum();
+        assert_eq!(stats.bytes_received, sent);
         assert_eq!(
             context.transceiver.info().stats().bytes_sent,
             stats.bytes_received
@@ -256,7 +257,8 @@ fn layouts_that_differ_are_refused_before_anything_moves() {
     let lying = tamper(&ticket, |state| state.token_count = 28);
     generation.fetch(2, &lying, 2);
     assert!(matches!(generation.outcome(2), Err(HandoffError::State(_))));
-    context.transceiver.withdraw(1);
+    // The context side has heard why, and does not wait for anybody else.
+    assert_eq!(context.lease_end(1), LeaseEnd::Cancelled);
     assert_both_clean(&mut context, &mut generation);
 }
 

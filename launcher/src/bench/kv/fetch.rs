@@ -228,6 +228,7 @@ impl<'a> Fetching<'a> {
                     first_logprobs: Vec::new(),
                 },
                 token_count: self.setting.geometry.token_count(),
+                first_token: 0,
                 pages: pages.by_ref().take(each).collect(),
             })
             .collect()

@@ -1,0 +1,190 @@
+//! What the context side keeps of a lease: its pages, who takes them, and the pieces on their way to each of these.
+//!
+//! A taker is a generation instance; several of its ranks may take from one lease, each its own pieces. Pure books: no
+//! transport is called here.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use crate::handoff::LeaseEnd;
+use crate::page::Page;
+use crate::transceiver::message::Taker;
+use crate::transceiver::reshard::Piece;
+use crate::transceiver::state::{LayoutRecord, Nonce};
+use crate::transceiver::timers::TimerKey;
+use crate::transport::{PeerId, RemoteRegion, Runs, TransferId};
+
+/// Pages kept for a generation instance.
+#[derive(Debug)]
+pub(super) struct Lease {
+    pub(super) pages: Vec<Arc<Page>>,
+    pub(super) token_count: usize,
+    pub(super) nonce: Nonce,
+    /// When the lease ends if nobody is being served.
+    pub(super) deadline: Instant,
+    pub(super) timer: TimerKey,
+    /// What is held of each page, as this rank would send it to its like.
+    pub(super) held: Vec<Runs>,
+    /// Of what is held of the first pages, as far as they are summed.
+    pub(super) checksums: Vec<u64>,
+    /// Jobs of the checksum threads that hold pages.
+    pub(super) hashing: usize,
+    pub(super) given_up: Arc<AtomicBool>,
+    pub(super) taking: Option<Taking>,
+    pub(super) servings: Vec<Serving>,
+    /// Set once it is ending.
+    pub(super) end: Option<LeaseEnd>,
+}
+
+/// The generation instance that takes a lease.
+#[derive(Debug)]
+pub(super) struct Taking {
+    pub(super) taker: Taker,
+    pub(super) layout: LayoutRecord,
+    pub(super) first_token: usize,
+    /// Its ranks that need something of this one.
+    pub(super) receivers: Vec<usize>,
+    /// Of these, those that have acknowledged.
+    pub(super) delivered: BTreeSet<usize>,
+}
+
+impl Taking {
+    pub(super) fn is_complete(&self) -> bool {
+        self.delivered.len() == self.receivers.len()
+    }
+}
+
+/// Pieces on their way to one rank.
+#[derive(Debug)]
+pub(super) struct Serving {
+    pub(super) peer: PeerId,
+    pub(super) transfer: TransferId,
+    /// The receiver's rank.
+    pub(super) rank: usize,
+    pub(super) pieces: Vec<Piece>,
+    pub(super) regions: Vec<RemoteRegion>,
+    /// The receiver's page that the first region is.
+    pub(super) first_page: usize,
+    /// For each piece, where its checksum is.
+    pub(super) sums: Vec<Sum>,
+    /// Checksums of pieces that are not all that is held of a page, as far as they are made.
+    pub(super) own_sums: Vec<u64>,
+    pub(super) given_up: Arc<AtomicBool>,
+    /// The next piece to submit.
+    pub(super) next: usize,
+    /// Writes that the transport holds.
+    pub(super) in_flight: usize,
+    /// Not wanted over this wire any more.
+    pub(super) released: bool,
+}
+
+/// Where a piece's checksum is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sum {
+    /// It is a page's, made when it was offered.
+    Page(usize),
+    /// It is made for this transfer.
+    Own(usize),
+}
+
+impl Lease {
+    pub(super) fn serving(&self, peer: PeerId, transfer: TransferId) -> Option<&Serving> {
+        let mut servings = self.servings.iter();
+        servings.find(|serving| (serving.peer, serving.transfer) == (peer, transfer))
+    }
+
+    pub(super) fn serving_mut(
+        &mut self,
+        peer: PeerId,
+        transfer: TransferId,
+    ) -> Option<&mut Serving> {
+        let mut servings = self.servings.iter_mut();
+        servings.find(|serving| (serving.peer, serving.transfer) == (peer, transfer))
+    }
+
+    /// Takes a transfer out. True when nobody is left who has the lease or a part of it.
+    pub(super) fn remove(&mut self, peer: PeerId, transfer: TransferId) -> bool {
+        self.servings
+            .retain(|serving| (serving.peer, serving.transfer) != (peer, transfer));
+        let untouched = |taking: &Taking| taking.delivered.is_empty();
+        if self.servings.is_empty() && self.taking.as_ref().is_some_and(untouched) {
+            self.taking = None;
+        }
+        self.servings.is_empty()
+    }
+
+    /// Whether somebody still holds its pages.
+    pub(super) fn is_held(&self) -> bool {
+        self.hashing > 0 || self.servings.iter().any(|serving| serving.in_flight > 0)
+    }
+
+    /// For each of some pieces, where its checksum is or will be; and those whose checksums are still to be made.
+    pub(super) fn sums(&self, pieces: &[Piece]) -> (Vec<Sum>, VecDeque<(Arc<Page>, Runs)>) {
+        let mut own = VecDeque::new();
+        let sums = pieces
+            .iter()
+            .map(|piece| {
+                let page = piece.sender_page;
+                if same_source(&self.held[page], &piece.runs) {
+                    return Sum::Page(page);
+                }
+                own.push_back((Arc::clone(&self.pages[page]), piece.runs.clone()));
+                Sum::Own(own.len() - 1)
+            })
+            .collect();
+        (sums, own)
+    }
+
+    /// A piece's checksum, once it is made.
+    pub(super) fn checksum(&self, serving: &Serving, piece: usize) -> Option<u64> {
+        match serving.sums[piece] {
+            Sum::Page(page) => self.checksums.get(page).copied(),
+            Sum::Own(index) => serving.own_sums.get(index).copied(),
+        }
+    }
+}
+
+/// Whether two say to read the same bytes in the same order, wherever these go.
+fn same_source(a: &Runs, b: &Runs) -> bool {
+    a.total_bytes() == b.total_bytes() && sources(a).eq(sources(b))
+}
+
+/// The stretches of the source, neighbours joined.
+fn sources(runs: &Runs) -> impl Iterator<Item = Range<usize>> + '_ {
+    let mut stretches = runs.stretches().map(|(source, _)| source).peekable();
+    std::iter::from_fn(move || {
+        let mut joined = stretches.next()?;
+        while let Some(next) = stretches.next_if(|next| next.start == joined.end) {
+            joined.end = next.end;
+        }
+        Some(joined)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transport::Run;
+
+    #[test]
+    fn what_is_read_counts_and_not_where_it_goes() {
+        let whole = Runs::whole(12);
+        let spread = |source_stride| Run {
+            source: 0,
+            target: 5,
+            bytes: 4,
+            count: 3,
+            source_stride,
+            target_stride: 9,
+        };
+        let of = |run| Runs::new([run]).unwrap();
+        assert!(same_source(&whole, &of(spread(4))));
+        assert!(!same_source(&whole, &of(spread(8))));
+        assert!(!same_source(&whole, &Runs::whole(11)));
+        let turned = Runs::new([Run::once(6, 0, 6), Run::once(0, 6, 6)]).unwrap();
+        assert!(!same_source(&whole, &turned));
+    }
+}

@@ -1,0 +1,263 @@
+//! The ways of a fetch: over which transport it asks its sources, and how it goes on over the next one when that cannot
+//! connect.
+//!
+//! A page is registered only once its way is chosen, and comes back before the next one is tried. Every way is tried
+//! once, so it ends.
+
+use std::time::Instant;
+
+use super::Desk;
+use super::task::{Phase, Place};
+use crate::handoff::HandoffError;
+use crate::page::Page;
+use crate::transceiver::message::{Claim, Message, Request, Taker};
+use crate::transceiver::state::{OpaqueState, PROTOCOL_VERSION, printable};
+use crate::transceiver::wires::ways;
+use crate::transport::{Deregistered, EndpointRecord, PeerId, Submission, TransferId};
+
+impl Desk {
+    /// Goes the next way that is left; when there is none, the last failure is the fetch's.
+    pub(super) fn go(&mut self, transfer: TransferId, mut failed: Option<HandoffError>) {
+        loop {
+            let Some(task) = self.fetches.get_mut(&transfer) else {
+                return;
+            };
+            let Some(way) = task.ways.pop_front() else {
+                let none = || HandoffError::Transport("there is no way to go".to_owned());
+                self.fail(transfer, failed.unwrap_or_else(none));
+                return;
+            };
+            task.way = way;
+            task.phase = Phase::Running;
+            let Err(error) = self.begin(transfer) else {
+                return;
+            };
+            if !self.retreat(transfer, &error) {
+                return;
+            }
+            failed = Some(error);
+        }
+    }
+
+    /// Registers a fetch's pages and asks every source.
+    fn begin(&mut self, transfer: TransferId) -> Result<(), HandoffError> {
+        let Some(task) = self.fetches.get_mut(&transfer) else {
+            return Ok(());
+        };
+        let transport = &self.around.wires.all()[task.way.wire];
+        task.remotes.clear();
+        for slot in &mut task.pages {
+            let Place::Held(page) = std::mem::replace(&mut slot.place, Place::Gone) else {
+                continue;
+            };
+            match transport.register(page) {
+                Ok(region) => {
+                    slot.place = Place::Registered(region.id);
+                    task.remotes.push(region.remote);
+                }
+                Err(refused) => {
+                    slot.place = Place::Held(refused.page);
+                    return Err(HandoffError::Transport(refused.reason));
+                }
+            }
+        }
+        (0..task.sources.len()).try_for_each(|source| self.ask(transfer, source))
+    }
+
+    /// Sends a source the request, over the connection that is there or over a new one.
+    fn ask(&mut self, transfer: TransferId, source: usize) -> Result<(), HandoffError> {
+        let Some(task) = self.fetches.get(&transfer) else {
+            return Ok(());
+        };
+        let request = Message::Request(Request {
+            version: PROTOCOL_VERSION,
+            claim: task.claim,
+            taker: task.taker,
+            instance: self.terms.instance.clone(),
+            rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
+            transfer,
+            layout: self.terms.layout.record.clone(),
+            first_token: task.first_token,
+            token_count: task.token_count,
+            regions: task.remotes.clone(),
+        });
+        let server = task.server(source);
+        let (wire, endpoint) = (task.way.wire, task.endpoint(source).clone());
+        let (mut peer, mut cached) = self.connect(wire, &endpoint)?;
+        let mut submission = self.tell(peer, &request);
+        if submission == Submission::Gone && cached {
+            self.around.wires.forget(&endpoint);
+            (peer, cached) = self.connect(wire, &endpoint)?;
+            submission = self.tell(peer, &request);
+        }
+        let failure = match submission {
+            // Gone so soon: the loss of the new connection is on its way, and says why.
+            Submission::Accepted | Submission::Gone => {
+                if let Some(task) = self.fetches.get_mut(&transfer) {
+                    let source = &mut task.sources[source];
+                    (source.peer, source.cached) = (Some(peer), cached);
+                }
+                return Ok(());
+            }
+            Submission::Busy => "takes no more messages",
+            Submission::Invalid => "cannot be sent so long a request",
+        };
+        Err(HandoffError::Transport(format!("{server} {failure}")))
+    }
+
+    fn connect(
+        &mut self,
+        wire: usize,
+        endpoint: &EndpointRecord,
+    ) -> Result<(PeerId, bool), HandoffError> {
+        let deadline = Instant::now() + self.terms.transfer_timeout;
+        let connected = self.around.wires.connect(wire, endpoint, deadline);
+        connected.map_err(|error| HandoffError::Transport(error.to_string()))
+    }
+
+    /// Sends something to whoever is at an endpoint, if that goes.
+    pub(super) fn tell_endpoint(
+        &mut self,
+        wire: usize,
+        endpoint: &EndpointRecord,
+        message: &Message,
+    ) {
+        if let Ok((peer, _)) = self.connect(wire, endpoint) {
+            self.tell_in_passing(peer, message);
+        }
+    }
+
+    /// Leaves a way that has failed. True when all pages are here, so that the next one may be gone at once.
+    fn retreat(&mut self, transfer: TransferId, error: &HandoffError) -> bool {
+        let Some(task) = self.fetches.get_mut(&transfer) else {
+            return false;
+        };
+        let transport = &self.around.wires.all()[task.way.wire];
+        let next = task
+            .ways
+            .front()
+            .map(|way| self.around.wires.name(way.wire));
+        if let Some(next) = next {
+            tracing::warn!(
+                request_id = task.request.0,
+                transport = transport.capability().name,
+                next,
+                %error,
+                "kv goes another way"
+            );
+        }
+        let mut asked = Vec::new();
+        for source in &mut task.sources {
+            asked.extend(source.peer);
+            source.reset();
+        }
+        let mut all_here = true;
+        for (index, slot) in task.pages.iter_mut().enumerate() {
+            slot.landed.clear();
+            let place = std::mem::replace(&mut slot.place, Place::Gone);
+            let leaving = match place {
+                Place::Registered(region) => match transport.deregister(region) {
+                    Deregistered::Now(page) => {
+                        slot.place = Place::Held(page);
+                        continue;
+                    }
+                    Deregistered::Later | Deregistered::Unknown => region,
+                },
+                Place::Checking(region) | Place::Leaving(region) => region,
+                Place::Held(page) | Place::Verified(page) => {
+                    slot.place = Place::Held(page);
+                    continue;
+                }
+                Place::Gone => continue,
+            };
+            slot.place = Place::Leaving(leaving);
+            self.leaving.insert(leaving, (transfer, index));
+            all_here = false;
+        }
+        task.verified = 0;
+        if !all_here {
+            task.phase = Phase::Moving(error.clone());
+        }
+        for peer in asked {
+            self.tell_in_passing(peer, &Message::Release { transfer });
+        }
+        all_here
+    }
+
+    /// Takes a page back that a fetch waited for; with the last one it goes on.
+    pub(super) fn came_back(&mut self, transfer: TransferId, index: usize, page: Page) {
+        let Some(task) = self.fetches.get_mut(&transfer) else {
+            return;
+        };
+        task.pages[index].place = Place::Held(page);
+        let waits = |place: &Place| matches!(place, Place::Leaving(_));
+        if task.pages.iter().any(|slot| waits(&slot.place)) {
+            return;
+        }
+        if let Phase::Moving(error) = task.phase.clone() {
+            self.go(transfer, Some(error));
+        }
+    }
+
+    /// What becomes of the fetches of a lost peer. One that found a dead connection tries a new one, once; one that was
+    /// not heard tries the next way.
+    pub(super) fn fetching_peer_lost(&mut self, peer: PeerId, reason: &str) {
+        let lost: Vec<_> = self
+            .fetches
+            .iter()
+            .filter(|(_, task)| task.phase == Phase::Running)
+            .filter_map(|(transfer, task)| Some((*transfer, task.source_of(peer)?)))
+            .collect();
+        for (transfer, index) in lost {
+            let Some(task) = self.fetches.get_mut(&transfer) else {
+                continue;
+            };
+            let text = format!("lost {}: {}", task.server(index), printable(reason));
+            let mut error = HandoffError::Transport(text);
+            let source = &mut task.sources[index];
+            source.peer = None;
+            let (cached, heard) = (source.cached, source.heard);
+            if cached && !heard && !self.stopping {
+                match self.ask(transfer, index) {
+                    Ok(()) => continue,
+                    Err(again) => error = again,
+                }
+            }
+            if heard || self.stopping {
+                self.fail(transfer, error);
+            } else if self.retreat(transfer, &error) {
+                self.go(transfer, Some(error));
+            }
+        }
+    }
+
+    /// Tells a context instance that its KV cannot be used here.
+    pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: OpaqueState, reason: String) {
+        // The last way is the one that needs least in common.
+        let ranks: Vec<_> = state
+            .ranks
+            .iter()
+            .map(|record| record.rank as usize)
+            .collect();
+        let ways = ways(self.around.wires.all(), &state, &ranks);
+        let Some(way) = ways.ok().and_then(|mut ways| ways.pop_back()) else {
+            return;
+        };
+        let cancel = Message::Cancel {
+            transfer: TransferId(0),
+            claim: Claim {
+                ctx_request_id,
+                epoch: state.epoch,
+                nonce: state.nonce,
+            },
+            taker: Taker {
+                epoch: self.terms.epoch,
+                request: 0,
+            },
+            reason: Some(reason),
+        };
+        for endpoint in &way.endpoints {
+            self.tell_endpoint(way.wire, endpoint, &cancel);
+        }
+    }
+}

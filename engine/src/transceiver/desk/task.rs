@@ -1,0 +1,228 @@
+//! What the generation side keeps of a fetch: its pages, the ranks that it takes from, and what is expected of each. Pure
+//! books: no transport is called here.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use crate::backend::BlockId;
+use crate::handoff::HandoffError;
+use crate::page::Page;
+use crate::request::RequestId;
+use crate::transceiver::message::{Claim, PieceNote, Taker};
+use crate::transceiver::state::printable;
+use crate::transceiver::timers::TimerKey;
+use crate::transceiver::wires::Way;
+use crate::transport::{EndpointRecord, PeerId, RegionId, RemoteRegion, Runs};
+
+/// A fetch from the engine's call to its decision.
+#[derive(Debug)]
+pub(super) struct FetchTask {
+    pub(super) request: RequestId,
+    pub(super) claim: Claim,
+    pub(super) taker: Taker,
+    /// The context instance, for messages.
+    pub(super) instance: String,
+    pub(super) first_token: u64,
+    pub(super) token_count: u64,
+    pub(super) began: Instant,
+    pub(super) timer: TimerKey,
+    pub(super) pages: Vec<Slot>,
+    pub(super) sources: Vec<Source>,
+    /// In use, or the last that was.
+    pub(super) way: Way,
+    /// Ways that are left, best first.
+    pub(super) ways: VecDeque<Way>,
+    pub(super) remotes: Vec<RemoteRegion>,
+    pub(super) verified: usize,
+    pub(super) phase: Phase,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Others run.
+    Queued,
+    Running,
+    /// One way has failed, with this; pages have to come back before the next one.
+    Moving(HandoffError),
+}
+
+/// A page of a fetch.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) block: BlockId,
+    pub(super) place: Place,
+    /// Pieces that go into it.
+    pub(super) pieces: usize,
+    /// Those that have landed.
+    pub(super) landed: Vec<Part>,
+}
+
+/// A piece that has landed.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    /// Index among the sources.
+    pub(super) source: usize,
+    /// Index among the source's pieces.
+    pub(super) piece: usize,
+    pub(super) checksum: u64,
+}
+
+/// Where a page of a fetch is.
+#[derive(Debug)]
+pub(super) enum Place {
+    Held(Page),
+    Registered(RegionId),
+    Checking(RegionId),
+    Verified(Page),
+    /// On its way back from a transport or a checksum thread, for another way.
+    Leaving(RegionId),
+    /// Gone back.
+    Gone,
+}
+
+/// A rank of the context instance that the fetch takes from.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) rank: usize,
+    pub(super) expected: Vec<Expected>,
+    pub(super) peer: Option<PeerId>,
+    /// Whether the connection was there before; such a one may turn out to be dead.
+    pub(super) cached: bool,
+    /// Whether it has answered.
+    pub(super) heard: bool,
+    pub(super) done: bool,
+}
+
+/// A piece that shall come.
+#[derive(Debug)]
+pub(super) struct Expected {
+    /// Index among the fetch's pages.
+    pub(super) page: usize,
+    pub(super) runs: Runs,
+    pub(super) landed: bool,
+}
+
+impl Source {
+    /// Its bytes and pieces.
+    pub(super) fn total(&self) -> (u64, u64) {
+        let bytes = self.expected.iter().map(|e| e.runs.total_bytes() as u64);
+        (bytes.sum(), self.expected.len() as u64)
+    }
+
+    /// Back to before it was asked.
+    pub(super) fn reset(&mut self) {
+        self.peer = None;
+        (self.cached, self.heard, self.done) = (false, false, false);
+        for expected in &mut self.expected {
+            expected.landed = false;
+        }
+    }
+}
+
+impl FetchTask {
+    /// The source that a peer is.
+    pub(super) fn source_of(&self, peer: PeerId) -> Option<usize> {
+        let mut sources = self.sources.iter();
+        sources.position(|source| source.peer == Some(peer))
+    }
+
+    pub(super) fn endpoint(&self, source: usize) -> &EndpointRecord {
+        &self.way.endpoints[source]
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.sources.iter().map(|source| source.total().0).sum()
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.verified == self.pages.len() && self.sources.iter().all(|source| source.done)
+    }
+
+    /// A rank of the context instance, for messages.
+    pub(super) fn server(&self, source: usize) -> String {
+        let address = self.way.endpoints.get(source).map_or("", |e| &e.address);
+        let rank = match self.sources.len() {
+            1 => String::new(),
+            _ => format!(" rank {}", self.sources[source].rank),
+        };
+        let instance = printable(&self.instance);
+        format!("context server {instance}{rank} at {}", printable(address))
+    }
+
+    /// What it waits for, on whom and since when.
+    pub(super) fn describe_wait(&self) -> String {
+        let waited = self.began.elapsed().as_secs_f64();
+        let silent = self.sources.iter().position(|source| !source.heard);
+        let late = self.sources.iter().position(|source| !source.done);
+        let running = self.phase == Phase::Running;
+        let (server, what) = match (silent, late) {
+            (Some(source), _) if running => (self.server(source), "an answer"),
+            (None, late) if running => {
+                return format!(
+                    "{} of {} pages came from {} in {waited:.1} s",
+                    self.verified,
+                    self.pages.len(),
+                    self.server(late.unwrap_or(0))
+                );
+            }
+            (..) => (self.server(0), "its turn among other transfers"),
+        };
+        format!("no kv from {server}: waited {waited:.1} s for {what}")
+    }
+
+    /// Takes note of a piece that landed. True when it was the last of its page; an error says what is wrong with it.
+    pub(super) fn land(
+        &mut self,
+        source: usize,
+        region: RegionId,
+        runs: &Runs,
+        note: &[u8],
+    ) -> Result<(usize, bool), String> {
+        let note = PieceNote::decode(note).ok_or("a piece without a proper note")?;
+        if note.epoch != self.claim.epoch {
+            return Err(format!(
+                "a piece of epoch {:016x} instead of {:016x}",
+                note.epoch, self.claim.epoch
+            ));
+        }
+        if note.ctx_request_id != self.claim.ctx_request_id {
+            return Err(format!(
+                "a piece of request {} instead of {}",
+                note.ctx_request_id, self.claim.ctx_request_id
+            ));
+        }
+        let from = &mut self.sources[source];
+        if note.rank as usize != from.rank {
+            return Err(format!("a piece of rank {}", note.rank));
+        }
+        let index = usize::try_from(note.piece).unwrap_or(usize::MAX);
+        let misplaced = || format!("piece {} where it does not belong", note.piece);
+        let expected = from.expected.get_mut(index).ok_or_else(misplaced)?;
+        let slot = &mut self.pages[expected.page];
+        match slot.place {
+            Place::Registered(known) if known == region => {}
+            _ => return Err(misplaced()),
+        }
+        if expected.landed || expected.runs != *runs {
+            return Err(misplaced());
+        }
+        expected.landed = true;
+        slot.landed.push(Part {
+            source,
+            piece: index,
+            checksum: note.checksum,
+        });
+        Ok((expected.page, slot.landed.len() == slot.pieces))
+    }
+
+    /// What lies where in a page, with its checksums.
+    pub(super) fn parts(&self, page: usize) -> Vec<(Runs, u64)> {
+        let landed = self.pages[page].landed.iter();
+        landed
+            .map(|part| {
+                let expected = &self.sources[part.source].expected[part.piece];
+                (expected.runs.clone(), part.checksum)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,262 @@
+//! The transports of this process, in order of preference, and which peer is connected over which of them.
+//!
+//! A fetch goes over one transport, because a page is with one transport at a time: over the first of ours that all the
+//! ranks it takes from have too, and that reaches them all. Adding a transport is one entry of [`KINDS`].
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::TransceiverParams;
+use super::inbox::{Happening, Inbox};
+use super::select::{Preference, Tried};
+use super::state::{OpaqueState, RankRecord, printable};
+use crate::handoff::HandoffError;
+use crate::transport::link::{LinkParams, LinkStartError, LinkTransport};
+use crate::transport::staging::StagingSize;
+use crate::transport::{
+    Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
+    TransportSink, Write, shm, tcp,
+};
+
+/// A transport that this build has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
+    /// The name that configs, logs and metrics have for it.
+    pub(super) name: &'static str,
+    /// What it can do on this machine; otherwise what is missing. Starts nothing.
+    pub(super) probe: fn() -> Result<Capability, String>,
+    pub(super) start: Start,
+}
+
+/// Starts a transport; otherwise says why it is not there.
+pub(super) type Start = fn(&TransceiverParams, TransportSink) -> Result<Arc<dyn Transport>, String>;
+
+/// All of them.
+pub(super) const KINDS: &[Kind] = &[
+    Kind {
+        name: "shm",
+        probe: || Ok(shm::CAPABILITY),
+        start: |params, events| link(shm::start(link_params(params, 0), events)),
+    },
+    Kind {
+        name: "tcp",
+        probe: || Ok(tcp::CAPABILITY),
+        start: |params, events| link(tcp::start(link_params(params, params.bind_port), events)),
+    },
+];
+
+/// A link of these params, on this port: a fixed one is for one transport only.
+fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
+    LinkParams {
+        bind_host: params.bind_host.clone(),
+        bind_port,
+        advertise_host: params.advertise_host.clone(),
+        tuning: params.link.clone(),
+        staging: StagingSize::default(),
+        faults: params.faults.clone(),
+    }
+}
+
+fn link(started: Result<LinkTransport, LinkStartError>) -> Result<Arc<dyn Transport>, String> {
+    match started {
+        Ok(transport) => Ok(Arc::new(transport)),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Starts all transports of a preference that there are. Returns them with what became of each.
+pub(super) fn start_all(
+    preference: &Preference,
+    kinds: &[Kind],
+    params: &TransceiverParams,
+    inbox: &Arc<Inbox>,
+) -> (Vec<Arc<dyn Transport>>, Vec<Tried>) {
+    let mut started = Vec::new();
+    let mut tried = Vec::new();
+    for &name in &preference.order {
+        let Some(kind) = kinds.iter().find(|kind| kind.name == name) else {
+            tried.push((name, Some("this build does not have it".to_owned())));
+            continue;
+        };
+        let wire = started.len();
+        let inbox = Arc::clone(inbox);
+        let events: TransportSink =
+            Arc::new(move |event| inbox.happened(Happening::Transport { wire, event }));
+        match (kind.start)(params, events) {
+            Ok(transport) => {
+                started.push(transport);
+                tried.push((name, None));
+            }
+            Err(reason) => tried.push((name, Some(reason))),
+        }
+    }
+    (started, tried)
+}
+
+/// One way to all ranks of a fetch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Way {
+    /// Which of our transports.
+    pub(super) wire: usize,
+    /// One endpoint a rank, in the order in which they were asked for.
+    pub(super) endpoints: Vec<EndpointRecord>,
+}
+
+/// All ways to some ranks of a context instance, best first; an error that names both sides' transports when there is none.
+pub(super) fn ways(
+    transports: &[Arc<dyn Transport>],
+    state: &OpaqueState,
+    ranks: &[usize],
+) -> Result<VecDeque<Way>, HandoffError> {
+    let records: Result<Vec<&RankRecord>, HandoffError> = ranks
+        .iter()
+        .map(|&rank| {
+            let mut records = state.ranks.iter();
+            records
+                .find(|record| record.rank as usize == rank)
+                .ok_or_else(|| HandoffError::State(format!("no endpoint of rank {rank}")))
+        })
+        .collect();
+    let records = records?;
+    let ways: VecDeque<Way> = transports
+        .iter()
+        .enumerate()
+        .filter_map(|(wire, transport)| {
+            let reachable = records.iter().map(|record| {
+                let mut endpoints = record.endpoints.iter();
+                endpoints.find(|endpoint| {
+                    endpoint.transport == transport.capability().name && transport.reaches(endpoint)
+                })
+            });
+            let endpoints: Option<Vec<_>> = reachable.map(Option::<&_>::cloned).collect();
+            endpoints.map(|endpoints| Way { wire, endpoints })
+        })
+        .collect();
+    if !ways.is_empty() {
+        return Ok(ways);
+    }
+    let here: Vec<_> = transports.iter().map(|t| t.capability().name).collect();
+    let mut there: Vec<_> = records
+        .iter()
+        .flat_map(|record| &record.endpoints)
+        .map(|endpoint| printable(&endpoint.transport))
+        .collect();
+    there.sort();
+    there.dedup();
+    Err(HandoffError::State(format!(
+        "no common transport: {} here, {} there",
+        here.join(", "),
+        there.join(", ")
+    )))
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Wires {
+    transports: Vec<Arc<dyn Transport>>,
+    /// Connections that we opened.
+    opened: HashMap<EndpointRecord, PeerId>,
+    /// Every connection that we know of, with its transport's index.
+    known: HashMap<PeerId, usize>,
+}
+
+impl Wires {
+    pub(super) fn new(transports: Vec<Arc<dyn Transport>>) -> Self {
+        Self {
+            transports,
+            opened: HashMap::new(),
+            known: HashMap::new(),
+        }
+    }
+
+    pub(super) fn all(&self) -> &[Arc<dyn Transport>] {
+        &self.transports
+    }
+
+    pub(super) fn name(&self, wire: usize) -> &'static str {
+        self.transports[wire].capability().name
+    }
+
+    /// Which transport a peer is connected over.
+    pub(super) fn wire_of(&self, peer: PeerId) -> Option<usize> {
+        self.known.get(&peer).copied()
+    }
+
+    /// Notes that a peer has shown itself.
+    pub(super) fn met(&mut self, peer: PeerId, wire: usize) {
+        self.known.insert(peer, wire);
+    }
+
+    /// Forgets a peer that is lost.
+    pub(super) fn lost(&mut self, peer: PeerId) {
+        self.known.remove(&peer);
+        self.opened.retain(|_, known| *known != peer);
+    }
+
+    /// A connection to an endpoint, and whether it was there before.
+    pub(super) fn connect(
+        &mut self,
+        wire: usize,
+        endpoint: &EndpointRecord,
+        deadline: Instant,
+    ) -> Result<(PeerId, bool), ConnectError> {
+        if let Some(&peer) = self.opened.get(endpoint) {
+            return Ok((peer, true));
+        }
+        let peer = self.transports[wire].connect(endpoint, deadline)?;
+        self.opened.insert(endpoint.clone(), peer);
+        self.known.insert(peer, wire);
+        Ok((peer, false))
+    }
+
+    /// Makes the next [`Wires::connect`] open a new connection.
+    pub(super) fn forget(&mut self, endpoint: &EndpointRecord) {
+        self.opened.remove(endpoint);
+    }
+
+    pub(super) fn notify(&self, peer: PeerId, message: Vec<u8>) -> Submission {
+        match self.transport_of(peer) {
+            Some(transport) => transport.notify(peer, message),
+            None => Submission::Gone,
+        }
+    }
+
+    pub(super) fn write(&self, write: Write) -> Submission {
+        match self.transport_of(write.peer) {
+            Some(transport) => transport.write(write),
+            None => Submission::Gone,
+        }
+    }
+
+    pub(super) fn cancel(&self, peer: PeerId, transfer: TransferId) {
+        if let Some(transport) = self.transport_of(peer) {
+            transport.cancel(peer, transfer);
+        }
+    }
+
+    pub(super) fn disconnect(&self, peer: PeerId) {
+        if let Some(transport) = self.transport_of(peer) {
+            transport.disconnect(peer);
+        }
+    }
+
+    /// Ends every connection now.
+    pub(super) fn cut(&mut self) {
+        for (&peer, &wire) in &self.known {
+            self.transports[wire].disconnect(peer);
+        }
+        self.known.clear();
+    }
+
+    /// Begins to end everything, as [`Transport::close`].
+    pub(super) fn close(&self) {
+        for transport in &self.transports {
+            transport.close();
+        }
+    }
+
+    fn transport_of(&self, peer: PeerId) -> Option<&Arc<dyn Transport>> {
+        Some(&self.transports[self.wire_of(peer)?])
+    }
+}
