@@ -20,13 +20,15 @@ pub use runs::{Run, Runs, RunsError};
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;
+pub mod mpi;
+pub mod nixl;
 pub mod runs;
 pub mod shm;
 pub mod staging;
 pub mod tcp;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
 

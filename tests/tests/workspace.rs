@@ -34,6 +34,7 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/collective/mpi/plugin.rs",
     "engine/mpi/src/",
     "engine/src/model/mmap.rs",
+    "engine/src/transport/nixl/library",
     "engine/src/page/arena.rs",
     "engine/src/transport/shm.rs",
 ];
