@@ -26,6 +26,7 @@ pub mod runs;
 pub mod shm;
 pub mod staging;
 pub mod tcp;
+pub mod ucx;
 
 #[cfg(test)]
 pub(crate) mod conformance;

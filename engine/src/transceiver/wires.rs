@@ -17,7 +17,7 @@ use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::staging::StagingSize;
 use crate::transport::{
     Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
-    TransportSink, Write, mpi, nixl, shm, tcp,
+    TransportSink, Write, mpi, nixl, shm, tcp, ucx,
 };
 
 /// A transport that this build has.
@@ -42,6 +42,14 @@ pub(super) const KINDS: &[Kind] = &[
             Err(missing) => Err(missing.to_string()),
         },
         start: |params, events| link(nixl::start(link_params(params, 0), events)),
+    },
+    Kind {
+        name: "ucx",
+        probe: || match ucx::probe() {
+            Ok(_) => Ok(ucx::CAPABILITY),
+            Err(missing) => Err(missing.to_string()),
+        },
+        start: |params, events| link(ucx::start(link_params(params, 0), events)),
     },
     Kind {
         name: "mpi",

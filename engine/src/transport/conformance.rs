@@ -595,4 +595,5 @@ checks!(as_list);
 checks!(as_tests, tcp);
 checks!(as_tests, shm);
 checks!(as_tests, nixl);
+checks!(as_tests, ucx);
 checks!(as_tests, memory);
