@@ -32,6 +32,9 @@ mod tests {
         );
         assert_eq!(named("x", "somewhere", None), "x to somewhere");
         let own = Some("rc_mlx5/mlx5_0:1".to_owned());
-        assert_eq!(named("ucx", "127.0.0.1:4000", own), "ucx over rc_mlx5/mlx5_0:1");
+        assert_eq!(
+            named("ucx", "127.0.0.1:4000", own),
+            "ucx over rc_mlx5/mlx5_0:1"
+        );
     }
 }
