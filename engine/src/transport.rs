@@ -308,6 +308,12 @@ pub trait Transport: Debug + Send + Sync {
     /// What it can do.
     fn capability(&self) -> &Capability;
 
+    /// What the bytes of the peer connected last go over, in the library's own words; `None` until it is known, and where
+    /// that is plain from the endpoint.
+    fn wire(&self) -> Option<String> {
+        None
+    }
+
     /// How peers reach this process.
     fn endpoint(&self) -> EndpointRecord;
 

@@ -239,6 +239,10 @@ impl Transport for LinkTransport {
         &self.capability
     }
 
+    fn wire(&self) -> Option<String> {
+        self.fabric.as_ref()?.wire()
+    }
+
     fn endpoint(&self) -> EndpointRecord {
         let pulling = self.shared.pulling.as_ref();
         EndpointRecord {

@@ -294,6 +294,10 @@ impl Fabric for NixlFabric {
         }
     }
 
+    fn wire(&self) -> Option<String> {
+        Some(format!("NIXL's plug-in {}", self.plugin.name()))
+    }
+
     fn address(&self) -> Vec<u8> {
         self.address.clone()
     }

@@ -74,6 +74,8 @@ pub(crate) struct Ucx {
     address: Vec<u8>,
     version: (u16, u16),
     exports: Mutex<HashMap<u64, Export>>,
+    /// To the peer that was opened last.
+    wire: Mutex<Option<String>>,
     closed: Arc<AtomicBool>,
     answering: Option<Answering>,
 }
@@ -154,6 +156,7 @@ impl Ucx {
             address: record.encode(),
             version,
             exports: Mutex::default(),
+            wire: Mutex::default(),
             closed: Arc::default(),
             answering: Some(answering),
         })
@@ -184,6 +187,10 @@ impl Fabric for Ucx {
 
     fn terms(&self) -> FabricTerms {
         TERMS
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.wire.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     fn address(&self) -> Vec<u8> {
@@ -233,6 +240,7 @@ impl Fabric for Ucx {
         })?;
         let wire = wire::described(connection.description().as_deref());
         tracing::debug!(version = self.context.version(), wire, "UCX reaches a peer");
+        *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
         Ok(Box::new(UcxPeer {
             connection,
             wire,
