@@ -37,15 +37,32 @@ const SHAPE: PageShape = PageShape {
     dtype: KvDtype::F32,
 };
 
-/// Which transport a test runs over.
+/// Which transport a test runs over, by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wire {
-    Tcp,
-    Shm,
-    Memory,
+struct Wire(&'static str);
+
+impl Wire {
+    const TCP: Self = Self("tcp");
+    /// The quickest to start, for tests that are not about transports.
+    const MEMORY: Self = Self("memory");
 }
 
-const WIRES: [Wire; 3] = [Wire::Tcp, Wire::Shm, Wire::Memory];
+/// Every transport between processes that this machine has: those that can be cut, stalled and lied over.
+fn links() -> Vec<Wire> {
+    let there = |kind: &Kind| match (kind.probe)() {
+        Ok(_) => Some(Wire(kind.name)),
+        Err(missing) => {
+            eprintln!("not over {}: {missing}", kind.name);
+            None
+        }
+    };
+    KINDS.iter().filter_map(there).collect()
+}
+
+/// These, and the one for tests.
+fn wires() -> Vec<Wire> {
+    links().into_iter().chain([Wire::MEMORY]).collect()
+}
 
 fn layout(page: PageShape) -> KvLayout {
     KvLayout {
@@ -95,13 +112,8 @@ impl Instance {
         let (sender, events) = channel();
         let sink: HandoffSink = Arc::new(move |event| drop(sender.send(event)));
         let shape = params.layout.page;
-        let name = match wire {
-            Wire::Tcp => "tcp",
-            Wire::Shm => "shm",
-            Wire::Memory => "memory",
-        };
         let kinds: Vec<_> = KINDS.iter().copied().chain([MEMORY]).collect();
-        let preference = Preference::of(vec![name]);
+        let preference = Preference::of(vec![wire.0]);
         let transceiver = Transceiver::start_over(params, sink, &preference, &kinds).unwrap();
         Self::around(transceiver, shape, events)
     }
@@ -123,8 +135,13 @@ impl Instance {
     /// Offers pages whose content depends on `id`.
     fn offer(&mut self, id: u64, pages: usize) -> HandoffTicket {
         let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
-        let pages: Vec<_> = (0..pages)
-            .map(|index| Arc::new(filled(self.shape, id, index)))
+        let pages: Vec<_> = blank_pages(self.shape, pages, id)
+            .into_iter()
+            .enumerate()
+            .map(|(index, mut page)| {
+                fill(&mut page, id, index);
+                Arc::new(page)
+            })
             .collect();
         let opaque_state = self
             .transceiver
@@ -146,12 +163,13 @@ impl Instance {
 
     fn fetch(&mut self, request: u64, ticket: &HandoffTicket, pages: usize) {
         let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
-        let pages = (0..pages)
-            .map(|_| {
+        let pages = blank_pages(self.shape, pages, request)
+            .into_iter()
+            .map(|page| {
                 let block = self.next_block;
                 self.next_block += 1;
                 self.out.insert(block, request);
-                (block, Page::zeroed(self.shape))
+                (block, page)
             })
             .collect();
         self.transceiver.fetch(Fetch {
@@ -262,13 +280,26 @@ fn kv_bytes(pages: usize) -> u64 {
     (SHAPE.bytes() / SHAPE.tokens_per_block * tokens) as u64
 }
 
+/// Pages of one arena for an even number, of private memory for an odd one.
+fn blank_pages(shape: PageShape, count: usize, number: u64) -> Vec<Page> {
+    if number.is_multiple_of(2) {
+        Page::pool(shape, count).unwrap()
+    } else {
+        (0..count).map(|_| Page::zeroed(shape)).collect()
+    }
+}
+
 fn filled(shape: PageShape, id: u64, index: usize) -> Page {
     let mut page = Page::zeroed(shape);
+    fill(&mut page, id, index);
+    page
+}
+
+fn fill(page: &mut Page, id: u64, index: usize) {
     let seed = id.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
     for (at, byte) in page.as_bytes_mut().iter_mut().enumerate() {
         *byte = u8::try_from((seed + at as u64 * 13 + at as u64 / 251) % 255).unwrap() + 1;
     }
-    page
 }
 
 /// A context and a generation instance over one wire.

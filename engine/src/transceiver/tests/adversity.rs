@@ -4,9 +4,8 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
-use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::{
-    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write, tcp,
+    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
 };
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {
@@ -22,55 +21,59 @@ fn endpoint_of(ticket: &HandoffTicket) -> EndpointRecord {
 
 #[test]
 fn a_flipped_byte_fails_the_fetch_with_a_checksum_error() {
-    let mut context = Instance::start(
-        Wire::Tcp,
-        with_faults(params("ctx-0"), "flip_byte=20000,every=2"),
-    );
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
-    for id in 1..=4 {
-        let ticket = context.offer(id, 3);
-        generation.fetch(id, &ticket, 3);
-        let outcome = generation.outcome(id);
-        if id % 2 == 1 {
-            outcome.unwrap();
-            assert_eq!(context.lease_end(id), LeaseEnd::Delivered);
-            continue;
-        }
-        let error = outcome.unwrap_err();
-        assert!(matches!(error, HandoffError::Checksum(_)), "{error}");
-        let text = error.to_string();
-        assert!(text.contains("piece 0 of 3 of request"), "{text}");
-        assert!(
-            text.contains("context server ctx-0 at 127.0.0.1:"),
-            "{text}"
+    for wire in links() {
+        let mut context = Instance::start(
+            wire,
+            with_faults(params("ctx-0"), "flip_byte=20000,every=2"),
         );
-        assert_eq!(context.lease_end(id), LeaseEnd::Cancelled);
+        let mut generation = Instance::start(wire, params("gen-0"));
+        for id in 1..=4 {
+            let ticket = context.offer(id, 3);
+            generation.fetch(id, &ticket, 3);
+            let outcome = generation.outcome(id);
+            if id % 2 == 1 {
+                outcome.unwrap();
+                assert_eq!(context.lease_end(id), LeaseEnd::Delivered);
+                continue;
+            }
+            let error = outcome.unwrap_err();
+            assert!(matches!(error, HandoffError::Checksum(_)), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("piece 0 of 3 of request"), "{text}");
+            assert!(
+                text.contains("context server ctx-0 at 127.0.0.1:"),
+                "{text}"
+            );
+            assert_eq!(context.lease_end(id), LeaseEnd::Cancelled);
+        }
+        assert_both_clean(&mut context, &mut generation);
+        assert_eq!(generation.transceiver.info().stats().checksum_mismatches, 2);
     }
-    assert_both_clean(&mut context, &mut generation);
-    assert_eq!(generation.transceiver.info().stats().checksum_mismatches, 2);
 }
 
 #[test]
 fn a_cut_or_stalled_transfer_fails_and_the_lease_can_be_claimed_again() {
-    for (faults, expected) in [
-        ("cut_after_bytes=40000,every=2", "within a frame"),
-        ("stall_after_bytes=40000,every=2", "no byte for 1s"),
-    ] {
-        let mut context = Instance::start(Wire::Tcp, with_faults(params("ctx-0"), faults));
-        let receiving = with_faults(params("gen-0"), "");
-        let mut generation = Instance::start(Wire::Tcp, receiving);
-        let warm_up = context.offer(1, 3);
-        generation.fetch(1, &warm_up, 3);
-        generation.outcome(1).unwrap();
-        let ticket = context.offer(2, 3);
-        generation.fetch(2, &ticket, 3);
-        let text = generation.outcome(2).unwrap_err().to_string();
-        assert!(text.starts_with("lost context server ctx-0 at"), "{text}");
-        assert!(text.contains(expected), "{text}");
-        fetch_until_served(&mut generation, &ticket);
-        assert_eq!(context.lease_end(2), LeaseEnd::Delivered);
-        context.lease_end(1);
-        assert_both_clean(&mut context, &mut generation);
+    for wire in links() {
+        for (faults, expected) in [
+            ("cut_after_bytes=40000,every=2", "within a frame"),
+            ("stall_after_bytes=40000,every=2", "no byte for 1s"),
+        ] {
+            let mut context = Instance::start(wire, with_faults(params("ctx-0"), faults));
+            let receiving = with_faults(params("gen-0"), "");
+            let mut generation = Instance::start(wire, receiving);
+            let warm_up = context.offer(1, 3);
+            generation.fetch(1, &warm_up, 3);
+            generation.outcome(1).unwrap();
+            let ticket = context.offer(2, 3);
+            generation.fetch(2, &ticket, 3);
+            let text = generation.outcome(2).unwrap_err().to_string();
+            assert!(text.starts_with("lost context server ctx-0 at"), "{text}");
+            assert!(text.contains(expected), "{text}");
+            fetch_until_served(&mut generation, &ticket);
+            assert_eq!(context.lease_end(2), LeaseEnd::Delivered);
+            context.lease_end(1);
+            assert_both_clean(&mut context, &mut generation);
+        }
     }
 }
 
@@ -92,7 +95,7 @@ fn fetch_until_served(generation: &mut Instance, ticket: &HandoffTicket) {
 
 #[test]
 fn pieces_of_an_old_epoch_are_not_taken() {
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, with_faults(params("ctx-0"), "stale_epoch"));
         let mut generation = Instance::start(wire, params("gen-0"));
         let ticket = context.offer(1, 3);
@@ -106,7 +109,7 @@ fn pieces_of_an_old_epoch_are_not_taken() {
 
 #[test]
 fn a_forged_nonce_or_old_epoch_gets_nothing_and_harms_nothing() {
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, params("ctx-0"));
         let mut forging = Instance::start(wire, with_faults(params("gen-0"), "forged_nonce"));
         let mut honest = Instance::start(wire, params("gen-1"));
@@ -134,8 +137,8 @@ fn a_forged_nonce_or_old_epoch_gets_nothing_and_harms_nothing() {
 
 #[test]
 fn a_restarted_context_server_is_reached_again_without_restarting_this_side() {
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
-    let mut context = Instance::start(Wire::Tcp, params("ctx-0"));
+    let mut generation = Instance::start(Wire::TCP, params("gen-0"));
+    let mut context = Instance::start(Wire::TCP, params("ctx-0"));
     let ticket = context.offer(1, 3);
     generation.fetch(1, &ticket, 3);
     generation.outcome(1).unwrap();
@@ -153,7 +156,7 @@ fn a_restarted_context_server_is_reached_again_without_restarting_this_side() {
         bind_port: port,
         ..params("ctx-0")
     };
-    let mut context = Instance::start(Wire::Tcp, again);
+    let mut context = Instance::start(Wire::TCP, again);
     let fresh = context.offer(1, 3);
     assert_eq!(endpoint_of(&fresh).address, address);
     generation.fetch(3, &stale, 3);
@@ -167,58 +170,58 @@ fn a_restarted_context_server_is_reached_again_without_restarting_this_side() {
 
 #[test]
 fn a_context_server_that_never_answers_is_named_when_the_time_is_up() {
-    let deaf = Peer::start();
-    let mut context = Instance::start(Wire::Tcp, params("ctx-7"));
-    let mut generation = Instance::start(Wire::Tcp, brief("gen-0"));
-    let ticket = tamper(&context.offer(1, 3), |state| {
-        state.ranks[0].endpoints[0] = deaf.transport.endpoint();
-    });
-    generation.fetch(1, &ticket, 3);
-    let error = generation.outcome(1).unwrap_err();
-    let HandoffError::TimedOut(text) = &error else {
-        panic!("{error}");
-    };
-    assert!(text.starts_with("no kv from context server ctx-7 at 127.0.0.1:"));
-    assert!(text.ends_with("s for an answer"), "{text}");
-    context.transceiver.withdraw(1);
-    assert_both_clean(&mut context, &mut generation);
+    for wire in links() {
+        let deaf = Peer::start(wire);
+        let mut context = Instance::start(wire, params("ctx-7"));
+        let mut generation = Instance::start(wire, brief("gen-0"));
+        let ticket = tamper(&context.offer(1, 3), |state| {
+            state.ranks[0].endpoints[0] = deaf.transport.endpoint();
+        });
+        generation.fetch(1, &ticket, 3);
+        let error = generation.outcome(1).unwrap_err();
+        let HandoffError::TimedOut(text) = &error else {
+            panic!("{error}");
+        };
+        assert!(text.starts_with("no kv from context server ctx-7 at 127.0.0.1:"));
+        assert!(text.ends_with("s for an answer"), "{text}");
+        context.transceiver.withdraw(1);
+        assert_both_clean(&mut context, &mut generation);
+    }
 }
 
 #[test]
 fn a_generation_server_that_dies_leaves_the_lease_to_the_clock() {
-    let stalling = with_faults(brief("ctx-0"), "stall_after_bytes=40000");
-    let mut context = Instance::start(Wire::Tcp, stalling);
-    let ticket = context.offer(1, 3);
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
-    generation.fetch(1, &ticket, 3);
-    let deadline = Instant::now() + PATIENCE;
-    while context.transceiver.info().stats().leases_serving == 0 {
-        assert!(Instant::now() < deadline, "the context server never began");
-        std::thread::yield_now();
+    for wire in links() {
+        let stalling = with_faults(brief("ctx-0"), "stall_after_bytes=40000");
+        let mut context = Instance::start(wire, stalling);
+        let ticket = context.offer(1, 3);
+        let mut generation = Instance::start(wire, params("gen-0"));
+        generation.fetch(1, &ticket, 3);
+        let deadline = Instant::now() + PATIENCE;
+        while context.transceiver.info().stats().leases_serving == 0 {
+            assert!(Instant::now() < deadline, "the context server never began");
+            std::thread::yield_now();
+        }
+        drop(generation);
+        assert_ne!(context.lease_end(1), LeaseEnd::Delivered);
+        context.assert_clean();
     }
-    drop(generation);
-    assert_ne!(context.lease_end(1), LeaseEnd::Delivered);
-    context.assert_clean();
 }
 
-/// A bare TCP transport that says what a transceiver would not.
+/// A bare transport that says what a transceiver would not.
 struct Peer {
     events: Mutex<Receiver<TransportEvent>>,
-    transport: LinkTransport,
+    transport: Arc<dyn Transport>,
 }
 
 impl Peer {
-    fn start() -> Self {
+    fn start(wire: Wire) -> Self {
         let (sender, events) = channel();
-        let params = LinkParams {
-            bind_host: "127.0.0.1".to_owned(),
-            advertise_host: "127.0.0.1".to_owned(),
-            ..LinkParams::default()
-        };
         let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+        let kind = KINDS.iter().find(|kind| kind.name == wire.0).unwrap();
         Self {
             events: Mutex::new(events),
-            transport: tcp::start(params, sink).unwrap(),
+            transport: (kind.start)(&params("peer"), sink).unwrap(),
         }
     }
 
@@ -267,112 +270,119 @@ impl Peer {
 
 #[test]
 fn a_cached_connection_that_turns_out_dead_is_replaced_once() {
-    let flaky = Peer::start();
-    let mut context = Instance::start(Wire::Tcp, params("ctx-0"));
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
-    let ticket = tamper(&context.offer(1, 3), |state| {
-        state.ranks[0].endpoints[0] = flaky.transport.endpoint();
-    });
-    generation.fetch(1, &ticket, 3);
-    let cached = flaky.refuse();
-    assert!(matches!(
-        generation.outcome(1),
-        Err(HandoffError::Refused(_))
-    ));
-    // The cached connection breaks under the second request, which comes again over a new one.
-    generation.fetch(2, &ticket, 3);
-    let (peer, first) = flaky.request();
-    assert_eq!(peer, cached);
-    flaky.transport.disconnect(peer);
-    let (peer, again) = flaky.request();
-    assert_eq!(again, first);
-    assert_ne!(peer, cached);
-    // When that one breaks too, the fetch has failed.
-    flaky.transport.disconnect(peer);
-    let text = generation.outcome(2).unwrap_err().to_string();
-    assert!(text.starts_with("lost context server ctx-0 at"), "{text}");
-    context.transceiver.withdraw(1);
-    assert_both_clean(&mut context, &mut generation);
+    for wire in links() {
+        let flaky = Peer::start(wire);
+        let mut context = Instance::start(wire, params("ctx-0"));
+        let mut generation = Instance::start(wire, params("gen-0"));
+        let ticket = tamper(&context.offer(1, 3), |state| {
+            state.ranks[0].endpoints[0] = flaky.transport.endpoint();
+        });
+        generation.fetch(1, &ticket, 3);
+        let cached = flaky.refuse();
+        assert!(matches!(
+            generation.outcome(1),
+            Err(HandoffError::Refused(_))
+        ));
+        // The cached connection breaks under the second request, which comes again over a new one.
+        generation.fetch(2, &ticket, 3);
+        let (peer, first) = flaky.request();
+        assert_eq!(peer, cached);
+        flaky.transport.disconnect(peer);
+        let (peer, again) = flaky.request();
+        assert_eq!(again, first);
+        assert_ne!(peer, cached);
+        // When that one breaks too, the fetch has failed.
+        flaky.transport.disconnect(peer);
+        let text = generation.outcome(2).unwrap_err().to_string();
+        assert!(text.starts_with("lost context server ctx-0 at"), "{text}");
+        context.transceiver.withdraw(1);
+        assert_both_clean(&mut context, &mut generation);
+    }
 }
 
 #[test]
 fn a_context_side_survives_messages_that_make_no_sense() {
-    let mut context = Instance::start(Wire::Tcp, params("ctx-0"));
-    let ticket = context.offer(1, 3);
-    let endpoint = endpoint_of(&ticket);
-    let stranger = Peer::start();
-    for nonsense in [b"{\"request\":{".to_vec(), vec![0xff; 64], Vec::new()] {
+    for wire in links() {
+        let mut context = Instance::start(wire, params("ctx-0"));
+        let ticket = context.offer(1, 3);
+        let endpoint = endpoint_of(&ticket);
+        let stranger = Peer::start(wire);
+        for nonsense in [b"{\"request\":{".to_vec(), vec![0xff; 64], Vec::new()] {
+            let peer = stranger.connect(&endpoint);
+            stranger.say(peer, nonsense);
+            assert!(stranger.lost().contains("closed by the peer"));
+        }
+        // Well-formed, but nobody's business of theirs.
         let peer = stranger.connect(&endpoint);
-        stranger.say(peer, nonsense);
-        assert!(stranger.lost().contains("closed by the peer"));
+        let transfer = TransferId(1);
+        let strays = [
+            Message::Acknowledge { transfer },
+            Message::Refused {
+                transfer,
+                reason: "no".to_owned(),
+            },
+            Message::Done {
+                transfer,
+                bytes: 0,
+                pieces: 0,
+            },
+        ];
+        for stray in strays {
+            stranger.say(peer, stray.encode());
+        }
+        let mut generation = Instance::start(wire, params("gen-0"));
+        generation.fetch(1, &ticket, 3);
+        generation.outcome(1).unwrap();
+        assert_eq!(context.lease_end(1), LeaseEnd::Delivered);
+        assert_both_clean(&mut context, &mut generation);
     }
-    // Well-formed, but nobody's business of theirs.
-    let peer = stranger.connect(&endpoint);
-    let transfer = TransferId(1);
-    let strays = [
-        Message::Acknowledge { transfer },
-        Message::Refused {
-            transfer,
-            reason: "no".to_owned(),
-        },
-        Message::Done {
-            transfer,
-            bytes: 0,
-            pieces: 0,
-        },
-    ];
-    for stray in strays {
-        stranger.say(peer, stray.encode());
-    }
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
-    generation.fetch(1, &ticket, 3);
-    generation.outcome(1).unwrap();
-    assert_eq!(context.lease_end(1), LeaseEnd::Delivered);
-    assert_both_clean(&mut context, &mut generation);
 }
 
 #[test]
 fn a_request_of_another_protocol_is_refused_by_number() {
-    let mut context = Instance::start(Wire::Tcp, params("ctx-0"));
-    let ticket = context.offer(1, 0);
-    let state = OpaqueState::decode(&ticket.opaque_state).unwrap();
-    let stranger = Peer::start();
-    let peer = stranger.connect(&endpoint_of(&ticket));
-    let request = Message::Request(Request {
-        version: 99,
-        claim: message::Claim {
-            ctx_request_id: 1,
-            epoch: state.epoch,
-            nonce: state.nonce,
-        },
-        taker: Taker {
-            epoch: 0,
-            request: 0,
-        },
-        instance: "stranger".to_owned(),
-        rank: 0,
-        transfer: TransferId(5),
-        layout: state.layout,
-        first_token: 0,
-        token_count: 0,
-        regions: Vec::new(),
-    });
-    stranger.say(peer, request.encode());
-    let TransportEvent::Message { message, .. } = stranger.next() else {
-        panic!("an answer was due");
-    };
-    match Message::decode(&message).unwrap() {
-        Message::Refused { reason, .. } => {
-            assert_eq!(reason, "hand-off protocol 99 asked for, 2 here");
+    for wire in links() {
+        let mut context = Instance::start(wire, params("ctx-0"));
+        let ticket = context.offer(1, 0);
+        let state = OpaqueState::decode(&ticket.opaque_state).unwrap();
+        let stranger = Peer::start(wire);
+        let peer = stranger.connect(&endpoint_of(&ticket));
+        let request = Message::Request(Request {
+            version: 99,
+            claim: message::Claim {
+                ctx_request_id: 1,
+                epoch: state.epoch,
+                nonce: state.nonce,
+            },
+            taker: Taker {
+                epoch: 0,
+                request: 0,
+            },
+            instance: "stranger".to_owned(),
+            rank: 0,
+            transfer: TransferId(5),
+            layout: state.layout,
+            first_token: 0,
+            token_count: 0,
+            regions: Vec::new(),
+        });
+        stranger.say(peer, request.encode());
+        let TransportEvent::Message { message, .. } = stranger.next() else {
+            panic!("an answer was due");
+        };
+        match Message::decode(&message).unwrap() {
+            Message::Refused { reason, .. } => {
+                assert_eq!(reason, "hand-off protocol 99 asked for, 2 here");
+            }
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
+        context.transceiver.withdraw(1);
+        context.lease_end(1);
+        context.assert_clean();
     }
-    context.transceiver.withdraw(1);
-    context.lease_end(1);
-    context.assert_clean();
 }
 
 /// What a lying context server sends after it was asked.
+#[derive(Clone, Copy)]
 enum Lie {
     /// The first piece, again and again.
     SamePieceTwice,
@@ -389,8 +399,7 @@ fn a_lying_context_server_is_found_out_and_no_page_is_lost() {
     use Lie::{
         DoneWithLess, DoneWithoutPieces, GoesAway, NoNote, PartOfAPage, SamePieceTwice, WrongIndex,
     };
-    let mut honest = Instance::start(Wire::Tcp, params("ctx-0"));
-    for lie in [
+    let lies = [
         SamePieceTwice,
         WrongIndex,
         PartOfAPage,
@@ -398,14 +407,19 @@ fn a_lying_context_server_is_found_out_and_no_page_is_lost() {
         DoneWithLess,
         DoneWithoutPieces,
         GoesAway,
-    ] {
-        let liar = Peer::start();
+    ];
+    for (wire, lie) in links()
+        .into_iter()
+        .flat_map(|wire| lies.map(|lie| (wire, lie)))
+    {
+        let mut honest = Instance::start(wire, params("ctx-0"));
+        let liar = Peer::start(wire);
         let receiving = match lie {
             // Nothing contradicts the one, and perhaps not the other; then the clock does.
             DoneWithoutPieces | SamePieceTwice => brief("gen-0"),
             _ => params("gen-0"),
         };
-        let mut generation = Instance::start(Wire::Tcp, receiving);
+        let mut generation = Instance::start(wire, receiving);
         let ticket = tamper(&honest.offer(1, 3), |state| {
             state.ranks[0].endpoints[0] = liar.transport.endpoint();
         });

@@ -6,7 +6,7 @@ use super::*;
 
 #[test]
 fn kv_of_any_size_arrives_as_it_was() {
-    for wire in WIRES {
+    for wire in wires() {
         let (mut context, mut generation) = two(wire);
         let mut first = 0;
         for (id, pages) in [(1, 0), (2, 1), (3, 7), (4, 64)] {
@@ -45,7 +45,7 @@ fn one_large_request_arrives_as_it_was() {
         layout: layout(large),
         ..params(instance)
     };
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, with_large("ctx-0"));
         let mut generation = Instance::start(wire, with_large("gen-0"));
         let ticket = context.offer(1, 16);
@@ -59,7 +59,7 @@ fn one_large_request_arrives_as_it_was() {
 
 #[test]
 fn sixty_four_fetches_at_once_and_more_in_the_queue() {
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, params("ctx-0"));
         let mut receiving = params("gen-0");
         receiving.limits.fetches_running = 8;
@@ -81,7 +81,7 @@ fn sixty_four_fetches_at_once_and_more_in_the_queue() {
 
 #[test]
 fn a_lease_that_nobody_claims_ends_by_the_clock_alone() {
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, brief("ctx-0"));
         let began = Instant::now();
         context.offer(1, 3);
@@ -94,7 +94,7 @@ fn a_lease_that_nobody_claims_ends_by_the_clock_alone() {
 
 #[test]
 fn a_ticket_of_an_ended_lease_is_refused() {
-    for wire in WIRES {
+    for wire in wires() {
         let mut context = Instance::start(wire, brief("ctx-0"));
         let mut generation = Instance::start(wire, params("gen-0"));
         let ticket = context.offer(1, 3);
@@ -111,7 +111,7 @@ fn a_ticket_of_an_ended_lease_is_refused() {
 
 #[test]
 fn kv_is_given_once_only() {
-    for wire in WIRES {
+    for wire in wires() {
         let (mut context, mut generation) = two(wire);
         let ticket = context.offer(1, 3);
         generation.fetch(1, &ticket, 3);
@@ -128,39 +128,41 @@ fn kv_is_given_once_only() {
 
 #[test]
 fn a_second_request_while_one_runs_is_refused() {
-    // The first one stalls on the wire, so that it is certainly running when the second comes.
-    let mut sending = params("ctx-0");
-    sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
-    sending.link.stall_timeout = PATIENCE * 4;
-    sending.link.silence_limit = PATIENCE * 4;
-    let mut context = Instance::start(Wire::Tcp, sending);
-    let mut first = Instance::start(Wire::Tcp, params("gen-0"));
-    let mut second = Instance::start(Wire::Tcp, params("gen-1"));
-    let ticket = context.offer(1, 3);
-    first.fetch(1, &ticket, 3);
-    let deadline = Instant::now() + PATIENCE;
-    while context.transceiver.info().stats().leases_serving == 0 {
-        assert!(Instant::now() < deadline, "the context server never began");
-        std::thread::yield_now();
+    for wire in links() {
+        // The first one stalls on the wire, so that it is certainly running when the second comes.
+        let mut sending = params("ctx-0");
+        sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
+        sending.link.stall_timeout = PATIENCE * 4;
+        sending.link.silence_limit = PATIENCE * 4;
+        let mut context = Instance::start(wire, sending);
+        let mut first = Instance::start(wire, params("gen-0"));
+        let mut second = Instance::start(wire, params("gen-1"));
+        let ticket = context.offer(1, 3);
+        first.fetch(1, &ticket, 3);
+        let deadline = Instant::now() + PATIENCE;
+        while context.transceiver.info().stats().leases_serving == 0 {
+            assert!(Instant::now() < deadline, "the context server never began");
+            std::thread::yield_now();
+        }
+        second.fetch(2, &ticket, 3);
+        let error = second.outcome(2).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "context server refused: the kv of request 1 is already being fetched"
+        );
+        second.assert_clean();
+        first.transceiver.cancel_fetch(RequestId(1));
+        assert_eq!(first.outcome(1), Err(HandoffError::Cancelled));
+        // The page under the stalled write is in quarantine; the end of the connection frees it, and the lease.
+        drop(second);
+        drop(context.transceiver);
+        first.assert_clean();
     }
-    second.fetch(2, &ticket, 3);
-    let error = second.outcome(2).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "context server refused: the kv of request 1 is already being fetched"
-    );
-    second.assert_clean();
-    first.transceiver.cancel_fetch(RequestId(1));
-    assert_eq!(first.outcome(1), Err(HandoffError::Cancelled));
-    // The page under the stalled write is in quarantine; the end of the connection frees it, and the lease.
-    drop(second);
-    drop(context.transceiver);
-    first.assert_clean();
 }
 
 #[test]
 fn withdrawing_ends_a_lease_before_during_and_after() {
-    for wire in WIRES {
+    for wire in wires() {
         let (mut context, mut generation) = two(wire);
         context.offer(1, 3);
         context.transceiver.withdraw(1);
@@ -183,29 +185,31 @@ fn withdrawing_ends_a_lease_before_during_and_after() {
 
 #[test]
 fn cancelling_a_fetch_that_waits_its_turn_frees_the_lease_too() {
-    // The first transfer stalls, so that the others certainly wait.
-    let mut sending = params("ctx-0");
-    sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
-    let mut receiving = params("gen-0");
-    receiving.limits.fetches_running = 1;
-    receiving.link.stall_timeout = PATIENCE * 4;
-    let mut context = Instance::start(Wire::Tcp, sending);
-    let mut generation = Instance::start(Wire::Tcp, receiving);
-    let tickets: Vec<_> = (0..4).map(|id| context.offer(id, 3)).collect();
-    for (id, ticket) in (0..).zip(&tickets) {
-        generation.fetch(id, ticket, 3);
+    for wire in links() {
+        // The first transfer stalls, so that the others certainly wait.
+        let mut sending = params("ctx-0");
+        sending.faults = FaultPlan::parse("stall_after_bytes=1000").unwrap();
+        let mut receiving = params("gen-0");
+        receiving.limits.fetches_running = 1;
+        receiving.link.stall_timeout = PATIENCE * 4;
+        let mut context = Instance::start(wire, sending);
+        let mut generation = Instance::start(wire, receiving);
+        let tickets: Vec<_> = (0..4).map(|id| context.offer(id, 3)).collect();
+        for (id, ticket) in (0..).zip(&tickets) {
+            generation.fetch(id, ticket, 3);
+        }
+        generation.transceiver.cancel_fetch(RequestId(3));
+        assert_eq!(generation.outcome(3), Err(HandoffError::Cancelled));
+        assert_eq!(context.lease_end(3), LeaseEnd::Cancelled);
+        drop(context.transceiver);
+        for id in 0..3 {
+            assert!(matches!(
+                generation.outcome(id),
+                Err(HandoffError::Transport(_) | HandoffError::Refused(_))
+            ));
+        }
+        generation.assert_clean();
     }
-    generation.transceiver.cancel_fetch(RequestId(3));
-    assert_eq!(generation.outcome(3), Err(HandoffError::Cancelled));
-    assert_eq!(context.lease_end(3), LeaseEnd::Cancelled);
-    drop(context.transceiver);
-    for id in 0..3 {
-        assert!(matches!(
-            generation.outcome(id),
-            Err(HandoffError::Transport(_) | HandoffError::Refused(_))
-        ));
-    }
-    generation.assert_clean();
 }
 
 #[test]
@@ -213,7 +217,7 @@ fn too_many_leases_and_fetches_are_refused_and_keep_nothing() {
     let mut narrow = params("both");
     narrow.limits.leases = 2;
     narrow.limits.fetches = 0;
-    let mut node = Instance::start(Wire::Memory, narrow);
+    let mut node = Instance::start(Wire::MEMORY, narrow);
     let ticket = node.offer(1, 1);
     node.offer(2, 1);
     let refused = node.transceiver.offer(Offer {
@@ -234,14 +238,14 @@ fn too_many_leases_and_fetches_are_refused_and_keep_nothing() {
 
 #[test]
 fn layouts_that_differ_are_refused_before_anything_moves() {
-    let (mut context, mut generation) = two(Wire::Memory);
+    let (mut context, mut generation) = two(Wire::MEMORY);
     let ticket = context.offer(1, 2);
     let halves = PageShape {
         dtype: KvDtype::F16,
         ..SHAPE
     };
     let mut other = Instance::start(
-        Wire::Memory,
+        Wire::MEMORY,
         TransceiverParams {
             layout: layout(halves),
             ..params("gen-1")
@@ -264,7 +268,7 @@ fn layouts_that_differ_are_refused_before_anything_moves() {
 
 #[test]
 fn dropping_a_transceiver_gives_everything_back() {
-    for wire in WIRES {
+    for wire in wires() {
         let (mut context, mut generation) = two(wire);
         let tickets: Vec<_> = (0..8).map(|id| context.offer(id, 16)).collect();
         for (id, ticket) in (0..).zip(&tickets) {
@@ -334,9 +338,9 @@ proptest! {
     #[test]
     fn whatever_is_done_everything_comes_back(
         acts in prop::collection::vec(act(), 1..60),
-        over_tcp in any::<bool>(),
+        over in any::<prop::sample::Index>(),
     ) {
-        let wire = if over_tcp { Wire::Tcp } else { Wire::Memory };
+        let wire = *over.get(&wires());
         let (mut context, mut generation) = two(wire);
         let mut tickets = Vec::new();
         let mut fetched = 0;

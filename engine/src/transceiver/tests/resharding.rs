@@ -195,7 +195,7 @@ fn kv_goes_from_any_division_to_any_other() {
     let grids = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1)];
     for from in grids {
         for to in grids {
-            hand_over(Wire::Memory, (from.0, from.1, 16), (to.0, to.1, 16), 0);
+            hand_over(Wire::MEMORY, (from.0, from.1, 16), (to.0, to.1, 16), 0);
         }
     }
 }
@@ -209,7 +209,7 @@ fn blocks_may_differ_and_a_prefix_stays_where_it_is() {
         ((1, 1, 32), (1, 1, 16), 16),
         ((2, 2, 32), (4, 1, 32), 32),
     ] {
-        for wire in WIRES {
+        for wire in wires() {
             hand_over(wire, from, to, first);
         }
     }
@@ -217,8 +217,8 @@ fn blocks_may_differ_and_a_prefix_stays_where_it_is() {
 
 #[test]
 fn a_flipped_byte_of_one_rank_is_named_with_the_rank() {
-    let mut context = Group::start(Wire::Tcp, "ctx-0", (2, 1), 16);
-    let mut generation = Group::start(Wire::Tcp, "gen-0", (1, 1), 16);
+    let mut context = Group::start(Wire::TCP, "ctx-0", (2, 1), 16);
+    let mut generation = Group::start(Wire::TCP, "gen-0", (1, 1), 16);
     let mut spoiled = params("ctx-0");
     spoiled.layout = KvLayout {
         model_fingerprint: 7,
@@ -229,7 +229,7 @@ fn a_flipped_byte_of_one_rank_is_named_with_the_rank() {
     spoiled.rank = 1;
     spoiled.epoch = Some(context.ranks[0].transceiver.info().epoch());
     spoiled.faults = FaultPlan::parse("flip_byte=2000").unwrap();
-    context.ranks[1] = Instance::start(Wire::Tcp, spoiled);
+    context.ranks[1] = Instance::start(Wire::TCP, spoiled);
     let records = context.ranks.iter().map(|r| r.transceiver.rank_record());
     let records = records.collect();
     context.ranks[0].transceiver.set_ranks(records);

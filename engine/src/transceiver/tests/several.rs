@@ -24,7 +24,7 @@ fn endpoints(ticket: &HandoffTicket) -> Vec<EndpointRecord> {
 fn a_ticket_names_every_transport_and_the_best_common_one_is_taken() {
     let mut context = both(params("ctx-0"));
     let mut generation = both(params("gen-0"));
-    let mut old = Instance::start(Wire::Tcp, params("gen-1"));
+    let mut old = Instance::start(Wire::TCP, params("gen-1"));
     let info = context.transceiver.info();
     assert_eq!(info.transport(), "memory");
     assert_eq!(
@@ -84,8 +84,8 @@ fn a_transport_that_cannot_connect_is_passed_over() {
 
 #[test]
 fn without_a_common_transport_both_sides_are_named() {
-    let mut context = Instance::start(Wire::Memory, params("ctx-0"));
-    let mut generation = Instance::start(Wire::Tcp, params("gen-0"));
+    let mut context = Instance::start(Wire::MEMORY, params("ctx-0"));
+    let mut generation = Instance::start(Wire::TCP, params("gen-0"));
     let ticket = context.offer(1, 3);
     let expected = "hand-off state not understood: no common transport: tcp here, memory there";
     let refused = generation.transceiver.check(&ticket).unwrap_err();
