@@ -20,15 +20,20 @@ pub use runs::{Run, Runs, RunsError};
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;
+pub mod mpi;
+pub mod nixl;
 pub mod runs;
 pub mod shm;
 pub mod staging;
 pub mod tcp;
+pub mod ucx;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
+#[cfg(test)]
+mod processes;
 
 /// Where pages may live for a transport to move them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -302,6 +307,12 @@ pub enum ConnectError {
 pub trait Transport: Debug + Send + Sync {
     /// What it can do.
     fn capability(&self) -> &Capability;
+
+    /// What the bytes of the peer connected last go over, in the library's own words; `None` until it is known, and where
+    /// that is plain from the endpoint.
+    fn wire(&self) -> Option<String> {
+        None
+    }
 
     /// How peers reach this process.
     fn endpoint(&self) -> EndpointRecord;

@@ -9,6 +9,7 @@ mod cli;
 mod client;
 mod config;
 mod doctor;
+mod environment;
 mod exit;
 mod files;
 mod http;
@@ -42,7 +43,10 @@ fn main() -> ExitCode {
         Err(answer) => return usage(&answer),
     };
     logging::start(log_level(&cli.command));
-    match run(cli.command) {
+    let done = environment::complete()
+        .outcome(Outcome::Unavailable)
+        .and_then(|()| run(cli.command));
+    match done {
         Ok(outcome) => outcome.into(),
         Err(error) => {
             // When stderr is gone there is nobody to tell.

@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Which crate may depend on which of ours (ARCHITECTURE.md). Tests run the binary and import none.
 const EDGES: &[(&str, &[&str])] = &[
     ("baton-configs", &[]),
-    ("baton-engine", &["baton-configs"]),
+    ("baton-engine", &["baton-configs", "baton-ucx-sys"]),
     ("baton-proxy", &["baton-configs"]),
     ("baton-slurm", &["baton-configs"]),
     (
@@ -22,6 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("baton-tests", &[]),
+    ("baton-ucx-sys", &[]),
 ];
 
 /// The doors behind which unsafe code is allowed.
@@ -33,9 +34,12 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/backend/cpu/team.rs",
     "engine/src/collective/mpi/plugin.rs",
     "engine/mpi/src/",
+    "engine/ucx-sys/src/lib.rs",
     "engine/src/model/mmap.rs",
+    "engine/src/transport/nixl/library",
     "engine/src/page/arena.rs",
     "engine/src/transport/shm.rs",
+    "engine/src/transport/ucx/",
 ];
 
 const FILE_LINES_MAX: usize = 600;
@@ -92,7 +96,15 @@ fn the_edges_between_crates_hold() {
 
 #[test]
 fn every_crate_inherits_the_lints() {
-    for folder in ["configs", "engine", "proxy", "slurm", "launcher", "tests"] {
+    for folder in [
+        "configs",
+        "engine",
+        "engine/ucx-sys",
+        "proxy",
+        "slurm",
+        "launcher",
+        "tests",
+    ] {
         let text = std::fs::read_to_string(baton_tests::root().join(folder).join("Cargo.toml"))
             .expect("a manifest");
         assert!(text.contains("[lints]\nworkspace = true"), "{folder}");

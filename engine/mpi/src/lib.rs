@@ -17,7 +17,7 @@ use world::{Group, Request, World};
 mod world;
 
 /// The interface's number; the other side wants the same.
-const ABI: u32 = 1;
+const ABI: u32 = 2;
 
 const DONE: c_int = 0;
 const FAILED: c_int = 1;
@@ -237,6 +237,33 @@ pub unsafe extern "C" fn baton_mpi_probe(
         unsafe { answer(found, c_int::from(came.is_some())) };
         // SAFETY: the caller vouches for it.
         unsafe { answer(length, came.unwrap_or(0)) };
+        Ok(())
+    })
+}
+
+/// Whether a message of `tag` from any rank can be received (1) or not yet (0), whose it is, and its length.
+///
+/// # Safety
+/// `group` is one of `baton_mpi_split`; `found`, `from` and `length` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn baton_mpi_probe_any(
+    group: *const Group,
+    tag: c_int,
+    found: *mut c_int,
+    from: *mut c_int,
+    length: *mut usize,
+) -> c_int {
+    status(|| {
+        // SAFETY: the caller vouches for the group.
+        let group = unsafe { &*group };
+        let came = group.probe_any(tag)?;
+        // SAFETY: the caller vouches for it.
+        unsafe { answer(found, c_int::from(came.is_some())) };
+        let (sender, bytes) = came.unwrap_or((-1, 0));
+        // SAFETY: the caller vouches for it.
+        unsafe { answer(from, sender) };
+        // SAFETY: the caller vouches for it.
+        unsafe { answer(length, bytes) };
         Ok(())
     })
 }

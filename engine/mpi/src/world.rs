@@ -184,6 +184,18 @@ impl Group {
 
     /// The length of the next message, if it has come.
     pub(crate) fn probe(&self, from: c_int, tag: c_int) -> Result<Option<usize>, String> {
+        let came = self.probe_from(from, tag)?;
+        Ok(came.map(|(_, length)| length))
+    }
+
+    /// Sender and length of the next message of any rank, if it has come.
+    pub(crate) fn probe_any(&self, tag: c_int) -> Result<Option<(c_int, usize)>, String> {
+        // SAFETY: a constant of the MPI library, which the bindings take over when they are opened.
+        let any = unsafe { ffi::RSMPI_ANY_SOURCE };
+        self.probe_from(any, tag)
+    }
+
+    fn probe_from(&self, from: c_int, tag: c_int) -> Result<Option<(c_int, usize)>, String> {
         let (mut found, mut status) = (0, MaybeUninit::uninit());
         let comm = self.comm.as_raw();
         // SAFETY: the communicator is alive; both answers are this function's own.
@@ -192,7 +204,8 @@ impl Group {
             return Ok(None);
         }
         // SAFETY: a message was found, so MPI_Iprobe wrote the status.
-        received(&unsafe { status.assume_init() }).map(Some)
+        let status = unsafe { status.assume_init() };
+        Ok(Some((status.MPI_SOURCE, received(&status)?)))
     }
 }
 

@@ -16,6 +16,8 @@ pub(crate) enum Doing {
     Listening,
     /// All ranks of an MPI world form their groups.
     Splitting,
+    /// All ranks of an MPI world learn which world it is.
+    Meeting,
 }
 
 impl Display for Doing {
@@ -26,6 +28,7 @@ impl Display for Doing {
             Self::Receiving => f.write_str("waiting for its message"),
             Self::Telling(bytes) => write!(f, "telling all ranks {bytes} bytes"),
             Self::Splitting => f.write_str("splitting the world into groups"),
+            Self::Meeting => f.write_str("waiting for rank 0 to name the world"),
             Self::Listening => f.write_str("waiting for the leader's next word"),
         }
     }

@@ -13,11 +13,14 @@ use super::doing::Doing;
 use plugin::Plugin;
 use watch::Watch;
 
+pub(crate) use flight::{Flight, Patience};
 pub use group::MpiGroup;
+pub(crate) use mail::{FIRST_TAG, LAST_TAG, Mail, mail};
 
 mod find;
 mod flight;
 mod group;
+mod mail;
 mod plugin;
 mod watch;
 
@@ -101,6 +104,7 @@ static OPEN: Mutex<Option<Arc<Watch>>> = Mutex::new(None);
 /// Ends MPI in good order, if this process uses it: a process that ends without it, as after a failure, takes the world
 /// along. Waits, with a limit, for all ranks of the world to do the same.
 pub fn leave() {
+    mail::close();
     let open = OPEN.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(watch) = open {
         watch.close();
@@ -190,6 +194,23 @@ impl MpiWorld {
             RankNames::new(&hosts.map_err(MpiError::Split)?),
             self.options.peer_timeout,
         )))
+    }
+
+    /// Opens the mail between all ranks of the world ([`mail`]). All of them call this, once.
+    ///
+    /// # Errors
+    /// When MPI refuses, or rank 0 is not heard of within `join_timeout`.
+    pub fn open_mail(&self) -> Result<(), MpiError> {
+        let limit = self.options.join_timeout;
+        let guard = self.watch.guard(limit, Doing::Splitting);
+        let key = i32::try_from(self.rank)
+            .map_err(|_| MpiError::Split(format!("{} is too large", self.rank)))?;
+        let split = self.watch.plugin().split(0, key);
+        drop(guard);
+        let group = split
+            .map_err(MpiError::Split)?
+            .ok_or_else(|| MpiError::Split("this rank has got no mail".to_owned()))?;
+        mail::open(Arc::clone(&self.watch), group, limit).map_err(MpiError::Split)
     }
 
     /// Ends all processes of the world at once, this one too, and logs why.

@@ -41,6 +41,7 @@ pub fn stand_aside(
             peer_timeout,
         })?;
         world.group(None, 0)?;
+        world.open_mail()?;
     }
     Ok(())
 }
@@ -64,6 +65,7 @@ fn over_mpi(
     let group = world
         .group(Some(colour), place(met.rank())?)?
         .ok_or_else(|| MpiError::Split("this rank has got no group".to_owned()))?;
+    world.open_mail()?;
     if (group.rank(), group.size()) != (met.rank(), met.size()) {
         return Err(GroupError::Mpi(MpiError::Split(format!(
             "this is rank {} of {} in MPI and rank {} of {} in its instance",

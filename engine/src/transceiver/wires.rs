@@ -4,6 +4,7 @@
 //! ranks it takes from have too, and that reaches them all. Adding a transport is one entry of [`KINDS`].
 
 use std::collections::{HashMap, VecDeque};
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,11 +13,11 @@ use super::inbox::{Happening, Inbox};
 use super::select::{Preference, Tried};
 use super::state::{OpaqueState, RankRecord, printable};
 use crate::handoff::HandoffError;
-use crate::transport::link::{LinkParams, LinkStartError, LinkTransport};
+use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::staging::StagingSize;
 use crate::transport::{
     Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
-    TransportSink, Write, shm, tcp,
+    TransportSink, Write, mpi, nixl, shm, tcp, ucx,
 };
 
 /// A transport that this build has.
@@ -34,6 +35,30 @@ pub(super) type Start = fn(&TransceiverParams, TransportSink) -> Result<Arc<dyn 
 
 /// All of them.
 pub(super) const KINDS: &[Kind] = &[
+    Kind {
+        name: "nixl",
+        probe: || match nixl::probe() {
+            Ok(found) => Ok(found.capability),
+            Err(missing) => Err(missing.to_string()),
+        },
+        start: |params, events| link(nixl::start(link_params(params, 0), events)),
+    },
+    Kind {
+        name: "ucx",
+        probe: || match ucx::probe() {
+            Ok(_) => Ok(ucx::CAPABILITY),
+            Err(missing) => Err(missing.to_string()),
+        },
+        start: |params, events| link(ucx::start(link_params(params, 0), events)),
+    },
+    Kind {
+        name: "mpi",
+        probe: || match mpi::probe() {
+            Ok(()) => Ok(mpi::CAPABILITY),
+            Err(missing) => Err(missing.to_string()),
+        },
+        start: |params, events| link(mpi::start(link_params(params, 0), events)),
+    },
     Kind {
         name: "shm",
         probe: || Ok(shm::CAPABILITY),
@@ -58,7 +83,7 @@ fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
     }
 }
 
-fn link(started: Result<LinkTransport, LinkStartError>) -> Result<Arc<dyn Transport>, String> {
+fn link<E: Display>(started: Result<LinkTransport, E>) -> Result<Arc<dyn Transport>, String> {
     match started {
         Ok(transport) => Ok(Arc::new(transport)),
         Err(error) => Err(error.to_string()),

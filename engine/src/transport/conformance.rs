@@ -555,32 +555,45 @@ pub(super) fn closing_lets_messages_out_first(start: Start) {
     pair.reader.lost();
 }
 
-/// Runs the whole suite over one kind of transport.
-macro_rules! transport_suite {
-    ($kind:ident, $start:expr) => {
-        mod $kind {
-            transport_suite!(@tests $start,
-                any_range_of_any_size_lands_where_it_was_sent,
-                strided_stretches_land_where_they_belong,
-                messages_go_both_ways_and_too_long_ones_nowhere,
-                sixty_four_transfers_fly_at_once,
-                private_pages_fly_as_well_as_those_of_an_arena,
-                a_region_that_is_gone_or_guessed_is_written_nowhere,
-                a_write_beyond_its_region_touches_nothing,
-                every_write_of_a_cancelled_transfer_is_done_once,
-                a_lost_peer_is_reported_once_and_last,
-                a_peer_that_is_not_there_is_lost_with_what_was_meant_for_it,
-                a_slow_reader_makes_busy_and_loses_nothing,
-                closing_ends_every_connection,
-                closing_lets_messages_out_first,
-            );
+/// The suite: each check once, for the tests of every transport and for whoever runs it under a launcher.
+macro_rules! checks {
+    ($with:ident $(, $more:tt)*) => {
+        $with! { [$($more)*]
+            any_range_of_any_size_lands_where_it_was_sent,
+            strided_stretches_land_where_they_belong,
+            messages_go_both_ways_and_too_long_ones_nowhere,
+            sixty_four_transfers_fly_at_once,
+            private_pages_fly_as_well_as_those_of_an_arena,
+            a_region_that_is_gone_or_guessed_is_written_nowhere,
+            a_write_beyond_its_region_touches_nothing,
+            every_write_of_a_cancelled_transfer_is_done_once,
+            a_lost_peer_is_reported_once_and_last,
+            a_peer_that_is_not_there_is_lost_with_what_was_meant_for_it,
+            a_slow_reader_makes_busy_and_loses_nothing,
+            closing_ends_every_connection,
+            closing_lets_messages_out_first,
         }
-    };
-    (@tests $start:expr, $($test:ident,)*) => {
-        $(#[test] fn $test() { super::$test($start); })*
     };
 }
 
-transport_suite!(tcp, crate::transport::tcp::start_for_tests);
-transport_suite!(shm, crate::transport::shm::start_for_tests);
-transport_suite!(memory, crate::transport::memory::start_for_tests);
+macro_rules! as_tests {
+    ([$kind:ident] $($check:ident,)*) => {
+        mod $kind {
+            $(#[test] fn $check() { super::$check(crate::transport::$kind::start_for_tests); })*
+        }
+    };
+}
+
+macro_rules! as_list {
+    ([] $($check:ident,)*) => {
+        /// The suite by name.
+        pub(crate) const CHECKS: &[(&str, fn(Start))] = &[$((stringify!($check), $check),)*];
+    };
+}
+
+checks!(as_list);
+checks!(as_tests, tcp);
+checks!(as_tests, shm);
+checks!(as_tests, nixl);
+checks!(as_tests, ucx);
+checks!(as_tests, memory);

@@ -43,7 +43,7 @@ mod shared;
 mod writer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// [`Capability::message_bytes_max`] of every transport with this control plane.
 pub const MESSAGE_BYTES_MAX: usize = frame::MESSAGE_BYTES_MAX;
@@ -237,6 +237,10 @@ impl LinkTransport {
 impl Transport for LinkTransport {
     fn capability(&self) -> &Capability {
         &self.capability
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.fabric.as_ref()?.wire()
     }
 
     fn endpoint(&self) -> EndpointRecord {

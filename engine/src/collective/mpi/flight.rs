@@ -22,7 +22,7 @@ enum Bytes {
 }
 
 /// Something on its way.
-pub(super) struct Flight {
+pub(crate) struct Flight {
     plugin: Arc<Plugin>,
     /// `None` once it is done.
     request: Option<Request>,
@@ -73,7 +73,7 @@ impl Flight {
     }
 
     /// Whether it is done.
-    pub(super) fn test(&mut self) -> Result<bool, String> {
+    pub(crate) fn test(&mut self) -> Result<bool, String> {
         let Some(request) = self.request.take() else {
             return Ok(true);
         };
@@ -95,12 +95,12 @@ impl Flight {
     }
 
     /// Bytes that came, once it is done.
-    pub(super) fn received(&self) -> usize {
+    pub(crate) fn received(&self) -> usize {
         self.received
     }
 
     /// The memory of one that is done; empty where it is shared.
-    pub(super) fn into_bytes(mut self) -> Vec<u8> {
+    pub(crate) fn into_bytes(mut self) -> Vec<u8> {
         assert!(self.request.is_none(), "MPI still has the memory");
         match self.bytes.take() {
             Some(Bytes::Received(bytes)) => bytes,
@@ -121,18 +121,18 @@ impl Drop for Flight {
 /// A wait for MPI, which has nothing that a thread could sleep on: it is asked again and again, ever more rarely, so that
 /// an answer is seen late by an eighth of what it took at most.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     since: Instant,
 }
 
 impl Patience {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             since: Instant::now(),
         }
     }
 
-    pub(super) fn pause(&self) {
+    pub(crate) fn pause(&self) {
         let waited = self.since.elapsed();
         if waited < YIELD_FOR {
             std::thread::yield_now();

@@ -17,7 +17,7 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use super::{MpiError, find};
 
 /// The interface that this side speaks.
-const ABI: u32 = 1;
+const ABI: u32 = 2;
 
 /// Room for a text.
 const TEXT_BYTES: usize = 1024;
@@ -52,6 +52,8 @@ type StartReceive = unsafe extern "C" fn(
     *mut *mut Opaque,
 ) -> c_int;
 type Probe = unsafe extern "C" fn(*const Opaque, c_int, c_int, *mut c_int, *mut usize) -> c_int;
+type ProbeAny =
+    unsafe extern "C" fn(*const Opaque, c_int, *mut c_int, *mut c_int, *mut usize) -> c_int;
 type Test = unsafe extern "C" fn(*mut Opaque, *mut c_int, *mut usize) -> c_int;
 
 /// The open plug-in.
@@ -66,6 +68,7 @@ pub(super) struct Plugin {
     start_send: StartSend,
     start_receive: StartReceive,
     probe: Probe,
+    probe_any: ProbeAny,
     test: Test,
     _stays_open: ManuallyDrop<Library>,
 }
@@ -149,6 +152,7 @@ impl Plugin {
                 start_send: symbol(&library, c"baton_mpi_start_send")?,
                 start_receive: symbol(&library, c"baton_mpi_start_receive")?,
                 probe: symbol(&library, c"baton_mpi_probe")?,
+                probe_any: symbol(&library, c"baton_mpi_probe_any")?,
                 test: symbol(&library, c"baton_mpi_test")?,
                 _stays_open: ManuallyDrop::new(library),
             })
@@ -252,6 +256,24 @@ impl Plugin {
             unsafe { (self.probe)(group.raw.as_ptr(), from, tag, &mut found, &mut length) };
         self.checked(status)?;
         Ok((found != 0).then_some(length))
+    }
+
+    /// Sender and length of the next message of any rank, if it has come.
+    pub(super) fn probe_any(
+        &self,
+        group: &Group,
+        tag: c_int,
+    ) -> Result<Option<(usize, usize)>, String> {
+        let (mut found, mut from, mut length) = (0, 0, 0);
+        // SAFETY: the group is the plug-in's own, the answers this function's.
+        let status = unsafe {
+            (self.probe_any)(group.raw.as_ptr(), tag, &mut found, &mut from, &mut length)
+        };
+        self.checked(status)?;
+        if found == 0 {
+            return Ok(None);
+        }
+        Ok(Some((number(from)?, length)))
     }
 
     /// Bytes received, once a request is done, else the request. After an error it is gone.

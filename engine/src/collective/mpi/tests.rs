@@ -132,7 +132,7 @@ fn as_a_rank() {
         .parse()
         .unwrap();
     let peer_timeout = match part.as_str() {
-        "conform" | "roles" | "instance" => PATIENCE,
+        "conform" | "roles" | "instance" | "kv" | "transport" => PATIENCE,
         _ => SHORT,
     };
     if part == "instance" {
@@ -157,6 +157,15 @@ fn as_a_rank() {
         if world.rank() == 1 {
             stay();
         }
+    }
+    if part == "kv" || part == "transport" {
+        world.open_mail().unwrap();
+        let run = match part.as_str() {
+            "kv" => crate::transport::mpi::tests::as_a_rank,
+            _ => crate::transport::mpi::tests::conforms,
+        };
+        run(&mut |line| say(line));
+        return leave();
     }
     if part == "roles" {
         roles(&world);
@@ -335,6 +344,29 @@ fn four_ranks_conform() {
 fn a_world_splits_into_roles() {
     if let Some(ended) = world("roles", 5) {
         assert!(ended.success, "{}", ended.text);
+    }
+}
+
+/// What holds for every transport holds for the one over MPI.
+#[test]
+fn the_transport_conforms() {
+    if let Some(ended) = world("transport", 1) {
+        assert!(ended.success, "{}", ended.text);
+        for (name, _) in crate::transport::conformance::CHECKS {
+            assert!(ended.text.contains(name), "{name}: {}", ended.text);
+        }
+    }
+}
+
+/// Every rank reads the memory of every other, and its own.
+#[test]
+fn ranks_read_each_others_arenas() {
+    if let Some(ended) = world("kv", 3) {
+        assert!(ended.success, "{}", ended.text);
+        for rank in 0..3 {
+            let done = format!("rank {rank} has read all");
+            assert!(ended.text.contains(&done), "{}", ended.text);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! One side's transceiver: the engine's own, over one transport, with its events in a queue and their times.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -77,9 +77,6 @@ impl Node {
     /// The next event and its time; `None` when none comes by the deadline.
     pub(super) fn next(&self, deadline: Instant) -> Option<(Instant, HandoffEvent)> {
         let left = deadline.saturating_duration_since(Instant::now());
-        match self.events.recv_timeout(left) {
-            Ok(event) => Some(event),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.events.recv_timeout(left).ok()
     }
 }

@@ -295,7 +295,7 @@ mod tests {
             detail: (status != Status::Pass).then(|| "it broke".to_owned()),
             bytes_expected: 64 << 20,
             bytes_verified: if status == Status::Pass { 64 << 20 } else { 0 },
-            figures: (status == Status::Pass).then(|| Figures {
+            figures: (status == Status::Pass).then_some(Figures {
                 median_ms: 12.345_678,
                 p99_ms: 13.0,
                 gb_per_s,

@@ -1,0 +1,400 @@
+//! One peer, read through agents of its own. One thread at a time uses an agent, so no lock is needed; and when a read
+//! has to be given up while it is under way, destroying its agents is what ends it for certain, and hurts no other peer.
+//!
+//! Within a host it is the calling thread that copies, in NIXL's name; so a large batch is read by several threads, each
+//! with an agent (a lane). Over an adapter there is one lane.
+//!
+//! Invariant: while a request is under way, this module neither returns nor lets go of the memory that it writes; the
+//! way out is that all requests are done, or that the agents are destroyed. A peer whose read failed has no lanes any more.
+
+use std::collections::VecDeque;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::ffi::{CStr, CString};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::NAME;
+use super::address::Key;
+use super::find::Plugin;
+use super::library::{Agent, Library, Progress, Request, Stretch};
+use super::windows::{WINDOW_BYTES_MAX, Windows};
+use crate::page::arena::Arena;
+use crate::transport::fabric::{FabricError, FabricPeer, ReadJob, RemoteArena};
+
+/// Requests under way at once: the next is prepared while one moves.
+const REQUESTS_MAX: usize = 2;
+
+/// Arenas that one peer may export.
+const ARENAS_MAX: usize = 1024;
+
+/// How long requests under way are waited for once their read is given up. Most are done by then, and the agent
+/// is destroyed in peace.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// Looks at a request without a pause, before there are pauses.
+const EAGER_LOOKS: u32 = 200;
+
+/// Between looks at a request that takes its time.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// How a lane is made.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) library: &'static Library,
+    pub(super) plugin: Plugin,
+    /// The peer's description of its agent.
+    pub(super) agent: Vec<u8>,
+    /// Lanes that may be made.
+    pub(super) lanes_max: usize,
+}
+
+/// An agent, and what it knows.
+#[derive(Debug)]
+struct Lane {
+    /// Before what it has registered, so that it is dropped first.
+    agent: Agent,
+    /// Arenas of ours.
+    registered: BTreeMap<u64, Arc<Arena>>,
+}
+
+impl Lane {
+    /// With the name of the peer's agent.
+    fn start(source: &Source) -> Result<(Self, CString), String> {
+        let name = super::fresh_name();
+        let plugin = source.plugin.c_name();
+        let agent = Agent::start(source.library, &name, plugin, Progress::Caller)?;
+        let peer = agent.load(&source.agent)?;
+        let lane = Self {
+            agent,
+            registered: BTreeMap::new(),
+        };
+        Ok((lane, peer))
+    }
+
+    fn register(&mut self, arena: &Arc<Arena>) -> Result<(), FabricError> {
+        if let Entry::Vacant(place) = self.registered.entry(arena.id()) {
+            let start = arena.base().expose_provenance();
+            self.agent.register(start, arena.bytes()).map_err(memory)?;
+            place.insert(Arc::clone(arena));
+        }
+        Ok(())
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct NixlPeer {
+    source: Source,
+    /// The peer's agent.
+    name: CString,
+    /// At least one, until a read fails.
+    lanes: Vec<Lane>,
+    /// In the order of import.
+    imported: Vec<Key>,
+    /// The fabric's.
+    closed: Arc<AtomicBool>,
+}
+
+impl NixlPeer {
+    /// The error says what is wrong.
+    pub(super) fn open(source: Source, closed: Arc<AtomicBool>) -> Result<Self, String> {
+        let (lane, name) = Lane::start(&source)?;
+        Ok(Self {
+            source,
+            name,
+            lanes: vec![lane],
+            imported: Vec::new(),
+            closed,
+        })
+    }
+
+    fn one_more_lane(&self) -> Result<Lane, String> {
+        let (lane, _) = Lane::start(&self.source)?;
+        for key in &self.imported {
+            lane.agent.load(&key.memory)?;
+        }
+        Ok(lane)
+    }
+
+    /// One more lane, where so many bytes are worth it: making one takes a tenth of a second, which no single read
+    /// shall pay several times.
+    fn widen(&mut self, bytes: usize) {
+        let wanted = (bytes / (2 * WINDOW_BYTES_MAX)).min(self.source.lanes_max);
+        if self.lanes.len() >= wanted {
+            return;
+        }
+        match self.one_more_lane() {
+            Ok(lane) => self.lanes.push(lane),
+            Err(reason) => {
+                tracing::debug!(reason, lanes = self.lanes.len(), "no more lanes");
+                self.source.lanes_max = self.lanes.len();
+            }
+        }
+    }
+
+    /// Reads while the memory of all jobs is borrowed; after an error, requests may still be under way.
+    fn carry_out(
+        &self,
+        lanes: &mut [Lane],
+        jobs: &mut [ReadJob<'_>],
+        limits: &Limits<'_>,
+    ) -> Result<(), FabricError> {
+        let (mut passing, mut targets) = (Vec::new(), Vec::with_capacity(jobs.len()));
+        for job in jobs {
+            let remote = self.origin(job)?;
+            for lane in &mut *lanes {
+                if let Some((arena, _)) = job.page.arena() {
+                    lane.register(arena)?;
+                }
+            }
+            let in_arena = job.page.arena().is_some();
+            let bytes = job.page.as_bytes_mut();
+            let (length, local) = (bytes.len(), bytes.as_mut_ptr().expose_provenance());
+            if !in_arena && length > 0 {
+                passing.push((local, length));
+            }
+            targets.push((job.runs, remote, local));
+        }
+        for lane in &*lanes {
+            for (start, bytes) in &passing {
+                lane.agent.register(*start, *bytes).map_err(memory)?;
+            }
+        }
+        let stretches = targets.iter().flat_map(|&(runs, remote, local)| {
+            runs.stretches().map(move |(source, target)| Stretch {
+                remote: remote + source.start,
+                local: local + target.start,
+                bytes: target.len(),
+            })
+        });
+        fly_all(lanes, &self.name, Windows::new(stretches), limits)?;
+        for lane in &*lanes {
+            for (start, bytes) in &passing {
+                lane.agent.deregister(*start, *bytes).map_err(memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the job's arena begins in the peer.
+    fn origin(&self, job: &ReadJob<'_>) -> Result<usize, FabricError> {
+        let index = usize::try_from(job.from.handle).ok();
+        let key = index
+            .and_then(|index| self.imported.get(index))
+            .ok_or_else(|| failed(format!("arena {} was not imported", job.from.handle)))?;
+        let target_bytes = job.page.as_bytes().len();
+        if job.runs.fits(key.bytes, target_bytes) {
+            return Ok(key.start);
+        }
+        let bytes = key.bytes;
+        Err(failed(format!(
+            "a piece ends outside of its arena of {bytes} bytes or its page of {target_bytes}"
+        )))
+    }
+}
+
+impl FabricPeer for NixlPeer {
+    fn import(&mut self, key: &[u8]) -> Result<RemoteArena, FabricError> {
+        let malformed = |detail: String| FabricError::Malformed {
+            fabric: NAME,
+            what: "arena key",
+            detail,
+        };
+        let key = Key::decode(key).map_err(malformed)?;
+        let handle = self.imported.len();
+        if handle == ARENAS_MAX {
+            return Err(malformed(format!("the peer has {ARENAS_MAX} already")));
+        }
+        for lane in &self.lanes {
+            let name = lane.agent.load(&key.memory).map_err(malformed)?;
+            if name != self.name {
+                let other = name.to_string_lossy();
+                return Err(malformed(format!("it is of another agent, {other}")));
+            }
+        }
+        let bytes = key.bytes as u64;
+        self.imported.push(key);
+        Ok(RemoteArena {
+            handle: handle as u64,
+            bytes,
+        })
+    }
+
+    fn read(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
+        let limits = Limits {
+            deadline,
+            cancelled,
+            closed: &self.closed.clone(),
+            another_failed: AtomicBool::new(false),
+        };
+        if let Some(reason) = limits.passed() {
+            return Err(reason);
+        }
+        if self.lanes.is_empty() {
+            return Err(failed("an earlier read failed".to_owned()));
+        }
+        let bytes = jobs.iter().map(|job| job.runs.total_bytes());
+        self.widen(bytes.fold(0, usize::saturating_add));
+        let mut lanes = std::mem::take(&mut self.lanes);
+        let result = self.carry_out(&mut lanes, jobs, &limits);
+        match result {
+            Ok(()) => self.lanes = lanes,
+            // Whatever is still under way ends here, before the pages go back to their owner.
+            Err(_) => drop(lanes),
+        }
+        result
+    }
+}
+
+/// What ends a read before it is done.
+struct Limits<'a> {
+    deadline: Instant,
+    cancelled: &'a AtomicBool,
+    closed: &'a AtomicBool,
+    /// A lane of the same read.
+    another_failed: AtomicBool,
+}
+
+impl Limits<'_> {
+    fn passed(&self) -> Option<FabricError> {
+        let flags = [self.cancelled, self.closed, &self.another_failed];
+        if flags.iter().any(|flag| flag.load(Ordering::Acquire)) {
+            return Some(FabricError::Cancelled { fabric: NAME });
+        }
+        let late = Instant::now() >= self.deadline;
+        late.then_some(FabricError::TimedOut { fabric: NAME })
+    }
+}
+
+/// Requests of one read, looked after by the calling thread, which drives NIXL by asking.
+struct Flight<'a> {
+    agent: &'a Agent,
+    requests: VecDeque<Request>,
+    looks: u32,
+}
+
+impl Flight<'_> {
+    /// Takes the first request down if it is done, else waits a little.
+    fn look(&mut self) -> Result<(), FabricError> {
+        let Some(first) = self.requests.pop_front() else {
+            return Ok(());
+        };
+        if self.agent.is_done(&first).map_err(failed)? {
+            self.looks = 0;
+            return self.agent.finish(first).map_err(failed);
+        }
+        self.requests.push_front(first);
+        self.looks += 1;
+        if self.looks > EAGER_LOOKS {
+            thread::park_timeout(PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Waits for what is under way, for as long as is granted.
+    fn settle(mut self) {
+        let until = Instant::now() + GRACE;
+        while !self.requests.is_empty() && Instant::now() < until {
+            if self.look().is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Deals the windows out to the lanes, each with a thread; the first lane has the calling one.
+fn fly_all(
+    lanes: &mut [Lane],
+    peer: &CStr,
+    windows: Windows<impl Iterator<Item = Stretch> + Send>,
+    limits: &Limits<'_>,
+) -> Result<(), FabricError> {
+    let windows = Mutex::new(windows);
+    let next = || {
+        let mut windows = windows.lock().unwrap_or_else(PoisonError::into_inner);
+        windows.next()
+    };
+    let fly = |lane: &mut Lane| {
+        let flown = fly(&lane.agent, peer, next, limits);
+        if flown.is_err() {
+            limits.another_failed.store(true, Ordering::Release);
+        }
+        flown
+    };
+    let Some((first, others)) = lanes.split_first_mut() else {
+        return Ok(());
+    };
+    thread::scope(|scope| {
+        // A lane whose thread does not start leaves its share to the others.
+        let others: Vec<_> = others
+            .iter_mut()
+            .filter_map(|lane| {
+                let thread = thread::Builder::new().name("nixl-lane".to_owned());
+                thread.spawn_scoped(scope, || fly(lane)).ok()
+            })
+            .collect();
+        let own = fly(first);
+        let panicked = || Err(failed("a lane panicked".to_owned()));
+        let others = others
+            .into_iter()
+            .map(|lane| lane.join().unwrap_or_else(|_| panicked()));
+        // The cause is not the one that was given up because of another.
+        let results: Vec<_> = std::iter::once(own).chain(others).collect();
+        let given_up = |result: &Result<(), FabricError>| {
+            matches!(result, Ok(()) | Err(FabricError::Cancelled { .. }))
+        };
+        let cause = results.iter().find(|result| !given_up(result));
+        let cause = cause.or_else(|| results.iter().find(|result| result.is_err()));
+        cause.cloned().unwrap_or(Ok(()))
+    })
+}
+
+/// Reads windows until there are no more; after an error, requests may still be under way.
+fn fly(
+    agent: &Agent,
+    peer: &CStr,
+    next: impl Fn() -> Option<Vec<Stretch>>,
+    limits: &Limits<'_>,
+) -> Result<(), FabricError> {
+    let mut flight = Flight {
+        agent,
+        requests: VecDeque::with_capacity(REQUESTS_MAX),
+        looks: 0,
+    };
+    loop {
+        if let Some(reason) = limits.passed() {
+            flight.settle();
+            return Err(reason);
+        }
+        while flight.requests.len() < REQUESTS_MAX {
+            let Some(window) = next() else { break };
+            let request = agent.read(peer, &window).map_err(failed)?;
+            flight.requests.push_back(request);
+        }
+        if flight.requests.is_empty() {
+            return Ok(());
+        }
+        flight.look()?;
+    }
+}
+
+fn failed(detail: String) -> FabricError {
+    FabricError::Read {
+        fabric: NAME,
+        detail,
+    }
+}
+
+fn memory(detail: String) -> FabricError {
+    FabricError::Memory {
+        fabric: NAME,
+        detail,
+    }
+}

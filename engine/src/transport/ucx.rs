@@ -1,0 +1,343 @@
+//! The UCX fabric: reads a peer's memory by whatever wire UCX has to it, InfiniBand, RoCE, TCP or shared memory.
+//!
+//! libucp is opened at run time. Three files are the door to it: `context` (one a process, and registered memory),
+//! `worker` (what drives transfers) and `connection` (one peer's memory). Each peer that is read has a worker of its own,
+//! driven by whoever reads, so no lock is shared between peers and ending a worker ends all that it could still write. One
+//! more worker, on a thread of its own, answers the peers that read from us: some wires need our help for that.
+//!
+//! UCX chooses the wire; its `UCX_…` variables apply. Memory that UCX has allocated itself is mapped by peers of the same
+//! host and read by copying. Invariant: an exported arena stays registered until the fabric is dropped.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io::PipeWriter;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use baton_ucx_sys::Library;
+
+use self::connection::{Connection, ConnectionError, Limits};
+use self::context::{Context, Memory, StartError, version_text};
+use self::record::{AddressRecord, KeyRecord};
+use self::worker::Worker;
+use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
+use super::link::{self, LinkParams, LinkStartError, LinkTransport};
+use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
+use crate::page::arena::Arena;
+
+mod connection;
+mod context;
+mod log;
+mod mapped;
+mod record;
+mod text;
+mod wire;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+pub(crate) use tests::start_for_tests;
+
+/// Name in errors.
+const UCX: &str = "ucx";
+
+/// What UCX can do. The estimate is that of a host's memory, the least of its wires but for plain TCP.
+pub const CAPABILITY: Capability = Capability {
+    name: UCX,
+    memory: &[MemoryKind::Host],
+    sides: Sides::One,
+    reach: Reach::AnyHost,
+    bandwidth_estimate: 10_000_000_000,
+    message_bytes_max: link::MESSAGE_BYTES_MAX,
+    note_bytes_max: link::NOTE_BYTES_MAX,
+};
+
+const TERMS: FabricTerms = FabricTerms {
+    // A get costs a few microseconds by itself.
+    stretch_bytes_min: 8 << 10,
+    // UCX registers what it reads into, and remembers.
+    target_in_arena: false,
+    batch_bytes_max: 64 << 20,
+};
+
+/// Longest sleep of the thread that answers readers; it wakes when there is something to answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(1);
+
+/// Reads peers' memory through UCX. See the module.
+#[derive(Debug)]
+pub(crate) struct Ucx {
+    context: &'static Context,
+    address: Vec<u8>,
+    version: (u16, u16),
+    exports: Mutex<HashMap<u64, Export>>,
+    /// To the peer that was opened last.
+    wire: Mutex<Option<String>>,
+    closed: Arc<AtomicBool>,
+    answering: Option<Answering>,
+}
+
+#[derive(Debug)]
+struct Export {
+    _memory: Memory,
+    key: ArenaKey,
+}
+
+/// The thread that answers readers, until its pipe is closed.
+#[derive(Debug)]
+struct Answering {
+    stop: PipeWriter,
+    thread: JoinHandle<()>,
+}
+
+/// Why there is no such transport.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UcxStartError {
+    /// No UCX here.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// UCX is there and cannot be used.
+    #[error("UCX {version}: {reason}")]
+    Unusable {
+        /// Its version.
+        version: String,
+        /// What failed.
+        reason: String,
+    },
+    /// The control plane could not be started.
+    #[error(transparent)]
+    Link(#[from] LinkStartError),
+}
+
+/// Starts the transport.
+///
+/// # Errors
+/// When UCX is not to be had, or the address cannot be bound.
+pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, UcxStartError> {
+    let fabric = Arc::new(Ucx::start()?);
+    Ok(LinkTransport::over(fabric, params, sink)?)
+}
+
+/// The version of the UCX that is found here. Opens the library and starts nothing.
+///
+/// # Errors
+/// When there is none, with how to get it.
+pub fn probe() -> Result<String, UcxStartError> {
+    let library = Library::open().map_err(StartError::from)?;
+    Ok(version_text(library))
+}
+
+impl Ucx {
+    /// Starts UCX and the thread that answers readers.
+    pub(crate) fn start() -> Result<Self, UcxStartError> {
+        let context = Context::shared()?;
+        let unusable = |reason: String| UcxStartError::Unusable {
+            version: context.version(),
+            reason,
+        };
+        let worker = Worker::new(context).map_err(|error| unusable(error.to_string()))?;
+        let worker_address = worker.address();
+        let worker_address = worker_address.map_err(|error| unusable(error.to_string()))?;
+        let (major, minor, _) = context.library.version;
+        let short = |number| u16::try_from(number).unwrap_or(u16::MAX);
+        let version = (short(major), short(minor));
+        let answering = Answering::start(worker);
+        let answering = answering.map_err(|error| unusable(format!("no thread: {error}")))?;
+        let record = AddressRecord {
+            version,
+            worker: worker_address,
+        };
+        Ok(Self {
+            context,
+            address: record.encode(),
+            version,
+            exports: Mutex::default(),
+            wire: Mutex::default(),
+            closed: Arc::default(),
+            answering: Some(answering),
+        })
+    }
+
+    fn registered(&self, arena: &Arc<Arena>) -> Result<Export, FabricError> {
+        let memory_error = |error: context::CallError| FabricError::Memory {
+            fabric: UCX,
+            detail: error.to_string(),
+        };
+        let memory = self.context.register(arena).map_err(memory_error)?;
+        let record = KeyRecord {
+            base: memory.base(),
+            bytes: memory.bytes() as u64,
+            key: memory.key().map_err(memory_error)?,
+        };
+        Ok(Export {
+            _memory: memory,
+            key: ArenaKey(record.encode()),
+        })
+    }
+}
+
+impl Fabric for Ucx {
+    fn capability(&self) -> &Capability {
+        &CAPABILITY
+    }
+
+    fn terms(&self) -> FabricTerms {
+        TERMS
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.wire.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn address(&self) -> Vec<u8> {
+        self.address.clone()
+    }
+
+    fn reaches(&self, address: &[u8]) -> bool {
+        // UCX promises to understand itself over the wire, not every other version.
+        AddressRecord::decode(address).is_ok_and(|record| record.version == self.version)
+    }
+
+    fn export(&self, arena: &Arc<Arena>) -> Result<ArenaKey, FabricError> {
+        let mut exports = self.exports.lock().unwrap_or_else(|e| e.into_inner());
+        let export = match exports.entry(arena.id()) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(place) => place.insert(self.registered(arena)?),
+        };
+        Ok(export.key.clone())
+    }
+
+    fn open(&self, address: &[u8], deadline: Instant) -> Result<Box<dyn FabricPeer>, FabricError> {
+        let record = AddressRecord::decode(address).map_err(|error| FabricError::Malformed {
+            fabric: UCX,
+            what: "address",
+            detail: error.to_string(),
+        })?;
+        if record.version != self.version {
+            let ((major, minor), ours) = (record.version, self.context.version());
+            return Err(FabricError::Unreachable {
+                fabric: UCX,
+                detail: format!("the peer has UCX {major}.{minor}, we have {ours}"),
+            });
+        }
+        let limits = Limits {
+            deadline,
+            cancelled: &self.closed,
+            closed: &self.closed,
+        };
+        let connection = Connection::open(self.context, &record.worker, limits);
+        let connection = connection.map_err(|error| match error {
+            ConnectionError::TimedOut => FabricError::TimedOut { fabric: UCX },
+            ConnectionError::Cancelled => FabricError::Cancelled { fabric: UCX },
+            other => FabricError::Unreachable {
+                fabric: UCX,
+                detail: other.to_string(),
+            },
+        })?;
+        let wire = wire::described(connection.description().as_deref());
+        tracing::debug!(version = self.context.version(), wire, "UCX reaches a peer");
+        *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
+        Ok(Box::new(UcxPeer {
+            connection,
+            wire,
+            closed: Arc::clone(&self.closed),
+        }))
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Ucx {
+    fn drop(&mut self) {
+        self.close();
+        if let Some(answering) = self.answering.take() {
+            answering.stop();
+        }
+    }
+}
+
+impl Answering {
+    fn start(mut worker: Worker) -> std::io::Result<Self> {
+        let (stopped, stop) = std::io::pipe()?;
+        let answer = move || {
+            // Nothing is ever written to the pipe: it can be read when its other end is closed.
+            while !worker.wait(Some(stopped.as_fd()), ANSWER_WAIT) {
+                while worker.progress() {}
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("baton-ucx".to_owned())
+            .spawn(answer)?;
+        Ok(Self { stop, thread })
+    }
+
+    fn stop(self) {
+        drop(self.stop);
+        if self.thread.join().is_err() {
+            tracing::error!("the thread that answers UCX readers panicked");
+        }
+    }
+}
+
+/// One peer.
+#[derive(Debug)]
+struct UcxPeer {
+    connection: Connection,
+    wire: String,
+    closed: Arc<AtomicBool>,
+}
+
+impl FabricPeer for UcxPeer {
+    fn import(&mut self, key: &[u8]) -> Result<RemoteArena, FabricError> {
+        let malformed = |detail: String| FabricError::Malformed {
+            fabric: UCX,
+            what: "arena key",
+            detail,
+        };
+        let record = KeyRecord::decode(key).map_err(|error| malformed(error.to_string()))?;
+        let bytes = usize::try_from(record.bytes).map_err(|error| malformed(error.to_string()))?;
+        let number = self.connection.add(record.base, bytes, &record.key);
+        let number = number.map_err(|error| FabricError::Unreachable {
+            fabric: UCX,
+            detail: error.to_string(),
+        })?;
+        let how = if self.connection.is_mapped(number) {
+            "mapped"
+        } else {
+            "by gets"
+        };
+        tracing::debug!(bytes, how, wire = self.wire, "UCX reads a peer's arena");
+        Ok(RemoteArena {
+            handle: number as u64,
+            bytes: record.bytes,
+        })
+    }
+
+    fn read(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
+        let limits = Limits {
+            deadline,
+            cancelled,
+            closed: &self.closed,
+        };
+        let read = self.connection.read(jobs, limits);
+        read.map_err(|error| match error {
+            ConnectionError::TimedOut => FabricError::TimedOut { fabric: UCX },
+            ConnectionError::Cancelled => FabricError::Cancelled { fabric: UCX },
+            other => FabricError::Read {
+                fabric: UCX,
+                detail: format!("{other} (over {})", self.wire),
+            },
+        })
+    }
+}
