@@ -32,6 +32,8 @@ pub mod ucx;
 pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
+#[cfg(test)]
+mod processes;
 
 /// Where pages may live for a transport to move them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -43,7 +43,7 @@ mod shared;
 mod writer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// [`Capability::message_bytes_max`] of every transport with this control plane.
 pub const MESSAGE_BYTES_MAX: usize = frame::MESSAGE_BYTES_MAX;
