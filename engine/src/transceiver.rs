@@ -187,6 +187,9 @@ impl Transceiver {
         if choice.fell_back {
             tracing::warn!(transport = choice.transport, "{}", choice.reason);
         }
+        // The pool is made after this, and is best read over the transport that comes first.
+        let first = transports.first();
+        crate::page::arena::allocate_with(first.and_then(|transport| transport.allocator()));
         let endpoints: Vec<_> = transports.iter().map(|t| t.endpoint()).collect();
         for endpoint in &endpoints {
             tracing::info!(

@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::Capability;
 use super::runs::Runs;
 use crate::page::Page;
-use crate::page::arena::Arena;
+use crate::page::arena::{Arena, ForeignAllocator};
 
 /// What makes an exported arena readable for a peer, in the fabric's own form; opaque to everyone else.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,6 +134,11 @@ pub(crate) trait Fabric: Debug + Send + Sync {
     /// What the bytes of the peer opened last go over, in the library's own words; `None` until it is known, and where the
     /// fabric's name says all.
     fn wire(&self) -> Option<String> {
+        None
+    }
+
+    /// Allocates memory that peers read faster than any other; none where all memory is alike.
+    fn allocator(&self) -> Option<ForeignAllocator> {
         None
     }
 
