@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 
-use arena::{Arena, Words};
+use arena::{Arena, ForeignAllocator, Words};
 
 pub mod arena;
 
@@ -111,8 +111,22 @@ impl Page {
     /// When the system has no such memory to share; [`Page::zeroed`] may still work.
     pub fn pool(shape: PageShape, count: usize) -> io::Result<Vec<Self>> {
         let pieces = Arena::cut(shape.bytes().div_ceil(8), count)?;
+        Ok(Self::of(pieces, shape))
+    }
+
+    /// As [`Page::pool`], of memory that a library allocates where there is one.
+    pub(crate) fn pool_of(
+        allocator: Option<ForeignAllocator>,
+        shape: PageShape,
+        count: usize,
+    ) -> io::Result<Vec<Self>> {
+        let pieces = Arena::cut_of(allocator, shape.bytes().div_ceil(8), count)?;
+        Ok(Self::of(pieces, shape))
+    }
+
+    fn of(pieces: Vec<Words>, shape: PageShape) -> Vec<Self> {
         let page = |words| Self { words, shape };
-        Ok(pieces.into_iter().map(page).collect())
+        pieces.into_iter().map(page).collect()
     }
 
     /// The arena that it was cut from, and its offset in there in bytes; none where its memory is its own.

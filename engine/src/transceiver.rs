@@ -187,6 +187,9 @@ impl Transceiver {
         if choice.fell_back {
             tracing::warn!(transport = choice.transport, "{}", choice.reason);
         }
+        // The pool is made after this, and is best read over the transport that comes first.
+        let first = transports.first();
+        crate::page::arena::allocate_with(first.and_then(|transport| transport.allocator()));
         let endpoints: Vec<_> = transports.iter().map(|t| t.endpoint()).collect();
         for endpoint in &endpoints {
             tracing::info!(
@@ -244,11 +247,25 @@ impl Transceiver {
     }
 
     /// How peers reach this rank.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn rank_record(&self) -> RankRecord {
         self.template.ranks[0].clone()
     }
 
     /// Says which ranks the instance has, this one included; tickets name them all.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn set_ranks(&mut self, ranks: Vec<RankRecord>) {
         self.template.ranks = ranks;
     }
@@ -257,6 +274,13 @@ impl Transceiver {
     ///
     /// # Errors
     /// When too many leases are held, or the state is none.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn join_offer(&mut self, offer: Offer, state: &[u8]) -> Result<(), HandoffError> {
         let state = OpaqueState::decode(state)?;
         self.hold(offer, state.nonce)
@@ -279,6 +303,15 @@ impl Transceiver {
         let senders = reshard::senders(&self.layout.side, self.rank, &there);
         wires::ways(&self.transports, state, &senders)?;
         Ok(())
+    }
+
+    /// What the bytes of a transport go over, in its own words; `None` where it has none, or is not there.
+    #[must_use]
+    pub fn wire(&self, transport: &str) -> Option<String> {
+        let mut transports = self.transports.iter();
+        transports
+            .find(|there| there.capability().name == transport)?
+            .wire()
     }
 
     /// The choice of transport and the counters; stays usable after the transceiver is gone.

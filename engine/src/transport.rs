@@ -14,6 +14,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::page::Page;
+use crate::page::arena::ForeignAllocator;
 pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
 
@@ -307,6 +308,17 @@ pub enum ConnectError {
 pub trait Transport: Debug + Send + Sync {
     /// What it can do.
     fn capability(&self) -> &Capability;
+
+    /// What the bytes of the peer connected last go over, in the library's own words; `None` until it is known, and where
+    /// that is plain from the endpoint.
+    fn wire(&self) -> Option<String> {
+        None
+    }
+
+    /// Allocates memory that peers read faster than any other; none where all memory is alike.
+    fn allocator(&self) -> Option<ForeignAllocator> {
+        None
+    }
 
     /// How peers reach this process.
     fn endpoint(&self) -> EndpointRecord;

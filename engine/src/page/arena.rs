@@ -3,7 +3,7 @@
 //!
 //! Transports register an arena, not pages: one key a peer, one mapping, one pinned range. It is resident only where it
 //! was touched, has a fixed size (sealed, so that a peer that maps it can't be hurt by its shrinking), and lives as long
-//! as any piece of it. A piece that is dropped gives nothing back: pools keep theirs for ever.
+//! as any piece of it. A library that peers are read through may allocate it instead, in its own way. A piece that is dropped gives nothing back: pools keep theirs for ever.
 //!
 //! Invariant: a piece is cut once, from its own range; so holding it exclusively is holding its bytes exclusively, as
 //! far as this process is concerned. Peers may be let in to read, and read only.
@@ -12,12 +12,13 @@
     reason = "pieces of one mapping are owned separately, which slices of one allocation can't be"
 )]
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use memmap2::{Advice, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -28,11 +29,42 @@ const PIECE_ALIGN_BYTES: usize = 64;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
+/// Memory that a library allocated in its own way.
+///
+/// # Safety
+/// It is readable, writable, zeroed when it is handed over, aligned for every type, and stays where it is, of the same
+/// size, until it is dropped. Nothing in this process refers to it but through this value, and nobody elsewhere writes it.
+pub unsafe trait ForeignMemory: Any + fmt::Debug + Send + Sync {
+    /// Where it begins.
+    fn base(&self) -> NonNull<u8>;
+
+    /// Its length: at least what was asked for.
+    fn bytes(&self) -> usize;
+}
+
+/// Allocates foreign memory of at least so many bytes.
+pub type ForeignAllocator = fn(usize) -> io::Result<Box<dyn ForeignMemory>>;
+
+/// Where arenas of this process come from, if not from memory files.
+static ALLOCATOR: Mutex<Option<ForeignAllocator>> = Mutex::new(None);
+
+/// Says where the arenas come from that are made after this: what peers will read soon is best made by the library
+/// through which they read it.
+pub(crate) fn allocate_with(allocator: Option<ForeignAllocator>) {
+    *ALLOCATOR.lock().unwrap_or_else(|e| e.into_inner()) = allocator;
+}
+
+/// What an arena is made of.
+enum Backing {
+    File { file: File, map: MmapRaw },
+    Foreign(Box<dyn ForeignMemory>),
+}
+
 /// One shared mapping. See the module.
 pub struct Arena {
     id: u64,
-    file: File,
-    map: MmapRaw,
+    backing: Backing,
+    bytes: usize,
 }
 
 impl fmt::Debug for Arena {
@@ -44,16 +76,37 @@ impl fmt::Debug for Arena {
 impl Arena {
     /// Makes an arena and cuts it into `count` pieces of at least `words` words, zeroed.
     pub(super) fn cut(words: usize, count: usize) -> io::Result<Vec<Words>> {
+        let allocator = *ALLOCATOR.lock().unwrap_or_else(|e| e.into_inner());
+        Self::cut_of(allocator, words, count)
+    }
+
+    /// As [`Self::cut`], of this allocator's memory. Where that has none, of a memory file.
+    pub(super) fn cut_of(
+        allocator: Option<ForeignAllocator>,
+        words: usize,
+        count: usize,
+    ) -> io::Result<Vec<Words>> {
         let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
         let stride = words
             .checked_mul(size_of::<u64>())
             .and_then(|bytes| bytes.checked_next_multiple_of(PIECE_ALIGN_BYTES))
             .ok_or_else(too_large)?;
         let bytes = stride.checked_mul(count).ok_or_else(too_large)?;
-        let arena = Arc::new(Self::create(bytes)?);
-        let base = NonNull::new(arena.map.as_mut_ptr()).ok_or_else(too_large)?;
+        let foreign = allocator
+            .filter(|_| bytes > 0)
+            .map(|allocate| allocate(bytes));
+        let arena = match foreign {
+            Some(Ok(memory)) => Self::of(memory, bytes)?,
+            Some(Err(error)) => {
+                tracing::warn!(%error, bytes, "this memory will be read less fast by peers of this host");
+                Self::create(bytes)?
+            }
+            None => Self::create(bytes)?,
+        };
+        let arena = Arc::new(arena);
+        let base = NonNull::new(arena.base()).ok_or_else(too_large)?;
         let pieces = (0..count).map(|index| Words {
-            // SAFETY: index < count, so the offset is within the mapping of count * stride bytes.
+            // SAFETY: index < count, so the offset is within the memory of count * stride bytes.
             start: unsafe { base.byte_add(index * stride) }.cast(),
             count: words,
             owner: Owner::Arena(Arc::clone(&arena)),
@@ -72,8 +125,21 @@ impl Arena {
         drop(map.advise(Advice::HugePage));
         Ok(Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            file,
-            map,
+            backing: Backing::File { file, map },
+            bytes,
+        })
+    }
+
+    fn of(memory: Box<dyn ForeignMemory>, bytes: usize) -> io::Result<Self> {
+        if memory.bytes() < bytes || !memory.base().addr().get().is_multiple_of(PIECE_ALIGN_BYTES) {
+            return Err(io::Error::other(
+                "the library's memory is too small or not aligned",
+            ));
+        }
+        Ok(Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            backing: Backing::Foreign(memory),
+            bytes,
         })
     }
 
@@ -86,19 +152,33 @@ impl Arena {
     /// Where it begins, for libraries that register address ranges. Reading and writing is for its pieces' owners.
     #[must_use]
     pub fn base(&self) -> *mut u8 {
-        self.map.as_mut_ptr()
+        match &self.backing {
+            Backing::File { map, .. } => map.as_mut_ptr(),
+            Backing::Foreign(memory) => memory.base().as_ptr(),
+        }
     }
 
     /// Its length.
     #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.map.len()
+    pub const fn bytes(&self) -> usize {
+        self.bytes
     }
 
-    /// The file behind it: anonymous, in memory, of a size that can't change.
+    /// The file behind it: anonymous, in memory, of a size that can't change. None where a library allocated it.
     #[must_use]
-    pub const fn file(&self) -> &File {
-        &self.file
+    pub const fn file(&self) -> Option<&File> {
+        match &self.backing {
+            Backing::File { file, .. } => Some(file),
+            Backing::Foreign(_) => None,
+        }
+    }
+
+    /// The memory that a library allocated, if it is of this type.
+    pub(crate) fn foreign<T: ForeignMemory>(&self) -> Option<&T> {
+        match &self.backing {
+            Backing::File { .. } => None,
+            Backing::Foreign(memory) => (&**memory as &dyn Any).downcast_ref(),
+        }
     }
 }
 
@@ -201,7 +281,7 @@ mod tests {
         let mut pieces = Arena::cut(8, 2).unwrap();
         pieces[1].as_mut_slice()[0] = u64::from_ne_bytes(*b"hand-off");
         let (arena, offset) = pieces[1].arena().unwrap();
-        let file = arena.file();
+        let file = arena.file().unwrap();
         let mut seen = [0; 8];
         file.read_exact_at(&mut seen, offset as u64).unwrap();
         assert_eq!(&seen, b"hand-off");
@@ -228,6 +308,30 @@ mod tests {
         assert!(Arena::cut(usize::MAX / 2, 1).is_err());
         assert!(Arena::cut(1 << 40, 1 << 30).is_err());
         assert!(Arena::cut(1, 0).unwrap().is_empty());
+    }
+
+    #[derive(Debug)]
+    struct Leaked(&'static [u64]);
+
+    // SAFETY: leaked zeroed words that nobody refers to but by this value.
+    unsafe impl ForeignMemory for Leaked {
+        fn base(&self) -> NonNull<u8> {
+            NonNull::from(self.0).cast()
+        }
+
+        fn bytes(&self) -> usize {
+            size_of_val(self.0)
+        }
+    }
+
+    #[test]
+    fn memory_of_a_library_is_cut_too_and_a_file_takes_its_place_where_there_is_none() {
+        let refuse: ForeignAllocator = |_| Err(io::Error::other("none"));
+        let pieces = Arena::cut_of(Some(refuse), 8, 2).unwrap();
+        assert!(pieces[0].arena().unwrap().0.file().is_some());
+        let small: ForeignAllocator = |_| Ok(Box::new(Leaked(&[])));
+        let error = Arena::cut_of(Some(small), 8, 2).unwrap_err().to_string();
+        assert!(error.contains("too small"), "{error}");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::Capability;
 use super::runs::Runs;
 use crate::page::Page;
-use crate::page::arena::Arena;
+use crate::page::arena::{Arena, ForeignAllocator};
 
 /// What makes an exported arena readable for a peer, in the fabric's own form; opaque to everyone else.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,6 +130,17 @@ pub(crate) trait Fabric: Debug + Send + Sync {
 
     /// What suits it.
     fn terms(&self) -> FabricTerms;
+
+    /// What the bytes of the peer opened last go over, in the library's own words; `None` until it is known, and where the
+    /// fabric's name says all.
+    fn wire(&self) -> Option<String> {
+        None
+    }
+
+    /// Allocates memory that peers read faster than any other; none where all memory is alike.
+    fn allocator(&self) -> Option<ForeignAllocator> {
+        None
+    }
 
     /// For the peer's [`open`](Self::open): at most [`ADDRESS_BYTES_MAX`]. It does not change while the fabric lives.
     fn address(&self) -> Vec<u8>;

@@ -28,6 +28,7 @@ use super::{
     RegisterRefused, Submission, TransferId, Transport, TransportEvent, TransportSink, Write,
 };
 use crate::page::Page;
+use crate::page::arena::ForeignAllocator;
 use lender::Lender;
 use puller::PullerParts;
 use shared::{Pulling, Shared, join};
@@ -209,7 +210,7 @@ impl LinkTransport {
             lender: Lender::new(Arc::clone(fabric), params.staging),
             parts: PullerParts {
                 fabric: Arc::clone(fabric),
-                staging: Staging::new(params.staging),
+                staging: Staging::new(params.staging, None),
             },
         });
         let shared = Arc::new(Shared::new(
@@ -237,6 +238,14 @@ impl LinkTransport {
 impl Transport for LinkTransport {
     fn capability(&self) -> &Capability {
         &self.capability
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.fabric.as_ref()?.wire()
+    }
+
+    fn allocator(&self) -> Option<ForeignAllocator> {
+        self.fabric.as_ref()?.allocator()
     }
 
     fn endpoint(&self) -> EndpointRecord {

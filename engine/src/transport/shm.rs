@@ -242,6 +242,10 @@ impl Fabric for ShmFabric {
         }
     }
 
+    fn wire(&self) -> Option<String> {
+        Some("this host's memory".to_owned())
+    }
+
     fn address(&self) -> Vec<u8> {
         self.address.encode()
     }
@@ -253,7 +257,11 @@ impl Fabric for ShmFabric {
     fn export(&self, arena: &Arc<Arena>) -> Result<ArenaKey, FabricError> {
         let mut exported = self.exported.lock().unwrap_or_else(|e| e.into_inner());
         exported.insert(arena.id(), Arc::clone(arena));
-        let place = Place::of(arena.file()).map_err(|error| FabricError::Memory {
+        let file = arena.file().ok_or_else(|| FabricError::Memory {
+            fabric: CAPABILITY.name,
+            detail: "a library allocated it, so it is in no file".to_owned(),
+        })?;
+        let place = Place::of(file).map_err(|error| FabricError::Memory {
             fabric: CAPABILITY.name,
             detail: error.to_string(),
         })?;

@@ -7,6 +7,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
+use crate::page::arena::ForeignAllocator;
 use crate::page::{KvDtype, Page, PageShape};
 
 /// How much staging memory a transport has, for each direction.
@@ -61,9 +62,10 @@ pub(crate) const fn plain_shape(bytes: usize) -> PageShape {
 }
 
 impl Staging {
-    /// Makes the slots. Where the system has no shared memory there are none, and nothing fits.
-    pub(crate) fn new(size: StagingSize) -> Arc<Self> {
-        let made = Page::pool(plain_shape(size.slot_bytes), size.slots);
+    /// Makes the slots, of memory of this library if one is given. Where the system has no shared memory there are none,
+    /// and nothing fits.
+    pub(crate) fn new(size: StagingSize, allocator: Option<ForeignAllocator>) -> Arc<Self> {
+        let made = Page::pool_of(allocator, plain_shape(size.slot_bytes), size.slots);
         let free = made.unwrap_or_else(|error| {
             tracing::warn!(%error, "no staging memory for the kv transport: short runs go through its stream");
             Vec::new()
@@ -191,7 +193,7 @@ mod tests {
 
     #[test]
     fn slots_are_of_one_arena_and_come_back() {
-        let staging = Staging::new(SIZE);
+        let staging = Staging::new(SIZE, None);
         assert!(staging.fits(1000) && !staging.fits(1001));
         let (first, second) = (staging.try_take().unwrap(), staging.try_take().unwrap());
         let arena = |slot: &Slot| slot.page().arena().unwrap().0.id();
@@ -204,7 +206,7 @@ mod tests {
 
     #[test]
     fn who_wants_a_slot_is_woken_when_one_is_free() {
-        let staging = Staging::new(SIZE);
+        let staging = Staging::new(SIZE, None);
         let taken: Vec<_> = (0..2).map(|_| staging.try_take().unwrap()).collect();
         let (woken, wakes) = channel();
         let told = woken.clone();
@@ -227,7 +229,7 @@ mod tests {
 
     #[test]
     fn waiting_for_a_slot_ends_with_it_or_with_the_deadline() {
-        let staging = Staging::new(SIZE);
+        let staging = Staging::new(SIZE, None);
         let taken: Vec<_> = (0..2).map(|_| staging.try_take().unwrap()).collect();
         assert!(staging.take(Instant::now()).is_none());
         let waiter = std::thread::spawn({
@@ -244,7 +246,7 @@ mod tests {
 
     #[test]
     fn without_slots_nothing_fits() {
-        let staging = Staging::new(StagingSize { slots: 0, ..SIZE });
+        let staging = Staging::new(StagingSize { slots: 0, ..SIZE }, None);
         assert!(!staging.fits(1));
         assert!(staging.try_take().is_none());
     }

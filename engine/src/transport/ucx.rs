@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::io::PipeWriter;
+use std::io::{self, PipeWriter};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -20,13 +20,13 @@ use std::time::{Duration, Instant};
 use baton_ucx_sys::Library;
 
 use self::connection::{Connection, ConnectionError, Limits};
-use self::context::{Context, Memory, StartError, version_text};
+use self::context::{CallError, Context, Memory, StartError, version_text};
 use self::record::{AddressRecord, KeyRecord};
 use self::worker::Worker;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
-use crate::page::arena::Arena;
+use crate::page::arena::{Arena, ForeignAllocator, ForeignMemory};
 
 mod connection;
 mod context;
@@ -74,14 +74,26 @@ pub(crate) struct Ucx {
     address: Vec<u8>,
     version: (u16, u16),
     exports: Mutex<HashMap<u64, Export>>,
+    /// To the peer that was opened last.
+    wire: Mutex<Option<String>>,
     closed: Arc<AtomicBool>,
     answering: Option<Answering>,
 }
 
 #[derive(Debug)]
 struct Export {
-    _memory: Memory,
+    _registered: Registered,
     key: ArenaKey,
+}
+
+/// What keeps exported memory readable.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held, not read")]
+enum Registered {
+    /// Our registration of it.
+    Memory(Memory),
+    /// The arena, which UCX allocated.
+    Arena(Arc<Arena>),
 }
 
 /// The thread that answers readers, until its pipe is closed.
@@ -154,27 +166,40 @@ impl Ucx {
             address: record.encode(),
             version,
             exports: Mutex::default(),
+            wire: Mutex::default(),
             closed: Arc::default(),
             answering: Some(answering),
         })
     }
 
-    fn registered(&self, arena: &Arc<Arena>) -> Result<Export, FabricError> {
-        let memory_error = |error: context::CallError| FabricError::Memory {
-            fabric: UCX,
-            detail: error.to_string(),
+    fn exported(&self, arena: &Arc<Arena>) -> Result<Export, CallError> {
+        let export = |memory: &Memory| {
+            let record = KeyRecord {
+                base: memory.address(),
+                bytes: arena.bytes() as u64,
+                key: memory.key()?,
+            };
+            Ok(ArenaKey(record.encode()))
         };
-        let memory = self.context.register(arena).map_err(memory_error)?;
-        let record = KeyRecord {
-            base: memory.base(),
-            bytes: memory.bytes() as u64,
-            key: memory.key().map_err(memory_error)?,
-        };
+        if let Some(memory) = arena.foreign::<Memory>() {
+            return Ok(Export {
+                key: export(memory)?,
+                _registered: Registered::Arena(Arc::clone(arena)),
+            });
+        }
+        let memory = self.context.register(arena)?;
         Ok(Export {
-            _memory: memory,
-            key: ArenaKey(record.encode()),
+            key: export(&memory)?,
+            _registered: Registered::Memory(memory),
         })
     }
+}
+
+/// Memory of UCX's own for an arena.
+fn allocate(bytes: usize) -> io::Result<Box<dyn ForeignMemory>> {
+    let context = Context::shared().map_err(io::Error::other)?;
+    let memory = context.allocate(bytes).map_err(io::Error::other)?;
+    Ok(Box::new(memory))
 }
 
 impl Fabric for Ucx {
@@ -184,6 +209,14 @@ impl Fabric for Ucx {
 
     fn terms(&self) -> FabricTerms {
         TERMS
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.wire.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    fn allocator(&self) -> Option<ForeignAllocator> {
+        Some(allocate)
     }
 
     fn address(&self) -> Vec<u8> {
@@ -199,7 +232,13 @@ impl Fabric for Ucx {
         let mut exports = self.exports.lock().unwrap_or_else(|e| e.into_inner());
         let export = match exports.entry(arena.id()) {
             Entry::Occupied(there) => there.into_mut(),
-            Entry::Vacant(place) => place.insert(self.registered(arena)?),
+            Entry::Vacant(place) => {
+                let exported = self.exported(arena).map_err(|error| FabricError::Memory {
+                    fabric: UCX,
+                    detail: error.to_string(),
+                })?;
+                place.insert(exported)
+            }
         };
         Ok(export.key.clone())
     }
@@ -233,6 +272,7 @@ impl Fabric for Ucx {
         })?;
         let wire = wire::described(connection.description().as_deref());
         tracing::debug!(version = self.context.version(), wire, "UCX reaches a peer");
+        *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
         Ok(Box::new(UcxPeer {
             connection,
             wire,
@@ -255,8 +295,8 @@ impl Drop for Ucx {
 }
 
 impl Answering {
-    fn start(mut worker: Worker) -> std::io::Result<Self> {
-        let (stopped, stop) = std::io::pipe()?;
+    fn start(mut worker: Worker) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
         let answer = move || {
             // Nothing is ever written to the pipe: it can be read when its other end is closed.
             while !worker.wait(Some(stopped.as_fd()), ANSWER_WAIT) {

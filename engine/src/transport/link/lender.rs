@@ -54,9 +54,10 @@ pub(super) struct Lender {
 
 impl Lender {
     pub(super) fn new(fabric: Arc<dyn Fabric>, size: StagingSize) -> Self {
+        let allocator = fabric.allocator();
         Self {
             fabric,
-            staging: Staging::new(size),
+            staging: Staging::new(size, allocator),
             sequence: AtomicU64::new(1),
             exported: Mutex::default(),
         }

@@ -234,7 +234,7 @@ fn open(shared: &Shared, request: &Request) -> Result<File, String> {
             "{total} bytes are more than one request may ask for"
         ));
     }
-    let file = arena.file().try_clone();
+    let file = arena.file().ok_or("it is in no file")?.try_clone();
     file.map_err(|error| error.to_string())
 }
 

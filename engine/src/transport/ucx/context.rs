@@ -17,7 +17,7 @@ use baton_ucx_sys as sys;
 use sys::{Library, LoadError, Status};
 
 use super::log;
-use crate::page::arena::Arena;
+use crate::page::arena::{Arena, ForeignMemory};
 
 /// Names the network interface, where UCX's own `UCX_NET_DEVICES` does not.
 const INTERFACE_VARIABLE: &str = "TRTLLM_UCX_INTERFACE";
@@ -170,6 +170,33 @@ impl Context {
         })
     }
 
+    /// Allocates memory that UCX likes best. It is resident where it was touched, but for what the system wants at once.
+    pub(super) fn allocate(&'static self, bytes: usize) -> Result<Memory, CallError> {
+        let mut params = sys::MemoryMapParams::zeroed();
+        params.field_mask = sys::UCP_MEM_MAP_PARAM_FIELD_ADDRESS
+            | sys::UCP_MEM_MAP_PARAM_FIELD_LENGTH
+            | sys::UCP_MEM_MAP_PARAM_FIELD_FLAGS;
+        params.length = bytes;
+        params.flags = sys::UCP_MEM_MAP_ALLOCATE;
+        let raw = self.map(&params)?;
+        let mut memory = Memory {
+            context: self,
+            raw,
+            base: ptr::null_mut(),
+            bytes: 0,
+            _arena: None,
+        };
+        let mut attributes = sys::MemoryAttributes::zeroed();
+        attributes.field_mask = sys::UCP_MEM_ATTR_FIELD_ADDRESS | sys::UCP_MEM_ATTR_FIELD_LENGTH;
+        // SAFETY: the memory is alive, and the attributes are this function's own.
+        let status =
+            unsafe { (self.library.functions.ucp_mem_query)(raw.as_ptr(), &mut attributes) };
+        self.checked("ucp_mem_query", status)?;
+        memory.base = attributes.address.cast();
+        memory.bytes = attributes.length;
+        Ok(memory)
+    }
+
     fn map(&self, params: &sys::MemoryMapParams) -> Result<NonNull<sys::Memory>, CallError> {
         let mut raw = ptr::null_mut();
         // SAFETY: the parameters are whole; memory that they name is an arena's, which the caller keeps for as long.
@@ -268,15 +295,22 @@ impl fmt::Debug for Memory {
     }
 }
 
-impl Memory {
-    /// Where it begins in this process.
-    pub(super) fn base(&self) -> u64 {
-        self.base.addr() as u64
+// SAFETY: `allocate` is the only way to memory without an arena, and UCX takes it from the kernel, zeroed and in whole
+// pages (see `ALLOCATORS`), to keep it until it is unmapped; peers are only ever given what reads it.
+unsafe impl ForeignMemory for Memory {
+    fn base(&self) -> NonNull<u8> {
+        NonNull::new(self.base).unwrap_or(NonNull::dangling())
     }
 
-    /// Its length.
-    pub(super) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         self.bytes
+    }
+}
+
+impl Memory {
+    /// Where it begins in this process.
+    pub(super) fn address(&self) -> u64 {
+        self.base.addr() as u64
     }
 
     /// What a peer needs to reach it, in UCX's own form.

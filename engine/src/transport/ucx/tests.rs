@@ -5,6 +5,8 @@
 use std::io::{BufRead, BufReader, Write as _};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use nix::sys::signal::Signal;
+
 use super::*;
 use crate::page::Page;
 use crate::transport::staging::plain_shape;
@@ -32,7 +34,20 @@ fn fill(page: &mut Page, seed: usize) {
 }
 
 fn pool(bytes: usize, count: usize) -> Vec<Page> {
-    let mut pages = Page::pool(plain_shape(bytes), count).unwrap();
+    filled(Page::pool(plain_shape(bytes), count).unwrap())
+}
+
+/// Of memory that UCX allocated.
+fn own_pool(bytes: usize, count: usize) -> Vec<Page> {
+    let pages = Page::pool_of(Some(allocate), plain_shape(bytes), count).unwrap();
+    let (arena, _) = pages[0].arena().unwrap();
+    assert!(arena.file().is_none(), "UCX gave no memory");
+    let blank = |page: &Page| page.as_bytes().iter().all(|byte| *byte == 0);
+    assert!(pages.iter().all(blank));
+    filled(pages)
+}
+
+fn filled(mut pages: Vec<Page>) -> Vec<Page> {
     for (seed, page) in pages.iter_mut().enumerate() {
         fill(page, seed);
     }
@@ -62,7 +77,7 @@ fn read(
 #[test]
 fn runs_of_several_arenas_are_read_at_once() {
     let (writer, reader) = (started(), started());
-    let pools = [pool(3 << 20, 2), pool(1 << 20, 1)];
+    let pools = [pool(3 << 20, 2), own_pool(1 << 20, 2)];
     assert!(reader.reaches(&writer.address()));
     let mut peer = reader.open(&writer.address(), soon()).unwrap();
     let strided = Run {
@@ -77,6 +92,7 @@ fn runs_of_several_arenas_are_read_at_once() {
         (&pools[0][1], Runs::whole(3 << 20)),
         (&pools[0][0], Runs::whole(1)),
         (&pools[0][0], Runs::whole(0)),
+        (&pools[1][1], Runs::new([strided]).unwrap()),
         (&pools[1][0], Runs::new([strided]).unwrap()),
     ];
     let arenas: Vec<_> = cases
@@ -157,8 +173,16 @@ fn what_is_not_of_ucx_never_reaches_ucx() {
 #[test]
 fn a_read_ends_early_when_it_is_given_up_late_or_the_fabric_is_closed() {
     let fabric = started();
-    let source = pool(4 << 20, 1);
-    let key = key_of(&fabric, &source[0]);
+    for source in [pool(4 << 20, 1), own_pool(4 << 20, 1)] {
+        ends_early(&fabric, &source[0]);
+    }
+    fabric.close();
+    let error = fabric.open(&fabric.address(), soon()).unwrap_err();
+    assert_eq!(error, FabricError::Cancelled { fabric: UCX });
+}
+
+fn ends_early(fabric: &Ucx, source: &Page) {
+    let key = key_of(fabric, source);
     let (runs, mut page) = (Runs::whole(4 << 20), Page::zeroed(plain_shape(4 << 20)));
     let mut fresh = |deadline, cancelled: bool| {
         let mut peer = fabric.open(&fabric.address(), soon()).unwrap();
@@ -182,9 +206,6 @@ fn a_read_ends_early_when_it_is_given_up_late_or_the_fabric_is_closed() {
     let (late, after) = fresh(Instant::now(), false);
     assert_eq!(late, Err(FabricError::TimedOut { fabric: UCX }));
     assert!(matches!(after, Err(FabricError::Read { .. })), "{after:?}");
-    fabric.close();
-    let error = fabric.open(&fabric.address(), soon()).unwrap_err();
-    assert_eq!(error, FabricError::Cancelled { fabric: UCX });
 }
 
 #[test]
@@ -229,7 +250,7 @@ impl Exporter {
         }
     }
 
-    fn signal(&self, signal: nix::sys::signal::Signal) {
+    fn signal(&self, signal: Signal) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();
     }
@@ -266,7 +287,7 @@ fn told(lines: &mut BufReader<ChildStdout>, word: &str) -> Vec<u8> {
 
 fn say(word: &str, bytes: &[u8]) {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let mut out = std::io::stdout().lock();
+    let mut out = io::stdout().lock();
     // A line of its own, whatever the test harness printed before.
     writeln!(out, "\n{word} {hex}").unwrap();
     out.flush().unwrap();
@@ -276,19 +297,28 @@ fn say(word: &str, bytes: &[u8]) {
 #[ignore = "it is the other process of the tests below"]
 fn exporter() {
     let memory = std::env::var(EXPORTER_VARIABLE).expect("only started by other tests");
-    assert_eq!(memory, "file");
     let fabric = started();
-    let pages = pool(EXPORTED_BYTES, 1);
+    let pages = match memory.as_str() {
+        "file" => pool(EXPORTED_BYTES, 1),
+        "ucx" => own_pool(EXPORTED_BYTES, 1),
+        other => panic!("{other}"),
+    };
     say("address", &fabric.address());
     say("key", &key_of(&fabric, &pages[0]));
     // Ends with the process that started it.
     let mut line = String::new();
-    std::io::stdin().read_line(&mut line).unwrap();
+    io::stdin().read_line(&mut line).unwrap();
 }
 
 #[test]
 fn another_process_is_read_whole() {
-    let exporter = Exporter::start("file");
+    for memory in ["file", "ucx"] {
+        is_read_whole(memory);
+    }
+}
+
+fn is_read_whole(memory: &str) {
+    let exporter = Exporter::start(memory);
     let reader = started();
     let (mut peer, arena) = exporter.peer(&reader);
     let mut page = Page::zeroed(plain_shape(EXPORTED_BYTES));
@@ -306,7 +336,7 @@ fn a_killed_process_fails_the_read_or_leaves_it_whole_and_nothing_is_written_aft
     let (mut peer, arena) = exporter.peer(&reader);
     let mut page = Page::zeroed(plain_shape(EXPORTED_BYTES));
     let runs = Runs::whole(EXPORTED_BYTES);
-    exporter.signal(nix::sys::signal::Signal::SIGKILL);
+    exporter.signal(Signal::SIGKILL);
     let deadline = Instant::now() + Duration::from_secs(2);
     let ended = read(&mut *peer, arena, &runs, &mut page, deadline);
     if ended.is_ok() {
@@ -324,7 +354,7 @@ fn a_stopped_process_costs_no_more_than_the_deadline() {
     let exporter = Exporter::start("file");
     let reader = started();
     let (mut peer, arena) = exporter.peer(&reader);
-    exporter.signal(nix::sys::signal::Signal::SIGSTOP);
+    exporter.signal(Signal::SIGSTOP);
     let mut page = Page::zeroed(plain_shape(EXPORTED_BYTES));
     let runs = Runs::whole(EXPORTED_BYTES);
     let deadline = Instant::now() + Duration::from_millis(300);
@@ -334,10 +364,26 @@ fn a_stopped_process_costs_no_more_than_the_deadline() {
         "{ended:?}"
     );
     let before = page.as_bytes().to_vec();
-    exporter.signal(nix::sys::signal::Signal::SIGCONT);
+    exporter.signal(Signal::SIGCONT);
     // It answers what it was asked before; nobody here writes that down any more.
     let (mut again, arena) = exporter.peer(&reader);
     let mut other = Page::zeroed(plain_shape(EXPORTED_BYTES));
     read(&mut *again, arena, &runs, &mut other, soon()).unwrap();
     assert!(page.as_bytes() == before);
+}
+
+#[test]
+fn memory_of_ucx_is_mapped_and_needs_nothing_of_its_process() {
+    let exporter = Exporter::start("ucx");
+    let reader = started();
+    let mut expected = Page::zeroed(plain_shape(EXPORTED_BYTES));
+    fill(&mut expected, 0);
+    let (mut peer, arena) = exporter.peer(&reader);
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        exporter.signal(signal);
+        let mut page = Page::zeroed(plain_shape(EXPORTED_BYTES));
+        let runs = Runs::whole(EXPORTED_BYTES);
+        read(&mut *peer, arena, &runs, &mut page, soon()).unwrap();
+        assert!(page.as_bytes() == expected.as_bytes(), "{signal}");
+    }
 }
