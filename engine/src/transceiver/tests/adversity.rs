@@ -428,17 +428,22 @@ fn a_lying_context_server_is_found_out_and_no_page_is_lost() {
         tell_lie(&liar, peer, &request, &lie);
         let error = generation.outcome(1).unwrap_err();
         match (lie, &error) {
-            // The second one came while the first was still in place.
+            // The second one came while the first was still in place, or was on its way to it.
             (SamePieceTwice, HandoffError::Transport(text)) => {
-                assert!(text.contains("where it does not belong"), "{text}");
+                let found_out = ["where it does not belong", "twice"];
+                assert!(found_out.iter().any(|t| text.contains(t)), "{text}");
             }
-            (DoneWithoutPieces | SamePieceTwice, error) => {
+            (DoneWithoutPieces, error) => {
                 let text = error.to_string();
                 assert!(text.starts_with("timed out"), "{text}");
                 assert!(
                     text.contains("of 3 pages came from context server"),
                     "{text}"
                 );
+            }
+            // A wire that is slow to begin may not have brought the first one either.
+            (SamePieceTwice, error) => {
+                assert!(matches!(error, HandoffError::TimedOut(_)), "{error}");
             }
             (_, error) => assert!(matches!(error, HandoffError::Transport(_)), "{error}"),
         }

@@ -306,6 +306,13 @@ impl Connection {
         drop(self.wake.wait_while(queue, |queue| queue.closed.is_none()));
     }
 
+    /// Waits until the peer has pulled all that was described, or for the end, or as long as `patience`.
+    pub(super) fn wait_pulled(&self, patience: Duration) {
+        let queue = self.lock();
+        let open = |queue: &mut Queue| queue.closed.is_none() && !queue.in_flight.is_empty();
+        drop(self.wake.wait_timeout_while(queue, patience, open));
+    }
+
     /// Why it was closed.
     pub(super) fn reason(&self) -> String {
         let queue = self.lock();
@@ -339,6 +346,12 @@ impl Connection {
         drop(queue);
         self.wake.notify_all();
         Some(flying)
+    }
+
+    /// Writes that the peer has not pulled yet; for tests that wait for it to know of them.
+    #[cfg(test)]
+    pub(super) fn in_flight(&self) -> usize {
+        self.lock().in_flight.len()
     }
 
     /// Slots of the staging memory that the peer is reading.

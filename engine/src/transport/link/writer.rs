@@ -189,6 +189,10 @@ impl<'a> Writer<'a> {
                 };
             }
         }
+        if let Some((_, Fault::Cut)) = fault {
+            // What comes before a cut arrives, as it does from a stream.
+            connection.wait_pulled(self.tuning.stall_timeout);
+        }
         let head = head(Kind::Pull, &write, DESCRIPTOR_BYTES);
         drop(write);
         let descriptor = lent.descriptor.encode();

@@ -145,6 +145,8 @@ impl FabricPeer for ScriptedPeer {
 /// A writer and a reader over scripted fabrics, connected.
 struct Scene {
     writer: Node,
+    /// The writer's transport, to look into.
+    lender: Arc<LinkTransport>,
     reader: Node,
     to_reader: PeerId,
     script: Arc<(Mutex<Script>, Condvar)>,
@@ -152,7 +154,9 @@ struct Scene {
     lending: Arc<(Mutex<Script>, Condvar)>,
 }
 
-fn scripted(terms: FabricTerms) -> (Node, Arc<(Mutex<Script>, Condvar)>) {
+type SharedScript = Arc<(Mutex<Script>, Condvar)>;
+
+fn scripted(terms: FabricTerms) -> (Node, Arc<LinkTransport>, SharedScript) {
     let script = Arc::<(Mutex<Script>, Condvar)>::default();
     let fabric = Arc::new(Scripted {
         terms,
@@ -168,12 +172,16 @@ fn scripted(terms: FabricTerms) -> (Node, Arc<(Mutex<Script>, Condvar)>) {
         ..params(brisk(), "")
     };
     let transport = Arc::new(LinkTransport::over(fabric, params, sink).unwrap());
-    (Node { events, transport }, script)
+    let node = Node {
+        events,
+        transport: Arc::clone(&transport) as Arc<dyn Transport>,
+    };
+    (node, transport, script)
 }
 
 fn scene(terms: FabricTerms) -> Scene {
-    let (writer, lending) = scripted(terms);
-    let (reader, script) = scripted(terms);
+    let (writer, lender, lending) = scripted(terms);
+    let (reader, _, script) = scripted(terms);
     let deadline = Instant::now() + PATIENCE;
     assert!(writer.transport.reaches(&reader.transport.endpoint()));
     let to_reader = writer
@@ -182,6 +190,7 @@ fn scene(terms: FabricTerms) -> Scene {
         .unwrap();
     Scene {
         writer,
+        lender,
         reader,
         to_reader,
         script,
@@ -382,7 +391,8 @@ fn what_waits_is_read_together_but_never_one_region_twice() {
         scene.write(&source, target, Runs::whole(200_000));
     }
     let deadline = Instant::now() + PATIENCE;
-    while Arc::strong_count(&source) < 7 {
+    let shared = &scene.lender.shared;
+    while shared.peer(scene.to_reader).unwrap().in_flight() < 6 {
         assert!(Instant::now() < deadline);
         std::thread::yield_now();
     }
@@ -451,7 +461,7 @@ fn pull_frame(region: &RemoteRegion, bytes: usize, offset: u64) -> Vec<u8> {
 
 #[test]
 fn a_lying_peer_makes_nobody_read_beyond_what_was_exported() {
-    let (node, script) = scripted(TERMS);
+    let (node, _, script) = scripted(TERMS);
     let source = page(1000, 1);
     let exported = source.arena().unwrap().0;
     EXPORTED
