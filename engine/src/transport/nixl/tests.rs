@@ -18,6 +18,8 @@ use super::super::runs::{Run, Runs};
 use super::*;
 use crate::page::{KvDtype, Page, PageShape};
 
+mod neighbours;
+
 /// Longer than anything takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
