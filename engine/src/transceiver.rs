@@ -247,11 +247,25 @@ impl Transceiver {
     }
 
     /// How peers reach this rank.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn rank_record(&self) -> RankRecord {
         self.template.ranks[0].clone()
     }
 
     /// Says which ranks the instance has, this one included; tickets name them all.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn set_ranks(&mut self, ranks: Vec<RankRecord>) {
         self.template.ranks = ranks;
     }
@@ -260,6 +274,13 @@ impl Transceiver {
     ///
     /// # Errors
     /// When too many leases are held, or the state is none.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "the ranks of an instance hand over through their leader so far"
+        )
+    )]
     pub(crate) fn join_offer(&mut self, offer: Offer, state: &[u8]) -> Result<(), HandoffError> {
         let state = OpaqueState::decode(state)?;
         self.hold(offer, state.nonce)

@@ -171,7 +171,9 @@ fn encode_wires(
     encoder: &mut DescriptorEncoder<'_>,
     wires: &[WireStats],
 ) -> Result<(), std::fmt::Error> {
-    let readings: [(&str, &str, fn(&WireStats) -> u64); 3] = [
+    /// Name, help and value.
+    type Reading = (&'static str, &'static str, fn(&WireStats) -> u64);
+    let readings: [Reading; 3] = [
         (
             "kv_transport_sent_bytes",
             "Payload bytes handed to each transport",

@@ -154,7 +154,7 @@ impl Desk {
                 ctx_request_id,
                 state,
                 reason,
-            } => self.on_reject(ctx_request_id, *state, reason),
+            } => self.on_reject(ctx_request_id, &state, reason),
             Command::Stop => self.on_stop(),
         }
     }

@@ -232,14 +232,14 @@ impl Desk {
     }
 
     /// Tells a context instance that its KV cannot be used here.
-    pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: OpaqueState, reason: String) {
+    pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: &OpaqueState, reason: String) {
         // The last way is the one that needs least in common.
         let ranks: Vec<_> = state
             .ranks
             .iter()
             .map(|record| record.rank as usize)
             .collect();
-        let ways = ways(self.around.wires.all(), &state, &ranks);
+        let ways = ways(self.around.wires.all(), state, &ranks);
         let Some(way) = ways.ok().and_then(|mut ways| ways.pop_back()) else {
             return;
         };

@@ -320,7 +320,10 @@ fn any_grid(layers: usize, kv_heads: usize) -> impl Strategy<Value = (usize, usi
     (prop::sample::select(tensors), 1..=layers)
 }
 
-fn any_pair() -> impl Strategy<Value = (Model, [(usize, usize); 2], [usize; 2], Range<usize>)> {
+/// A model, two grids, two block sizes, and the tokens that travel.
+type Pair = (Model, [(usize, usize); 2], [usize; 2], Range<usize>);
+
+fn any_pair() -> impl Strategy<Value = Pair> {
     (1_usize..8, 1_usize..5, 1_usize..4).prop_flat_map(|(layers, kv_heads, head_dim)| {
         let model = Model {
             layers,

@@ -145,6 +145,10 @@ impl Group {
     }
 
     fn assert_dense(&self, first_token: usize) {
+        let wanted = |token, row| match (first_token..TOKENS).contains(&token) {
+            true => row,
+            false => [0.0; 6],
+        };
         for (rank, node) in self.ranks.iter().enumerate() {
             for (&index, page) in &node.back {
                 let index = index as usize;
@@ -152,11 +156,7 @@ impl Group {
                     let block = self.whole.tokens_per_block;
                     let token = index * block + at % block;
                     let found = &page.as_f32()[at * 6..][..6];
-                    let expected = if (first_token..TOKENS).contains(&token) {
-                        row
-                    } else {
-                        [0.0; 6]
-                    };
+                    let expected = wanted(token, row);
                     assert_eq!(found, expected, "rank {rank}, page {index}, row {at}");
                 }
             }

@@ -134,7 +134,8 @@ impl FabricPeer for ScriptedPeer {
             let from = arena(job.from.handle).expect("a source lives while it is read");
             for (source, target) in job.runs.stretches() {
                 let to = &mut job.page.as_bytes_mut()[target];
-                from.file().read_exact_at(to, source.start as u64).unwrap();
+                let file = from.file().unwrap();
+                file.read_exact_at(to, source.start as u64).unwrap();
             }
         }
         Ok(())
