@@ -193,7 +193,7 @@ impl Geometry {
         let elements = piece / PIECE_STEP;
         let head_dim = 1 << elements.trailing_zeros().min(HEAD_DIM_BITS_MAX);
         let kv_heads = elements / head_dim;
-        if piece == 0 || piece % PIECE_STEP != 0 || kv_heads > HEADS_MAX {
+        if piece == 0 || !piece.is_multiple_of(PIECE_STEP) || kv_heads > HEADS_MAX {
             return Err(anyhow!(
                 "a piece of {piece} bytes cannot be made\nhint: a multiple of {PIECE_STEP}; of {} above {} bytes",
                 PIECE_STEP << HEAD_DIM_BITS_MAX,
