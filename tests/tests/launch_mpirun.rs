@@ -133,3 +133,38 @@ async fn a_world_of_the_wrong_size_shows_the_sum() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_bench_pairs_the_ranks() {
+    if !launch::has_mpirun() {
+        eprintln!("{SKIPPED}");
+        return;
+    }
+    let small = ["--shape", "smollm2-135m", "--tokens", "64", "--repeat", "1"];
+    let arguments = [&["bench", "kv", "--json", "--transport", "tcp"][..], &small].concat();
+    let mut launcher = Launcher::mpirun(4, &arguments, &[]);
+    let status = launcher.ended(GONE).await;
+    let log = launcher.log();
+    assert!(status.success(), "{log}");
+    let mut pairs: Vec<(u64, u64)> = Vec::new();
+    for line in log.lines().filter(|line| line.starts_with('{')) {
+        let report: serde_json::Value = serde_json::from_str(line).expect("a report a line");
+        assert_eq!(report["verdict"]["pass"], true, "{report:#}");
+        let rank = |side: &str| report["ranks"][side].as_u64().expect("a rank");
+        pairs.push((rank("to"), rank("from")));
+    }
+    pairs.sort_unstable();
+    assert_eq!(pairs, [(0, 1), (2, 3)], "{log}");
+    let mut launcher = Launcher::mpirun(3, &arguments, &[]);
+    assert_eq!(
+        launcher.ended(GONE).await.code(),
+        Some(64),
+        "{}",
+        launcher.log()
+    );
+    assert!(
+        launcher.log().contains("3 ranks make no pairs"),
+        "{}",
+        launcher.log()
+    );
+}

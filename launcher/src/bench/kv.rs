@@ -1,7 +1,7 @@
 //! `baton bench kv`: moves the KV of a model's shape between two processes with the engine's own transceiver.
 //!
-//! One process holds the KV and the other fetches it; the first is a child of the second, or a process of another
-//! machine. Every byte of every round is compared off the clock, besides the checksums on it. Absent: a model, a
+//! One process holds the KV and the other fetches it; the first is a child of the second, a process of another machine,
+//! or the next rank of one srun or mpirun. Every byte of every round is compared off the clock, besides the checksums on it. Absent: a model, a
 //! device other than the processor.
 //!
 //! Invariant: a run is valid only when each case that was planned passed and moved exactly what it should.
@@ -13,6 +13,7 @@ mod hold;
 mod message;
 mod node;
 mod pages;
+mod ranks;
 mod reference;
 mod report;
 mod shape;
@@ -30,6 +31,7 @@ use self::control::Control;
 use self::fetch::{Failure, Rounds, Tally};
 use self::hold::of_control;
 use self::message::{Answer, Ask, PROTOCOL, Setting};
+use self::ranks::Part;
 use self::report::{CaseResult, Status};
 use self::shape::{Cut, Geometry, Shape, ShapeRecord};
 use self::transports::Selection;
@@ -92,32 +94,62 @@ pub(crate) fn run(args: &BenchKvArgs) -> anyhow::Result<Outcome> {
     let plan = Plan::new(args)?;
     // What is missing here is said before anything is started.
     transports::select(&args.transport, &[])?;
-    plan.check_memory(args.peer.peer.is_none())?;
-    let control = match &args.peer.peer {
-        Some(address) => Control::connect(address, wait),
-        None => Control::child(),
+    let (mut control, pair) = match &args.peer.peer {
+        Some(address) => (Control::connect(address, wait).map_err(of_control)?, None),
+        None => match ranks::part(wait)? {
+            Some(Part::Hold(mut control)) => return hold::serve(&mut control),
+            Some(Part::Fetch(control, pair)) => (control, Some(pair)),
+            None => {
+                plan.check_memory(true)?;
+                (Control::child().map_err(of_control)?, None)
+            }
+        },
     };
-    let mut control = control.map_err(of_control)?;
+    plan.check_memory(false)?;
+    // Pairs that run at the same time must not mix their lines.
+    let mut kept = Vec::new();
     let mut print = |line: &str| -> anyhow::Result<()> {
-        if args.json {
-            return Ok(());
+        match (args.json, pair) {
+            (true, _) => Ok(()),
+            (false, Some(_)) => {
+                kept.push(line.to_owned());
+                Ok(())
+            }
+            (false, None) => say(line),
         }
-        writeln!(std::io::stdout(), "{line}").context("cannot write to stdout")
     };
     let select = |missing: &[_]| transports::select(&args.transport, missing);
-    let report = plan.run(&mut control, select, &mut print)?;
+    let mut report = plan.run(&mut control, select, &mut print)?;
+    report.ranks = pair;
     print(&report.footer())?;
+    if let Some(pair) = pair.filter(|_| !args.json) {
+        say(&format!(
+            "rank {} from rank {}\n{}",
+            pair.to,
+            pair.from,
+            kept.join("\n")
+        ))?;
+    }
     publish(args, &report)?;
     Ok(report.verdict.outcome)
 }
 
+fn say(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")
+}
+
 fn publish(args: &BenchKvArgs, report: &Report) -> anyhow::Result<()> {
-    let text = serde_json::to_string_pretty(report)?;
     if args.json {
-        writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")?;
+        // One line a pair, where there may be several.
+        let text = match report.ranks {
+            Some(_) => serde_json::to_string(report)?,
+            None => serde_json::to_string_pretty(report)?,
+        };
+        say(&text)?;
     }
     if let Some(path) = &args.output {
-        write_whole(path, &(text + "\n"))
+        let text = serde_json::to_string_pretty(report)? + "\n";
+        write_whole(path, &text)
             .with_context(|| format!("cannot write {}", path.display()))
             .outcome(Outcome::Unavailable)?;
     }
@@ -281,6 +313,7 @@ impl Plan {
             shape: self.shape.clone(),
             from,
             to: hold::host_name(),
+            ranks: None,
             repeat: self.rounds.timed,
             warmup: self.rounds.warmup,
             references,

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 
 use serde::{Serialize, Serializer};
 
+use super::ranks::Pair;
 use super::reference::Reference;
 use super::shape::ShapeRecord;
 use super::transports::Skipped;
@@ -114,6 +115,8 @@ pub(crate) struct Report {
     pub(crate) from: String,
     /// Host that fetched it.
     pub(crate) to: String,
+    /// Their ranks, where one srun or mpirun started several pairs.
+    pub(crate) ranks: Option<Pair>,
     /// Timed rounds a case.
     pub(crate) repeat: usize,
     /// Rounds before them.

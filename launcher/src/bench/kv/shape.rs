@@ -29,6 +29,10 @@ pub(super) const SHAPES: &[(&str, Shape)] = &[
 /// Bytes that a piece has a multiple of: two planes of two-byte elements.
 const PIECE_STEP: usize = 4;
 
+/// The heads of a piece: so many at most, of a size with so many bits. The engine takes no longer ones.
+const HEADS_MAX: usize = 4096;
+const HEAD_DIM_BITS_MAX: u32 = 10;
+
 /// What one token's KV looks like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
@@ -180,21 +184,31 @@ impl Geometry {
                 element_bytes: shape.dtype.bytes(),
                 pages: tokens.div_ceil(block),
             }),
-            Cut::Pieces { bytes: piece } if piece == 0 || piece % PIECE_STEP != 0 => {
-                wrong(format!(
-                    "a piece of {piece} bytes cannot be made\nhint: a multiple of {PIECE_STEP}"
-                ))
-            }
-            // A page's planes are of no interest here, so that it may have any size.
-            Cut::Pieces { bytes: piece } => Ok(Self {
-                layers: 1,
-                kv_heads: 1,
-                tokens_per_block: 1,
-                head_dim: piece / PIECE_STEP,
-                element_bytes: 2,
-                pages: bytes.div_ceil(piece),
-            }),
+            Cut::Pieces { bytes: piece } => Self::of_pieces(piece, bytes),
         }
+    }
+
+    /// A page's planes are of no interest here, so that it may have any size that can be multiplied together.
+    fn of_pieces(piece: usize, bytes: usize) -> anyhow::Result<Self> {
+        let elements = piece / PIECE_STEP;
+        let head_dim = 1 << elements.trailing_zeros().min(HEAD_DIM_BITS_MAX);
+        let kv_heads = elements / head_dim;
+        if piece == 0 || !piece.is_multiple_of(PIECE_STEP) || kv_heads > HEADS_MAX {
+            return Err(anyhow!(
+                "a piece of {piece} bytes cannot be made\nhint: a multiple of {PIECE_STEP}; of {} above {} bytes",
+                PIECE_STEP << HEAD_DIM_BITS_MAX,
+                PIECE_STEP * HEADS_MAX
+            ))
+            .outcome(Outcome::Usage);
+        }
+        Ok(Self {
+            layers: 1,
+            kv_heads,
+            tokens_per_block: 1,
+            head_dim,
+            element_bytes: 2,
+            pages: bytes.div_ceil(piece),
+        })
     }
 
     /// Shape of a page; `None` when the numbers, which may come from a peer, are nonsense.
@@ -261,6 +275,10 @@ mod tests {
         assert_eq!((pieces.pages, pieces.page_bytes()), (16_384, 65_536));
         let page = pieces.page().unwrap();
         assert_eq!(page.bytes(), 65_536);
+        for bytes in [4, 4092, 65_536, 1 << 20, 16 << 20] {
+            let pieces = Geometry::new(&shape, 8192, Cut::Pieces { bytes }).unwrap();
+            assert_eq!(pieces.page_bytes(), bytes);
+        }
         assert_eq!(pieces.token_count(), 16_384 * page.tokens_per_block);
         assert_eq!(blocks.page().unwrap().bytes(), blocks.page_bytes());
     }
@@ -303,6 +321,12 @@ mod tests {
             (1, Cut::Blocks { tokens: 0 }),
             (1, Cut::Pieces { bytes: 0 }),
             (1, Cut::Pieces { bytes: 65_537 }),
+            (
+                1,
+                Cut::Pieces {
+                    bytes: (64 << 10) + 4,
+                },
+            ),
         ] {
             assert!(
                 Geometry::new(&shape, tokens, cut).is_err(),
