@@ -32,7 +32,7 @@ use self::simd::Isa;
 use self::team::Team;
 use self::tensor::Buffers;
 use super::{
-    AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable, StepBatch,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable, StepBatch,
     TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
@@ -94,6 +94,8 @@ impl Backend for CpuBackend {
         BackendCapability {
             description: format!("cpu ({}, {threads} {noun})", self.isa.name()),
             host_pages: true,
+            batch_invariant: true,
+            activations: ActivationDtype::F32,
         }
     }
 

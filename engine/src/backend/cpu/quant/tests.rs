@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::super::simd::Isa;
 use super::*;
-use crate::backend::conformance::{DTYPES, assert_same_bits, decoded, ggml};
+use crate::backend::conformance::{DTYPES, assert_same_bits, decoded};
 
 /// Where a block keeps its half-precision numbers.
 fn halves(dtype: WeightDtype) -> &'static [usize] {
