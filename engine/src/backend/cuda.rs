@@ -102,6 +102,7 @@ impl CudaBackend {
         }
     }
 
+    /// Wide ones are dense and have a buffer of their own.
     fn new_tensor(&self, rows: usize, cols: usize, wide: bool) -> CudaTensor {
         let mut tensor = CudaTensor {
             rows,
@@ -199,13 +200,12 @@ impl CudaBackend {
             read(&[]);
             return Ok(());
         }
-        let converted;
-        let buffer = match (&x.buffer, x.wide && x.ld == x.cols) {
-            (Some(buffer), true) => buffer,
+        let buffer = match &x.buffer {
+            Some(buffer) if x.wide => Arc::clone(buffer),
             _ => {
-                converted = Arc::new(self.pool.take(x.rows * x.cols * 4)?);
+                let converted = self.pool.take(x.rows * x.cols * 4)?;
                 self.ops.borrow_mut().to_f32(x, converted.address())?;
-                &converted
+                Arc::new(converted)
             }
         };
         let mut landing = self.landing.borrow_mut();
@@ -214,7 +214,7 @@ impl CudaBackend {
         }
         let landing = landing.as_mut().expect("it was just made");
         let bytes = &mut landing.as_mut_slice()[..count * 4];
-        self.gpu.download(buffer.memory(), x.offset * 4, bytes)?;
+        self.gpu.download(buffer.memory(), 0, bytes)?;
         read(bytemuck::cast_slice(bytes));
         Ok(())
     }

@@ -9,6 +9,8 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
+use baton_configs::llm::LlmOptions;
+
 use crate::backend::{AttentionSpec, Backend, BackendError, BlockId, StepBatch};
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -88,9 +90,18 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Bytes that are left for pages on the device, where it has memory of its own.
-    pub(crate) fn free_device_bytes(&self) -> Option<u64> {
-        self.backend.free_bytes()
+    /// Bytes that are left for pages on the device, where it has memory of its own: what a step's activations take at most
+    /// is not.
+    pub(crate) fn free_device_bytes(&self, options: &LlmOptions) -> Option<u64> {
+        let free = self.backend.free_bytes()?;
+        let config = &self.part.config;
+        let heads = config.heads + 2 * config.kv_heads;
+        let per_token = 2 * config.ffn_width + 4 * config.width + 2 * heads * config.head_dim;
+        let (tokens, sequences) = (options.max_num_tokens, options.max_batch_size);
+        let per_sequence = 4 * (config.vocab + config.width);
+        let activations = 2 * per_token as u64 * u64::from(tokens);
+        let results = per_sequence as u64 * u64::from(sequences.min(tokens));
+        Some(free.saturating_sub(activations + results))
     }
 
     /// Joins the other ranks, whose shards these are. From now on all of them make each step together.

@@ -63,11 +63,7 @@ impl Gpu {
     pub(super) fn open() -> Result<Arc<Self>, CudaError> {
         // SAFETY: it opens the library and looks for nothing in it.
         if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::Missing {
-                library: "libcuda.so",
-                gives: "access to NVIDIA GPUs",
-                hint: "it comes with the NVIDIA driver",
-            });
+            return Err(CudaError::NoDriver);
         }
         // SAFETY: it may be called at any time, any number of times.
         check("cuInit", unsafe { sys::cuInit(0) })

@@ -16,6 +16,9 @@ pub enum CudaError {
         /// How to get it.
         hint: &'static str,
     },
+    /// There is no driver, hence no GPU.
+    #[error("libcuda.so cannot be opened\nhint: it comes with the NVIDIA driver")]
+    NoDriver,
     /// The driver shows no device to this process.
     #[error("no cuda device: {0}")]
     NoDevice(String),
@@ -61,6 +64,11 @@ pub enum CudaError {
 }
 
 impl CudaError {
+    /// Whether there is simply no GPU on this machine, which is nothing to worry about.
+    pub(crate) const fn is_absence(&self) -> bool {
+        matches!(self, Self::NoDriver | Self::NoDevice(_))
+    }
+
     /// The same for the engine; `what` needed memory, where that is what is short.
     pub(super) fn of(self, what: impl Into<String>) -> BackendError {
         match self {

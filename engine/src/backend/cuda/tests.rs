@@ -2,6 +2,7 @@
 //! same weights on the GPU and on the CPU, prefilled, decoded, recorded and replayed.
 
 mod model;
+mod speed;
 
 use super::*;
 use crate::backend::conformance::conformance_tests;
