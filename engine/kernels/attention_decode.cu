@@ -22,6 +22,12 @@ __device__ __forceinline__ uint4 load_kv(const kv_t *from, bool valid) {
 }
 __device__ __forceinline__ u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// Tokens of a split: whole rounds of all warps. The last splits may have none, and write nothing.
+__device__ __forceinline__ int split_tokens(int tokens, int splits) {
+    int round = WARPS * 16, rounds = (tokens + round - 1) / round;
+    return (rounds + splits - 1) / splits * round;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(Attention a, Parts parts) {
     __shared__ float shared_sums[WARPS][HEADS][D];
     __shared__ float shared_stats[WARPS][HEADS][2];
@@ -33,10 +39,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, quad = lane % 4, octet = lane / 4;
     i64 row = a.first_rows[sequence];
     int len = a.past_lens[sequence] + 1, seen = max(0, len - a.window);
-    // Whole rounds of all warps, so that no two splits share a cache line of a page.
-    int round = WARPS * 16, rounds = (len - seen + round - 1) / round;
-    int start = seen + split * ((rounds + splits - 1) / splits) * round;
-    int end = min(len, start + (rounds + splits - 1) / splits * round);
+    int each = split_tokens(len - seen, splits);
+    int start = seen + split * each, end = min(len, start + each);
+    if (start >= len) return;
 
     const int *blocks = a.blocks + a.block_starts[sequence];
     const kv_t *keys = a.pages + plane(a, 0, kv_head), *values = a.pages + plane(a, 1, kv_head);
@@ -60,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
     }
 
     float sums[D / 8][4] = {}, largest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {};
-    for (int token = start + warp * 16; token < end; token += round) {
+    for (int token = start + warp * 16; token < end; token += WARPS * 16) {
         // Lanes 0 to 15 look up the blocks of the 16 tokens.
         int mine = token + lane % 16;
         int block = mine < end ? blocks[mine / P] : 0;
@@ -179,6 +184,8 @@ extern "C" __global__ void attention_combine_bf16(Attention a, Parts parts, int 
     int sequence = parts.sequences[blockIdx.y], head = blockIdx.x;
     if (sequence < 0) return;
     i64 part = ((i64)blockIdx.y * gridDim.x + head) * splits;
+    int len = a.past_lens[sequence] + 1, seen = max(0, len - a.window), each = split_tokens(len - seen, splits);
+    splits = (len - seen + each - 1) / each;
     float most = -INFINITY_F, sum = 0.0f, value = 0.0f;
     for (int s = 0; s < splits; s++) most = fmaxf(most, parts.stats[2 * (part + s)]);
     for (int s = 0; s < splits; s++) {

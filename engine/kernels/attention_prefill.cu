@@ -37,15 +37,35 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 addres
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
-// Begins to copy TOKENS rows of one side from `token` on.
+#define THREADS (WARPS * WARP)
+#define CHUNKS (D / 8)
+// Rows that all threads copy at once, where a row's chunks divide them.
+#define PASS_ROWS (THREADS / CHUNKS)
+
+// Begins to copy TOKENS rows of one side from `token` on, which is a multiple of TOKENS.
 __device__ __forceinline__ void fetch(u32 to, const kv_t *pages, i64 page_len, const int *blocks, int token, int end) {
+#if THREADS % (D / 8) == 0 && TOKENS % P == 0 && P % PASS_ROWS == 0
+    // Pages and passes fit each other: which page a pass reads is known beforehand.
+    int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    to += (first * STRIDE + chunk * 8) * 2;
+    pages += first * D + chunk * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < TOKENS * (D / 8); i += WARPS * WARP) {
-        int row = i / (D / 8), chunk = i % (D / 8), at = token + row;
+    for (int page = 0; page < TOKENS / P; page++) {
+        int block = token + page * P < end ? blocks[token / P + page] : 0;
+        const kv_t *from = pages + block * page_len;
+#pragma unroll
+        for (int row = 0; row < P; row += PASS_ROWS) {
+            copy_async(to + (page * P + row) * STRIDE * 2, from + row * D, token + page * P + row + first < end);
+        }
+    }
+#else
+    for (int i = threadIdx.x; i < TOKENS * CHUNKS; i += THREADS) {
+        int row = i / CHUNKS, chunk = i % CHUNKS, at = token + row;
         bool valid = at < end;
         int block = valid ? blocks[at / P] : 0;
         copy_async(to + (row * STRIDE + chunk * 8) * 2, pages + block * page_len + at % P * D + chunk * 8, valid);
     }
+#endif
     commit();
 }
 
@@ -111,15 +131,19 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16
             for (int half = 0; half < 2; half++) {
                 int row = own + m * 16 + half * 8;
                 float now = largest[m][half];
+                if (!all_seen) {
+#pragma unroll
+                    for (int n = 0; n < TOKENS / 8; n++) {
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            int at = token + n * 8 + lane % 4 * 2 + i;
+                            if (at > row || at + a.window <= row) scores[m][n][2 * half + i] = LOG_ZERO;
+                        }
+                    }
+                }
 #pragma unroll
                 for (int n = 0; n < TOKENS / 8; n++) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float &score = scores[m][n][2 * half + i];
-                        int at = token + n * 8 + lane % 4 * 2 + i;
-                        if (!all_seen && (at > row || at + a.window <= row)) score = LOG_ZERO;
-                        now = fmaxf(now, score);
-                    }
+                    now = fmaxf(now, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
                 }
                 now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
                 now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));

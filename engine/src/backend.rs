@@ -204,6 +204,24 @@ pub struct BackendCapability {
     pub activations: ActivationDtype,
 }
 
+/// How a step may be run, and what is wanted of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepWish<'a> {
+    /// Whether passes over batches of the same shape make the same calls, so that one may be recorded and replayed.
+    pub repeatable: bool,
+    /// Of which of the `logit_rows` the best token is enough, where the device can choose it; empty for none.
+    pub best: &'a [bool],
+}
+
+/// What a step gave.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepOutput {
+    /// Values of the rows that have no token in [`StepOutput::chosen`], in order.
+    pub values: Vec<f32>,
+    /// For each of the `logit_rows` the lowest of its best tokens, where the device chose it; empty for none.
+    pub chosen: Vec<Option<TokenId>>,
+}
+
 /// Type of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationDtype {
@@ -338,25 +356,27 @@ pub trait Backend: Debug + Send + 'static {
         self.tensor(rows, cols)
     }
 
-    /// Runs one pass over a batch that is not empty, and gives the values of the tensor that it returns, of which there is a row for
-    /// each of the batch's `logit_rows`. `pass` may be called with a batch that has more rows than this one, or not at all
-    /// where an earlier call with such a batch was recorded: `repeatable` says that passes over batches of the same shape make
-    /// the same calls.
+    /// Runs one pass over a batch that is not empty, and gives what is wanted of the tensor that it returns, of which there is
+    /// a row for each of the batch's `logit_rows`. `pass` may be called with a batch that has more rows than this one, or not at
+    /// all where an earlier call with such a batch was recorded.
     ///
     /// # Errors
     /// Those of `pass`, and what failed on the device.
     fn step(
         &mut self,
         batch: &StepBatch,
-        repeatable: bool,
+        wish: StepWish<'_>,
         pass: &mut dyn FnMut(&mut Self, &StepBatch) -> Result<Option<Self::Tensor>, BackendError>,
-    ) -> Result<Vec<f32>, BackendError>
+    ) -> Result<StepOutput, BackendError>
     where
         Self: Sized,
     {
-        let _ = repeatable;
+        let _ = wish;
         let out = pass(self, batch)?;
-        Ok(out.map_or_else(Vec::new, |out| self.to_host(&out)))
+        Ok(StepOutput {
+            values: out.map_or_else(Vec::new, |out| self.to_host(&out)),
+            chosen: Vec::new(),
+        })
     }
 
     /// `out[t] = table[tokens[t]]`; table `[V, E]`, out `[T, E]`. Panics on a token outside the table.

@@ -58,7 +58,7 @@ impl Sampler {
     /// Chooses the next token.
     pub(crate) fn sample(&mut self, input: &SampleInput<'_>) -> Result<Sampled, SampleError> {
         check_finite(input.logits)?;
-        let token = if is_plain_greedy(input) {
+        let token = if is_plain_greedy(input.params, input.answer.len()) {
             argmax(input.logits)
         } else {
             self.choose(input)?
@@ -133,12 +133,16 @@ fn draw(kept: &[(TokenId, f32)], uniform: f64) -> TokenId {
         .map_or(0, |&(token, _)| token)
 }
 
-fn is_plain_greedy(input: &SampleInput<'_>) -> bool {
-    let params = input.params;
+/// Whether the answer's next token is the lowest of the best ones, and nothing else of the logits is asked for.
+pub(crate) fn takes_best(params: &SamplingParams, answer_len: usize) -> bool {
+    is_plain_greedy(params, answer_len) && params.logprobs.is_none()
+}
+
+fn is_plain_greedy(params: &SamplingParams, answer_len: usize) -> bool {
     params.temperature <= 0.0
         && params.logit_bias.is_empty()
         && !has_penalty(params)
-        && !is_below_min_tokens(input)
+        && answer_len >= params.min_tokens as usize
 }
 
 #[expect(clippy::float_cmp, reason = "the neutral values are exact")]

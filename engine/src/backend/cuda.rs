@@ -23,6 +23,7 @@ mod upload;
 mod weight;
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use error::CudaError;
@@ -39,12 +40,16 @@ use self::upload::{OnDevice, Staging};
 use self::weight::WeightStore;
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, RopePairing, RopeTable, StepBatch, TokenId, WeightSource,
+    PatternSource, RopePairing, RopeTable, StepBatch, StepOutput, StepWish, TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
-const FEW_TOKENS_MAX: usize = 4;
+const FEW_TOKENS_MAX: usize = 2;
+/// Rows of a step that have logits, at most: a step has no more sequences, and prompts' rows are read in smaller ones.
+const ROWS_MAX: usize = 1 << 16;
+/// What the search for the best token says of a row with NaN or infinity in it; `NOT_FINITE` in `argmax.cu`.
+const NOT_FINITE: u32 = u32::MAX;
 /// Parts that a sequence's KV is divided into for decoding, at most.
 const SPLITS_MAX: usize = 32;
 /// Blocks of a decode kernel per multiprocessor that are enough to hide the memory's latency.
@@ -63,6 +68,8 @@ pub struct CudaBackend {
     /// Inverse frequencies of the last table.
     frequencies: RefCell<Option<(RopeTable, Arc<Buffer>)>>,
     staging: Staging,
+    /// Best tokens of a step's rows.
+    best: Buffer,
     /// Where results land.
     landing: RefCell<Option<PinnedMemory>>,
     pool: Arc<Pool>,
@@ -86,6 +93,7 @@ impl CudaBackend {
             pages: None,
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,
+            best: pool.take(ROWS_MAX * 4)?,
             landing: RefCell::default(),
             pool,
             gpu,
@@ -193,9 +201,53 @@ impl CudaBackend {
         self.ops.borrow_mut().linear(&product)
     }
 
-    /// The first rows of a tensor, as f32, in pinned memory; calls `read` with them.
-    fn land(&self, x: &CudaTensor, rows: usize, read: impl FnOnce(&[f32])) -> Result<(), CudaError> {
-        let count = rows * x.cols;
+    /// What is wanted of a step's wide result, whose rows have been searched for their best tokens.
+    fn results(
+        &self,
+        out: &CudaTensor,
+        rows: usize,
+        best: &[bool],
+    ) -> Result<StepOutput, CudaError> {
+        let mut output = StepOutput::default();
+        let mut tokens = Vec::new();
+        if best.contains(&true) {
+            tokens.resize(rows, 0_u32);
+            let bytes = bytemuck::cast_slice_mut(&mut tokens);
+            self.gpu.download(self.best.memory(), 0, bytes)?;
+            let chosen = tokens.iter().zip(best);
+            let chosen = chosen.map(|(&token, &best)| (best && token != NOT_FINITE).then_some(token));
+            output.chosen = chosen.collect();
+        }
+        let missing = |row: usize| output.chosen.get(row).is_none_or(Option::is_none);
+        let mut row = 0;
+        while row < rows {
+            let count = (row..rows).take_while(|&row| missing(row)).count();
+            if count > 0 {
+                self.land(out, row..row + count, |landed| {
+                    output.values.extend_from_slice(landed);
+                })?;
+            }
+            row += count.max(1);
+        }
+        Ok(output)
+    }
+
+    /// Searches the rows of a step's result for their best tokens.
+    fn choose(&self, out: &CudaTensor) {
+        self.attempt("choosing tokens", || {
+            assert!(out.rows * 4 <= self.best.memory().bytes(), "rows of a step");
+            self.ops.borrow_mut().argmax(out, self.best.address())
+        });
+    }
+
+    /// Some rows of a tensor, as f32, in pinned memory; calls `read` with them.
+    fn land(
+        &self,
+        x: &CudaTensor,
+        rows: Range<usize>,
+        read: impl FnOnce(&[f32]),
+    ) -> Result<(), CudaError> {
+        let count = rows.len() * x.cols;
         if count == 0 {
             read(&[]);
             return Ok(());
@@ -214,7 +266,8 @@ impl CudaBackend {
         }
         let landing = landing.as_mut().expect("it was just made");
         let bytes = &mut landing.as_mut_slice()[..count * 4];
-        self.gpu.download(buffer.memory(), 0, bytes)?;
+        self.gpu
+            .download(buffer.memory(), rows.start * x.cols * 4, bytes)?;
         read(bytemuck::cast_slice(bytes));
         Ok(())
     }
@@ -345,20 +398,20 @@ impl Backend for CudaBackend {
     fn step(
         &mut self,
         batch: &StepBatch,
-        repeatable: bool,
+        wish: StepWish<'_>,
         pass: &mut dyn FnMut(&mut Self, &StepBatch) -> Result<Option<CudaTensor>, BackendError>,
-    ) -> Result<Vec<f32>, BackendError> {
-        let out = graphs::run(self, batch, repeatable, pass)?;
-        let mut values = Vec::new();
+    ) -> Result<StepOutput, BackendError> {
+        let out = graphs::run(self, batch, wish.repeatable, pass)?;
+        let mut output = StepOutput::default();
         if let Some(out) = &out {
-            let rows = batch.logit_rows.len();
             self.attempt("reading results", || {
-                self.land(out, rows, |landed| values.extend_from_slice(landed))
+                output = self.results(out, batch.logit_rows.len(), wish.best)?;
+                self.staging.passed();
+                Ok(())
             });
-            self.staging.passed();
         }
         self.check()?;
-        Ok(values)
+        Ok(output)
     }
 
     fn embed(&self, table: &CudaWeight, tokens: &[TokenId], out: &mut CudaTensor) {
@@ -523,7 +576,7 @@ impl Backend for CudaBackend {
     fn to_host(&self, x: &CudaTensor) -> Vec<f32> {
         let mut values = vec![0.0; x.rows * x.cols];
         self.attempt("to_host", || {
-            self.land(x, x.rows, |landed| values.copy_from_slice(landed))
+            self.land(x, 0..x.rows, |landed| values.copy_from_slice(landed))
         });
         values
     }

@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use baton_configs::llm::LlmOptions;
 
-use crate::backend::{AttentionSpec, Backend, BackendError, BlockId, StepBatch};
+use crate::backend::{
+    AttentionSpec, Backend, BackendError, BlockId, StepBatch, StepOutput, StepWish,
+};
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
@@ -118,14 +120,15 @@ impl<B: Backend> Decoder<B> {
             .as_mut()
     }
 
-    /// The wanted logits `[R, V of this rank]` of a batch that is not empty, where this rank has them.
-    fn step(&mut self, batch: &StepBatch) -> Result<Vec<f32>, BackendError> {
+    /// What is wanted of a batch that is not empty, where this rank has it.
+    fn step(&mut self, batch: &StepBatch, best: &[bool]) -> Result<StepOutput, BackendError> {
         let Self { backend, part, .. } = self;
-        // Talk with other ranks is not the same from step to step.
-        let repeatable = part.peers.is_none();
-        backend.step(batch, repeatable, &mut |backend, batch| {
-            part.pass(backend, batch)
-        })
+        let wish = StepWish {
+            // Talk with other ranks is not the same from step to step.
+            repeatable: part.peers.is_none(),
+            best,
+        };
+        backend.step(batch, wish, &mut |backend, batch| part.pass(backend, batch))
     }
 }
 
@@ -428,24 +431,36 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        let rows = batch.tokens.len();
-        let mut part = Vec::new();
+        self.forward_choosing(batch, &[])
+    }
+
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        best: &[bool],
+    ) -> Result<Logits, BackendError> {
+        let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
+        let mut out = StepOutput::default();
+        let alone = self.part.peers.is_none();
         if rows > 0 {
             for cut in micro::cuts(rows, self.part.shard.place.grid.pipeline) {
                 if cut.len() == rows {
-                    part = self.step(batch)?;
+                    // A part of a row does not tell its best token.
+                    out = self.step(batch, if alone { best } else { &[] })?;
                 } else {
-                    part.extend(self.step(&micro::piece(batch, cut))?);
+                    let piece = self.step(&micro::piece(batch, cut), &[])?;
+                    out.values.extend(piece.values);
                 }
             }
         }
         let values = match &mut self.part.peers {
-            Some(peers) => peers.collect_logits(part, batch.logit_rows.len())?,
-            None => part,
+            Some(peers) => peers.collect_logits(out.values, batch.logit_rows.len())?,
+            None => out.values,
         };
         Ok(Logits {
             values,
-            vocab: self.shape.vocab,
+            vocab,
+            chosen: out.chosen,
         })
     }
 

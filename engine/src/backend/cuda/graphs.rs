@@ -52,7 +52,7 @@ pub(super) fn run(
     }
     let out = match size {
         Some(rows) => replay(backend, (batch, rows), pass),
-        None => pass(backend, batch),
+        None => search(backend, batch, pass),
     };
     backend.staging.end();
     out
@@ -64,7 +64,7 @@ fn replay(
     pass: &mut Pass<'_>,
 ) -> Result<Option<CudaTensor>, BackendError> {
     if !backend.graphs.by_rows.contains_key(&rows) {
-        let out = pass(backend, batch)?;
+        let out = search(backend, batch, pass)?;
         backend.graphs.by_rows.insert(rows, Recording::Prepared);
         return Ok(out);
     }
@@ -80,6 +80,19 @@ fn replay(
     Ok(Some(out.again()))
 }
 
+/// Runs a pass, and searches what it gives for best tokens.
+fn search(
+    backend: &mut CudaBackend,
+    batch: &StepBatch,
+    pass: &mut Pass<'_>,
+) -> Result<Option<CudaTensor>, BackendError> {
+    let out = pass(backend, batch)?;
+    if let Some(out) = &out {
+        backend.choose(out);
+    }
+    Ok(out)
+}
+
 fn record(
     backend: &mut CudaBackend,
     batch: &StepBatch,
@@ -87,7 +100,7 @@ fn record(
 ) -> Result<Recording, BackendError> {
     let failed = |error: CudaError| error.of("recording a step");
     backend.gpu.begin_capture().map_err(failed)?;
-    let out = pass(backend, batch);
+    let out = search(backend, batch, pass);
     // The stream records until it is told otherwise, whatever happened.
     let graph = backend.gpu.end_capture();
     backend.check()?;

@@ -22,6 +22,7 @@ const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
 /// One `.cu` file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Source {
+    Argmax,
     Embed,
     SelectRows,
     Convert,
@@ -37,7 +38,8 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
+        Self::Argmax,
         Self::Embed,
         Self::SelectRows,
         Self::Convert,
@@ -59,6 +61,7 @@ impl Source {
             };
         }
         match self {
+            Self::Argmax => kernel!("argmax.cu"),
             Self::Embed => kernel!("embed.cu"),
             Self::SelectRows => kernel!("select_rows.cu"),
             Self::Convert => kernel!("convert.cu"),

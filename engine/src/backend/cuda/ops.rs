@@ -19,6 +19,8 @@ const THREADS: u32 = 256;
 const WARP: u32 = 32;
 /// Blocks of a grid-stride loop, per multiprocessor.
 const BLOCKS_PER_PROCESSOR: usize = 16;
+/// Most blocks along a grid's second dimension; a loop does the rest.
+const ROW_BLOCKS_MAX: usize = 65_535;
 /// Windows beyond every position: no window.
 const WINDOW_NONE: i32 = 1 << 30;
 /// Query heads of a decode block; `HEADS` in `attention_decode.cu`.
@@ -263,6 +265,18 @@ impl Ops {
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
 
+    /// The lowest of the best columns of each row of a wide tensor; `best` has room for all rows.
+    pub(super) fn argmax(&mut self, x: &CudaTensor, best: DevicePtr) -> Result<(), CudaError> {
+        assert!(x.wide && x.cols > 0, "logits are wide");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(best)
+            .with(int(x.cols));
+        let kernel = plain(Source::Argmax, "argmax_f32");
+        self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
+    }
+
     /// Activations as dense f32; `values` has room for all.
     pub(super) fn to_f32(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
         let count = x.rows * x.cols;
@@ -393,17 +407,17 @@ impl Ops {
         y: &CudaTensor,
     ) -> Result<(), CudaError> {
         assert_eq!((x.rows, x.cols), (y.rows, y.cols), "shapes of both");
-        let count = x.rows * x.cols;
         let args = Args::default()
             .with(x.address())
             .with(int(x.ld))
             .with(y.address())
             .with(int(y.ld))
             .with(int(x.cols))
-            .with(long(count));
+            .with(int(x.rows));
         let each = if x.cols.is_multiple_of(8) { 8 } else { 1 };
-        let grid = self.stride_grid(count / each);
-        self.launch(&plain(Source::Elementwise, name), (grid, THREADS), args)
+        let blocks = (x.cols / each).div_ceil(THREADS as usize);
+        let shape = [grid(blocks), grid(x.rows.min(ROW_BLOCKS_MAX)), 1];
+        self.launch(&plain(Source::Elementwise, name), (shape, THREADS), args)
     }
 
     /// A product for few tokens, or of a shape that the library does not take.

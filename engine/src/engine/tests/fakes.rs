@@ -216,7 +216,35 @@ impl Model for FakeModel {
         Ok(Logits {
             values,
             vocab: VOCAB,
+            chosen: Vec::new(),
         })
+    }
+
+    /// Chooses like a device: rows that are not finite are left to the host.
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        best: &[bool],
+    ) -> Result<Logits, BackendError> {
+        let whole = self.forward(batch)?;
+        assert_eq!(best.len(), whole.rows(), "a mark for each row");
+        let mut logits = Logits {
+            values: Vec::new(),
+            vocab: VOCAB,
+            chosen: Vec::new(),
+        };
+        for (row, &best) in whole.values.chunks_exact(VOCAB).zip(best) {
+            if best && row.iter().all(|logit| logit.is_finite()) {
+                let greatest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let token = row.iter().position(|&logit| logit == greatest);
+                let token = token.and_then(|token| TokenId::try_from(token).ok());
+                logits.chosen.push(token);
+            } else {
+                logits.values.extend_from_slice(row);
+                logits.chosen.push(None);
+            }
+        }
+        Ok(logits)
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {

@@ -8,7 +8,7 @@ use baton_configs::llm::{LlmOptions, LoadFormat};
 use super::*;
 use crate::backend::SequenceSpan;
 use crate::backend::cpu::CpuBackend;
-use crate::model::Model;
+use crate::model::{Logits, Model, Outcome};
 use crate::model::load::load;
 use crate::page::KvDtype;
 
@@ -136,6 +136,30 @@ fn steps() -> Vec<StepBatch> {
     steps
 }
 
+/// The device's tokens are those of its logits; rows that are not asked for keep their values.
+fn check_choices(model: &mut dyn Model, step: &StepBatch, logits: &Logits) {
+    let wanted = step.logit_rows.len();
+    let mut best = vec![true; wanted];
+    best[wanted / 2] = wanted == 1;
+    let found = model.forward_choosing(step, &best).unwrap();
+    assert_eq!(found.rows(), wanted);
+    for (row, outcome) in found.outcomes().enumerate() {
+        let values = logits.row(row);
+        let greatest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        match outcome {
+            Outcome::Best(token) => {
+                let first = values.iter().position(|&value| value == greatest);
+                assert_eq!(Some(token as usize), first);
+                assert!(best[row]);
+            }
+            Outcome::Values(found) => {
+                assert!(!best[row]);
+                assert_eq!(found, values);
+            }
+        }
+    }
+}
+
 #[test]
 fn models_give_the_cpu_backends_logits() {
     for kind in &KINDS {
@@ -146,7 +170,9 @@ fn models_give_the_cpu_backends_logits() {
         let mut found = loaded(folder.path(), gpu);
         for (index, step) in steps().iter().enumerate() {
             let expected = expected.forward(step).unwrap();
-            let found = found.forward(step).unwrap();
+            let model = found.as_mut();
+            let found = model.forward(step).unwrap();
+            check_choices(model, step, &found);
             assert_eq!(found.values.len(), expected.values.len());
             let scale = expected.values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
             let errors = found.values.iter().zip(&expected.values);

@@ -4,6 +4,7 @@
 //! what is printed beside the time is the share of the bound that the kernel's header states.
 
 use std::fs;
+use std::path::Path;
 use std::time::Instant;
 
 use baton_configs::llm::{LlmOptions, LoadFormat};
@@ -11,9 +12,11 @@ use baton_configs::llm::{LlmOptions, LoadFormat};
 use super::*;
 use crate::backend::conformance::noise;
 use crate::backend::{SequenceSpan, WeightBytes, WeightDtype};
+use crate::engine::{Engine, EngineConfig, Inbox};
 use crate::model::Model;
 use crate::model::load::load;
 use crate::page::KvDtype;
+use crate::request::{Event, GenerateRequest, RequestKind, SamplingParams};
 
 /// Datasheet of the H100 SXM: what bounds are shares of.
 const BYTES_PER_US: f64 = 3.35e6;
@@ -197,12 +200,23 @@ const LLAMA_8B: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"ll
 "max_position_embeddings":131072,"rms_norm_eps":1e-5,"rope_theta":500000.0,"hidden_act":"silu",
 "tie_word_embeddings":false,"torch_dtype":"bfloat16"}"#;
 
+fn llama_8b(folder: &Path, backend: CudaBackend) -> Box<dyn Model> {
+    fs::write(folder.join("config.json"), LLAMA_8B).unwrap();
+    let options = LlmOptions {
+        load_format: LoadFormat::Dummy,
+        ..LlmOptions::default()
+    };
+    let spec = folder.to_str().unwrap();
+    load(spec, &options, None, backend, &|_| {}).unwrap().model
+}
+
 fn median_ms(model: &mut dyn Model, repeats: usize, mut step: impl FnMut(usize) -> StepBatch) -> f64 {
     let mut times = Vec::new();
     for index in 0..repeats + 3 {
         let batch = step(index);
         let started = Instant::now();
-        model.forward(&batch).unwrap();
+        let best = vec![true; batch.logit_rows.len()];
+        model.forward_choosing(&batch, &best).unwrap();
         // The first ones compile, choose and record.
         if index >= 3 {
             times.push(started.elapsed().as_secs_f64() * 1e3);
@@ -218,13 +232,7 @@ fn model() {
     let begun = Instant::now();
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("config.json"), LLAMA_8B).unwrap();
-    let options = LlmOptions {
-        load_format: LoadFormat::Dummy,
-        ..LlmOptions::default()
-    };
-    let spec = folder.path().to_str().unwrap();
-    let mut model = load(spec, &options, None, backend, &|_| {}).unwrap().model;
+    let mut model = llama_8b(folder.path(), backend);
     let page = PageShape { layers: 32, ..PAGE };
     model.allocate_pages(page, 10_000).unwrap();
     model.forward(&spans(1, 0, 128)).unwrap();
@@ -267,4 +275,62 @@ fn uploads() {
         let rate = bytes as f64 / started.elapsed().as_secs_f64() / 1e9;
         eprintln!("{dtype:?}: {rate:.1} GB/s of {weight:?}");
     }
+}
+
+/// Whole answers through the engine: requests in, answers out, in tokens a second.
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine() {
+    let Some(backend) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let model = llama_8b(folder.path(), backend);
+    let config = EngineConfig {
+        max_batch_size: 256,
+        max_seq_len: 16_384,
+        enable_chunked_prefill: true,
+        prefill_tokens_alone: 8192,
+        prefill_tokens_beside_decode: 2048,
+        block_count: 13_000,
+        enable_block_reuse: false,
+        ..EngineConfig::default()
+    };
+    let (engine, thread) = Engine::start(model, None, config, Inbox::new(1024)).unwrap();
+    for (requests, input, output) in [
+        (1, 128, 16), (16, 128, 4), (64, 128, 4), (256, 128, 4),
+        (1, 128, 128), (1, 2048, 2), (1, 8192, 2), (32, 2048, 1),
+        (16, 128, 256), (64, 128, 256), (256, 128, 256), (64, 2048, 128), (256, 1000, 1000),
+    ] {
+        let started = Instant::now();
+        let request = |index: u32| GenerateRequest {
+            prompt: (0..input).map(|at| (index * 7919 + at * 104_729) % 128_000).collect(),
+            sampling: SamplingParams {
+                temperature: 0.0,
+                max_tokens: output,
+                ignore_eos: true,
+                ..SamplingParams::default()
+            },
+            kind: RequestKind::Aggregated,
+            cache_salt: None,
+        };
+        let streams: Vec<_> = (0..requests).map(|index| engine.submit(request(index)).unwrap()).collect();
+        let (mut first, mut tokens) = (f64::INFINITY, 0);
+        for mut stream in streams {
+            while let Some(event) = stream.blocking_next() {
+                match event {
+                    Event::Token { .. } => tokens += 1,
+                    Event::Failed(failure) => panic!("{failure}"),
+                    _ => {}
+                }
+                first = first.min(started.elapsed().as_secs_f64());
+            }
+        }
+        let all = started.elapsed().as_secs_f64();
+        let prompt_rate = f64::from(requests * input) / all;
+        eprintln!(
+            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s",
+            first * 1e3, all * 1e3, f64::from(tokens) / all, f64::from(tokens - requests) / (all - first)
+        );
+    }
+    engine.shutdown(Instant::now());
+    thread.join(Instant::now() + std::time::Duration::from_secs(10)).unwrap();
 }
