@@ -3,7 +3,7 @@
 // All [T, cols] bf16 with rows of ld elements. Blocks along rows and columns, a thread eight elements where cols and every ld
 // are multiples of 8, else one. Arithmetic in f32. Bound: 6 bytes an element.
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 __device__ __forceinline__ u32 apply_add(u32 x, u32 y) {
     return pack_bf16(bf16_low(x) + bf16_low(y), bf16_high(x) + bf16_high(y));

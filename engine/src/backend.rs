@@ -209,8 +209,36 @@ pub struct BackendCapability {
 pub struct StepWish<'a> {
     /// Whether passes over batches of the same shape make the same calls, so that one may be recorded and replayed.
     pub repeatable: bool,
-    /// Of which of the `logit_rows` the best token is enough, where the device can choose it; empty for none.
-    pub best: &'a [bool],
+    /// What is wanted of each of the `logit_rows`; empty when it is the logits of all.
+    pub rows: &'a [RowWish],
+}
+
+/// What is wanted of a row. A device that cannot choose gives logits in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum RowWish {
+    /// Its logits.
+    #[default]
+    Logits,
+    /// The lowest of its best tokens.
+    Best,
+    /// A token that is drawn.
+    Draw(Draw),
+}
+
+/// How to draw a token: with probability `exp(logit / temperature)` among those that top-k leaves, of these those that top-p
+/// leaves, of these those that min-p leaves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Above 0.
+    pub temperature: f32,
+    /// So many of the best; 0 for all.
+    pub top_k: u32,
+    /// As few of the best as have this share of the weight.
+    pub top_p: f32,
+    /// Those with this share of the best one's weight.
+    pub min_p: f32,
+    /// In `[0, 1)`: which one.
+    pub uniform: f64,
 }
 
 /// What a step gave.
@@ -218,7 +246,7 @@ pub struct StepWish<'a> {
 pub struct StepOutput {
     /// Values of the rows that have no token in [`StepOutput::chosen`], in order.
     pub values: Vec<f32>,
-    /// For each of the `logit_rows` the lowest of its best tokens, where the device chose it; empty for none.
+    /// For each of the `logit_rows` its token, where the device chose one; empty for none.
     pub chosen: Vec<Option<TokenId>>,
 }
 

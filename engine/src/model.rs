@@ -25,7 +25,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{BackendError, BlockId, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
@@ -68,8 +68,8 @@ pub struct Logits {
 /// What is known of one row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Outcome<'a> {
-    /// The lowest of its best tokens.
-    Best(TokenId),
+    /// The token that was chosen as wished.
+    Chosen(TokenId),
     /// `[V]`.
     Values(&'a [f32]),
 }
@@ -91,7 +91,7 @@ impl Logits {
     pub fn outcomes(&self) -> impl Iterator<Item = Outcome<'_>> {
         let mut values = self.values.chunks_exact(self.vocab);
         (0..self.rows()).map(move |index| match self.chosen.get(index) {
-            Some(&Some(token)) => Outcome::Best(token),
+            Some(&Some(token)) => Outcome::Chosen(token),
             _ => Outcome::Values(values.next().expect("a row without a token has values")),
         })
     }
@@ -120,17 +120,17 @@ pub trait Model: Debug + Send {
     /// When the device fails.
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError>;
 
-    /// The same; of the wanted rows that are marked in `best` only the best token is asked for, so a model whose device can
-    /// choose it need not give their logits.
+    /// The same; `wishes` says of each wanted row what is asked for, so a model whose device can choose tokens need not give
+    /// their logits.
     ///
     /// # Errors
     /// As [`Model::forward`].
     fn forward_choosing(
         &mut self,
         batch: &StepBatch,
-        best: &[bool],
+        wishes: &[RowWish],
     ) -> Result<Logits, BackendError> {
-        let _ = best;
+        let _ = wishes;
         self.forward(batch)
     }
 

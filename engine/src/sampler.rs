@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::backend::TokenId;
+use crate::backend::{Draw, RowWish, TokenId};
 use crate::request::{SamplingParams, TokenLogprobs};
 
 use logprobs::token_logprobs;
@@ -133,9 +133,25 @@ fn draw(kept: &[(TokenId, f32)], uniform: f64) -> TokenId {
         .map_or(0, |&(token, _)| token)
 }
 
-/// Whether the answer's next token is the lowest of the best ones, and nothing else of the logits is asked for.
-pub(crate) fn takes_best(params: &SamplingParams, answer_len: usize) -> bool {
-    is_plain_greedy(params, answer_len) && params.logprobs.is_none()
+/// What is wanted of the logits for the answer's next token: a device may choose it, unless more than temperature and filters
+/// has a say in it, or the logits are asked for.
+pub(crate) fn wish(params: &SamplingParams, answer_len: usize) -> RowWish {
+    let adjusted = !params.logit_bias.is_empty()
+        || has_penalty(params)
+        || answer_len < params.min_tokens as usize;
+    if adjusted || params.logprobs.is_some() {
+        RowWish::Logits
+    } else if params.temperature <= 0.0 {
+        RowWish::Best
+    } else {
+        RowWish::Draw(Draw {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: uniform(params.seed, answer_len),
+        })
+    }
 }
 
 fn is_plain_greedy(params: &SamplingParams, answer_len: usize) -> bool {

@@ -127,12 +127,7 @@ pub(crate) fn noise_of<B: Backend>(backend: &B, seed: u64, len: usize) -> Vec<f3
 
 /// Asserts that two ways of computing the same agree: to the last bit where the backend promises it.
 #[track_caller]
-pub(crate) fn assert_agree<B: Backend>(
-    backend: &B,
-    found: &[f32],
-    expected: &[f32],
-    what: &str,
-) {
+pub(crate) fn assert_agree<B: Backend>(backend: &B, found: &[f32], expected: &[f32], what: &str) {
     if backend.capability().batch_invariant {
         assert_same_bits(found, expected, what);
     } else {

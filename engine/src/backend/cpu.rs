@@ -32,8 +32,8 @@ use self::simd::Isa;
 use self::team::Team;
 use self::tensor::Buffers;
 use super::{
-    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable, StepBatch,
-    TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable,
+    StepBatch, TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
 

@@ -40,7 +40,8 @@ use self::upload::{OnDevice, Staging};
 use self::weight::WeightStore;
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, RopePairing, RopeTable, StepBatch, StepOutput, StepWish, TokenId, WeightSource,
+    PatternSource, RopePairing, RopeTable, RowWish, StepBatch, StepOutput, StepWish, TokenId,
+    WeightSource,
 };
 use crate::page::{Page, PageShape};
 
@@ -48,7 +49,7 @@ use crate::page::{Page, PageShape};
 const FEW_TOKENS_MAX: usize = 2;
 /// Rows of a step that have logits, at most: a step has no more sequences, and prompts' rows are read in smaller ones.
 const ROWS_MAX: usize = 1 << 16;
-/// What the search for the best token says of a row with NaN or infinity in it; `NOT_FINITE` in `argmax.cu`.
+/// The token of a row with NaN or infinity in it; `NOT_FINITE` in `choose.cu`.
 const NOT_FINITE: u32 = u32::MAX;
 /// Parts that a sequence's KV is divided into for decoding, at most.
 const SPLITS_MAX: usize = 32;
@@ -68,8 +69,8 @@ pub struct CudaBackend {
     /// Inverse frequencies of the last table.
     frequencies: RefCell<Option<(RopeTable, Arc<Buffer>)>>,
     staging: Staging,
-    /// Best tokens of a step's rows.
-    best: Buffer,
+    /// Tokens of a step's rows.
+    tokens: Buffer,
     /// Where results land.
     landing: RefCell<Option<PinnedMemory>>,
     pool: Arc<Pool>,
@@ -93,7 +94,7 @@ impl CudaBackend {
             pages: None,
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,
-            best: pool.take(ROWS_MAX * 4)?,
+            tokens: pool.take(ROWS_MAX * 4)?,
             landing: RefCell::default(),
             pool,
             gpu,
@@ -201,21 +202,22 @@ impl CudaBackend {
         self.ops.borrow_mut().linear(&product)
     }
 
-    /// What is wanted of a step's wide result, whose rows have been searched for their best tokens.
+    /// What is wanted of a step's wide result, of whose rows the tokens have been chosen.
     fn results(
         &self,
         out: &CudaTensor,
         rows: usize,
-        best: &[bool],
+        wishes: &[RowWish],
     ) -> Result<StepOutput, CudaError> {
         let mut output = StepOutput::default();
         let mut tokens = Vec::new();
-        if best.contains(&true) {
+        if wishes.iter().any(|wish| *wish != RowWish::Logits) {
             tokens.resize(rows, 0_u32);
             let bytes = bytemuck::cast_slice_mut(&mut tokens);
-            self.gpu.download(self.best.memory(), 0, bytes)?;
-            let chosen = tokens.iter().zip(best);
-            let chosen = chosen.map(|(&token, &best)| (best && token != NOT_FINITE).then_some(token));
+            self.gpu.download(self.tokens.memory(), 0, bytes)?;
+            let chosen = tokens.iter().zip(wishes).map(|(&token, wish)| {
+                (*wish != RowWish::Logits && token != NOT_FINITE).then_some(token)
+            });
             output.chosen = chosen.collect();
         }
         let missing = |row: usize| output.chosen.get(row).is_none_or(Option::is_none);
@@ -232,11 +234,14 @@ impl CudaBackend {
         Ok(output)
     }
 
-    /// Searches the rows of a step's result for their best tokens.
+    /// Chooses a token for each row of a step's result, as its wishes were uploaded.
     fn choose(&self, out: &CudaTensor) {
         self.attempt("choosing tokens", || {
-            assert!(out.rows * 4 <= self.best.memory().bytes(), "rows of a step");
-            self.ops.borrow_mut().argmax(out, self.best.address())
+            let bytes = self.tokens.memory().bytes();
+            assert!(out.rows * 4 <= bytes, "rows of a step");
+            let draws = self.staging.draws();
+            let mut ops = self.ops.borrow_mut();
+            ops.choose(out, draws, self.tokens.address())
         });
     }
 
@@ -261,8 +266,14 @@ impl CudaBackend {
             }
         };
         let mut landing = self.landing.borrow_mut();
-        if landing.as_mut().is_none_or(|held| held.as_slice().len() < count * 4) {
-            *landing = Some(PinnedMemory::new(&self.gpu, (count * 4).next_power_of_two())?);
+        if landing
+            .as_mut()
+            .is_none_or(|held| held.as_slice().len() < count * 4)
+        {
+            *landing = Some(PinnedMemory::new(
+                &self.gpu,
+                (count * 4).next_power_of_two(),
+            )?);
         }
         let landing = landing.as_mut().expect("it was just made");
         let bytes = &mut landing.as_mut_slice()[..count * 4];
@@ -285,8 +296,14 @@ impl CudaBackend {
         }
         let shape = self.pages().shape();
         let wanted = self.gpu.processors * DECODE_BLOCKS_PER_PROCESSOR;
-        let splits = wanted.div_ceil(sequences * shape.kv_heads).clamp(1, SPLITS_MAX);
-        let parts_count = if splits == 1 { 0 } else { sequences * call.heads * splits };
+        let splits = wanted
+            .div_ceil(sequences * shape.kv_heads)
+            .clamp(1, SPLITS_MAX);
+        let parts_count = if splits == 1 {
+            0
+        } else {
+            sequences * call.heads * splits
+        };
         let sums = self.pool.take(parts_count * shape.head_dim * 4)?;
         let stats = self.pool.take(parts_count * 2 * 4)?;
         let parts = Parts {
@@ -401,11 +418,11 @@ impl Backend for CudaBackend {
         wish: StepWish<'_>,
         pass: &mut dyn FnMut(&mut Self, &StepBatch) -> Result<Option<CudaTensor>, BackendError>,
     ) -> Result<StepOutput, BackendError> {
-        let out = graphs::run(self, batch, wish.repeatable, pass)?;
+        let out = graphs::run(self, batch, wish, pass)?;
         let mut output = StepOutput::default();
         if let Some(out) = &out {
             self.attempt("reading results", || {
-                output = self.results(out, batch.logit_rows.len(), wish.best)?;
+                output = self.results(out, batch.logit_rows.len(), wish.rows)?;
                 self.staging.passed();
                 Ok(())
             });
@@ -461,11 +478,7 @@ impl Backend for CudaBackend {
         bias: Option<&CudaWeight>,
         out: &mut CudaTensor,
     ) {
-        assert_eq!(
-            (out.rows, out.cols),
-            (x.rows, weight.rows),
-            "shape of out"
-        );
+        assert_eq!((out.rows, out.cols), (x.rows, weight.rows), "shape of out");
         let bias_len = bias.map_or(weight.rows, |bias| bias.cols);
         assert_eq!(bias_len, weight.rows, "length of bias");
         self.attempt("linear", || {

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use crate::backend::{BackendError, SequenceSpan, StepBatch};
+use crate::backend::{BackendError, RowWish, SequenceSpan, StepBatch};
 use crate::metrics::{InflightBatchingStats, IterationStats, KvCacheStats};
 use crate::model::{Logits, Outcome};
 use crate::request::{RequestFailure, RequestId};
-use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs, takes_best};
+use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs, wish};
 use crate::scheduler::{Plan, PlannedSpan};
 use crate::sequence::Sequence;
 
@@ -36,8 +36,8 @@ impl Core {
         if plan.spans.is_empty() {
             return Ok(!plan.fetches.is_empty() || plan.preempted > 0);
         }
-        let (batch, best) = self.batch(&plan);
-        let logits = self.model.forward_choosing(&batch, &best)?;
+        let (batch, wishes) = self.batch(&plan);
+        let logits = self.model.forward_choosing(&batch, &wishes)?;
         assert_eq!(
             logits.rows(),
             batch.logit_rows.len(),
@@ -49,9 +49,9 @@ impl Core {
         Ok(true)
     }
 
-    /// What the model is to compute, and of which rows the best token is all that is needed.
-    fn batch(&self, plan: &Plan) -> (StepBatch, Vec<bool>) {
-        let (mut batch, mut best) = (StepBatch::default(), Vec::new());
+    /// What the model is to compute, and what is wanted of each row of the logits.
+    fn batch(&self, plan: &Plan) -> (StepBatch, Vec<RowWish>) {
+        let (mut batch, mut wishes) = (StepBatch::default(), Vec::new());
         for span in &plan.spans {
             let sequence = self.scheduler.running(span.index);
             let first = batch.tokens.len();
@@ -62,10 +62,13 @@ impl Core {
             batch
                 .positions
                 .extend((sequence.computed..end).map(position));
-            let greedy = takes_best(&sequence.sampling, sequence.answer().len());
             for at in sequence.logit_positions(span.rows) {
                 batch.logit_rows.push(first + at - sequence.computed);
-                best.push(greedy && at + 1 == sequence.tokens.len());
+                wishes.push(if at + 1 == sequence.tokens.len() {
+                    wish(&sequence.sampling, sequence.answer().len())
+                } else {
+                    RowWish::Logits
+                });
             }
             batch.sequences.push(SequenceSpan {
                 rows: first..first + span.rows,
@@ -73,7 +76,7 @@ impl Core {
                 blocks: sequence.blocks.clone(),
             });
         }
-        (batch, best)
+        (batch, wishes)
     }
 
     /// Takes the step's results over. Returns how many requests ended.
@@ -131,7 +134,7 @@ impl Core {
         };
         let values = match last {
             None => return publisher.forced(sequence),
-            Some(Outcome::Best(token)) => return publisher.token(sequence, token, None),
+            Some(Outcome::Chosen(token)) => return publisher.token(sequence, token, None),
             Some(Outcome::Values(values)) => values,
         };
         let sampled = self.sampler.sample(&SampleInput {

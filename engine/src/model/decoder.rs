@@ -12,7 +12,7 @@ use std::sync::Arc;
 use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
-    AttentionSpec, Backend, BackendError, BlockId, StepBatch, StepOutput, StepWish,
+    AttentionSpec, Backend, BackendError, BlockId, RowWish, StepBatch, StepOutput, StepWish,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -121,12 +121,12 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// What is wanted of a batch that is not empty, where this rank has it.
-    fn step(&mut self, batch: &StepBatch, best: &[bool]) -> Result<StepOutput, BackendError> {
+    fn step(&mut self, batch: &StepBatch, rows: &[RowWish]) -> Result<StepOutput, BackendError> {
         let Self { backend, part, .. } = self;
         let wish = StepWish {
             // Talk with other ranks is not the same from step to step.
             repeatable: part.peers.is_none(),
-            best,
+            rows,
         };
         backend.step(batch, wish, &mut |backend, batch| part.pass(backend, batch))
     }
@@ -195,7 +195,11 @@ impl<B: Backend> DecoderPart<B> {
             tail = Tail::new(backend, config, wanted.len());
         }
         tail.finish((backend, config, peers), last, &pass.mixed, &mut x)?;
-        Ok(Some(self.logits(backend, (&mut x, &tail.projected), wanted.len())))
+        Ok(Some(self.logits(
+            backend,
+            (&mut x, &tail.projected),
+            wanted.len(),
+        )))
     }
 
     /// The residual stream as it comes to this stage: from the embedding, or from the stage before.
@@ -437,7 +441,7 @@ impl<B: Backend> Model for Decoder<B> {
     fn forward_choosing(
         &mut self,
         batch: &StepBatch,
-        best: &[bool],
+        wishes: &[RowWish],
     ) -> Result<Logits, BackendError> {
         let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
         let mut out = StepOutput::default();
@@ -445,8 +449,8 @@ impl<B: Backend> Model for Decoder<B> {
         if rows > 0 {
             for cut in micro::cuts(rows, self.part.shard.place.grid.pipeline) {
                 if cut.len() == rows {
-                    // A part of a row does not tell its best token.
-                    out = self.step(batch, if alone { best } else { &[] })?;
+                    // A part of a row does not tell its token.
+                    out = self.step(batch, if alone { wishes } else { &[] })?;
                 } else {
                     let piece = self.step(&micro::piece(batch, cut), &[])?;
                     out.values.extend(piece.values);

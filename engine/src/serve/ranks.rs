@@ -53,7 +53,13 @@ pub(super) fn load(
     };
     let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
     match gpu(llm)? {
-        Some(gpu) => Ok(parallel::lead(group, header, &leading, |_| Ok(gpu), &advance)?),
+        Some(gpu) => Ok(parallel::lead(
+            group,
+            header,
+            &leading,
+            |_| Ok(gpu),
+            &advance,
+        )?),
         None => Ok(parallel::lead(group, header, &leading, cpu, &advance)?),
     }
 }

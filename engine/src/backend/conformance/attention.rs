@@ -163,9 +163,7 @@ fn run_on_stale<B: Backend>(
 
 fn blocks_each(case: &Case, sequences: &[Sequence]) -> usize {
     let longest = sequences.iter().map(|sequence| sequence.len).max();
-    longest
-        .unwrap_or(0)
-        .div_ceil(case.shape.tokens_per_block)
+    longest.unwrap_or(0).div_ceil(case.shape.tokens_per_block)
 }
 
 fn feed<B: Backend>(
@@ -247,7 +245,8 @@ pub(crate) fn attention_is_bit_equal_alone_batched_and_chunked<B: Backend>(backe
     ] {
         let case = Case::new(3, 2, 64, 16).with(dtype, window);
         let lens = [100, 37, 64];
-        let sequences = [0, 1, 2].map(|index| case.sequence(backend, 10 * index as u64, lens[index]));
+        let sequences =
+            [0, 1, 2].map(|index| case.sequence(backend, 10 * index as u64, lens[index]));
         let alone: Vec<Vec<f32>> = sequences
             .iter()
             .map(|sequence| {
@@ -301,7 +300,10 @@ pub(crate) fn large_heads_match_the_reference<B: Backend>(backend: &mut B) {
                 let sequences = [len, 40].map(|len| case.sequence(backend, len as u64, len));
                 // A prompt in two chunks, the second beside another's first, then single tokens.
                 let mut steps = vec![vec![(0, 0, 130.min(len - 9))]];
-                steps.push(vec![(1, 0, 33), (0, 130.min(len - 9), len - 9 - 130.min(len - 9))]);
+                steps.push(vec![
+                    (1, 0, 33),
+                    (0, 130.min(len - 9), len - 9 - 130.min(len - 9)),
+                ]);
                 steps[1].retain(|&(_, _, count)| count > 0);
                 steps.extend((0..7).map(|step| vec![(0, len - 9 + step, 1), (1, 33 + step, 1)]));
                 steps.push(vec![(0, len - 2, 2)]);

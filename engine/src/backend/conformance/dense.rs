@@ -113,7 +113,12 @@ pub(crate) fn linear_rows_are_bit_equal_in_any_batch<B: Backend>(backend: &mut B
             let some = &x[start * cols..(start + count) * cols];
             let found = run(backend, (some, cols), &weight, None, rows);
             let expected = &all[start * rows..(start + count) * rows];
-            assert_agree(backend, &found, expected, &format!("{dtype:?}, {count} of {tokens}"));
+            assert_agree(
+                backend,
+                &found,
+                expected,
+                &format!("{dtype:?}, {count} of {tokens}"),
+            );
         }
     }
 }

@@ -79,7 +79,12 @@ pub(crate) fn add_and_silu_mul_match_the_reference<B: Backend>(backend: &mut B) 
             };
             backend.add(&mut x, &y);
             let sums: Vec<f64> = pairs().map(|(x, y)| x + y).collect();
-            assert_close(&backend.to_host(&x), &sums, tolerance(backend, TOLERANCE), "add");
+            assert_close(
+                &backend.to_host(&x),
+                &sums,
+                tolerance(backend, TOLERANCE),
+                "add",
+            );
             let mut gate = upload(backend, cols, &x_values);
             backend.silu_mul(&mut gate, &y);
             for (found, (x, y)) in backend.to_host(&gate).into_iter().zip(pairs()) {
@@ -126,7 +131,10 @@ pub(crate) fn fused_operations_match_their_parts<B: Backend>(backend: &mut B) {
         }
         let norm = noise_of(backend, 2, cols);
         let norm = plain(backend, cols, &norm);
-        let (x, y) = (noise_of(backend, 8, 9 * cols), noise_of(backend, 9, 9 * cols));
+        let (x, y) = (
+            noise_of(backend, 8, 9 * cols),
+            noise_of(backend, 9, 9 * cols),
+        );
         let (mut fused, y) = (upload(backend, cols, &x), upload(backend, cols, &y));
         let mut parts = upload(backend, cols, &x);
         let (mut found, mut expected) = (backend.tensor(9, cols), backend.tensor(9, cols));

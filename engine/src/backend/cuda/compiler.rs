@@ -66,7 +66,11 @@ impl Compiler {
     ) -> Result<Vec<u8>, CudaError> {
         let program = Program::new(kernel, source)?;
         let mut options = vec![c_string(&format!("--gpu-architecture={target}"))];
-        options.extend(defines.iter().map(|define| c_string(&format!("-D{define}"))));
+        options.extend(
+            defines
+                .iter()
+                .map(|define| c_string(&format!("-D{define}"))),
+        );
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let count = c_int::try_from(pointers.len()).expect("a handful of options");
         // SAFETY: the program is alive, and there are as many options, each ending with a zero.
@@ -93,7 +97,9 @@ fn keep_open(file: &Path) {
         // SAFETY: NVRTC's initialisers have no requirements.
         let opened = unsafe { libloading::Library::new(file) };
         opened
-            .inspect_err(|error| tracing::warn!(file = %file.display(), %error, "cannot open NVRTC"))
+            .inspect_err(
+                |error| tracing::warn!(file = %file.display(), %error, "cannot open NVRTC"),
+            )
             .ok()
     });
 }

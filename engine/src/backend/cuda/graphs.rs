@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use super::driver::Graph;
 use super::error::CudaError;
 use super::{CudaBackend, CudaTensor};
-use crate::backend::{Backend, BackendError, StepBatch};
+use crate::backend::{Backend, BackendError, StepBatch, StepWish};
 
 /// Most sequences of a recorded step: beyond, launching costs little beside computing.
 const ROWS_MAX: usize = 512;
@@ -37,14 +37,14 @@ type Pass<'a> =
 pub(super) fn run(
     backend: &mut CudaBackend,
     batch: &StepBatch,
-    repeatable: bool,
+    wish: StepWish<'_>,
     pass: &mut Pass<'_>,
 ) -> Result<Option<CudaTensor>, BackendError> {
-    let size = size_of_step(batch).filter(|_| repeatable);
+    let size = size_of_step(batch).filter(|_| wish.repeatable);
     let padded = size.map(|rows| pad(batch, rows));
     let batch = padded.as_ref().unwrap_or(batch);
     let per_block = backend.pages().shape().tokens_per_block;
-    let begun = backend.staging.begin(batch, per_block);
+    let begun = backend.staging.begin(batch, wish.rows, per_block);
     match begun {
         Ok(true) => backend.graphs = Graphs::default(),
         Ok(false) => {}
@@ -52,7 +52,7 @@ pub(super) fn run(
     }
     let out = match size {
         Some(rows) => replay(backend, (batch, rows), pass),
-        None => search(backend, batch, pass),
+        None => pass_and_choose(backend, batch, pass),
     };
     backend.staging.end();
     out
@@ -64,7 +64,7 @@ fn replay(
     pass: &mut Pass<'_>,
 ) -> Result<Option<CudaTensor>, BackendError> {
     if !backend.graphs.by_rows.contains_key(&rows) {
-        let out = search(backend, batch, pass)?;
+        let out = pass_and_choose(backend, batch, pass)?;
         backend.graphs.by_rows.insert(rows, Recording::Prepared);
         return Ok(out);
     }
@@ -80,8 +80,8 @@ fn replay(
     Ok(Some(out.again()))
 }
 
-/// Runs a pass, and searches what it gives for best tokens.
-fn search(
+/// Runs a pass, and chooses tokens by what it gives.
+fn pass_and_choose(
     backend: &mut CudaBackend,
     batch: &StepBatch,
     pass: &mut Pass<'_>,
@@ -100,7 +100,7 @@ fn record(
 ) -> Result<Recording, BackendError> {
     let failed = |error: CudaError| error.of("recording a step");
     backend.gpu.begin_capture().map_err(failed)?;
-    let out = search(backend, batch, pass);
+    let out = pass_and_choose(backend, batch, pass);
     // The stream records until it is told otherwise, whatever happened.
     let graph = backend.gpu.end_capture();
     backend.check()?;

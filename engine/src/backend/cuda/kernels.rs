@@ -22,7 +22,7 @@ const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
 /// One `.cu` file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Source {
-    Argmax,
+    Choose,
     Embed,
     SelectRows,
     Convert,
@@ -39,7 +39,7 @@ pub(super) enum Source {
 impl Source {
     #[cfg(test)]
     pub(super) const ALL: [Self; 12] = [
-        Self::Argmax,
+        Self::Choose,
         Self::Embed,
         Self::SelectRows,
         Self::Convert,
@@ -61,7 +61,7 @@ impl Source {
             };
         }
         match self {
-            Self::Argmax => kernel!("argmax.cu"),
+            Self::Choose => kernel!("choose.cu"),
             Self::Embed => kernel!("embed.cu"),
             Self::SelectRows => kernel!("select_rows.cu"),
             Self::Convert => kernel!("convert.cu"),

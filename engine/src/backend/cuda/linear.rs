@@ -107,7 +107,10 @@ impl Linear {
             return Ok(false);
         };
         if let Some(bias) = product.bias {
-            plan.describe(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            plan.describe(
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                &bias,
+            )?;
         }
         let (one, zero) = (1.0_f32, 0.0_f32);
         let pointer = |address: DevicePtr| address as *mut c_void;
@@ -233,10 +236,16 @@ impl Plan {
     ) -> Result<Option<sys::cublasLtMatmulAlgo_t>, CudaError> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Preference::new()?;
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64))?;
+        preference.set(
+            Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+            &(WORKSPACE_BYTES as u64),
+        )?;
         let [x, weight, out] = key.alignments;
         for (attribute, bytes) in [
-            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, weight),
+            (
+                Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                weight,
+            ),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out),
             (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out),
@@ -275,7 +284,9 @@ struct Preference(sys::cublasLtMatmulPreference_t);
 impl Preference {
     fn new() -> Result<Self, CudaError> {
         let made = result::create_matmul_pref();
-        Ok(Self(made.map_err(failed("cublasLtMatmulPreferenceCreate"))?))
+        Ok(Self(
+            made.map_err(failed("cublasLtMatmulPreferenceCreate"))?,
+        ))
     }
 
     fn set<T: bytemuck::NoUninit>(

@@ -68,7 +68,9 @@ pub(super) struct Buffer {
 
 impl Buffer {
     pub(super) const fn memory(&self) -> &DeviceMemory {
-        self.memory.as_ref().expect("a buffer that is used is not dropped")
+        self.memory
+            .as_ref()
+            .expect("a buffer that is used is not dropped")
     }
 
     pub(super) const fn address(&self) -> DevicePtr {
@@ -79,7 +81,11 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
-            let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut idle = self
+                .pool
+                .idle
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             idle.entry(memory.bytes()).or_default().push(memory);
         }
     }
@@ -91,10 +97,24 @@ mod tests {
 
     #[test]
     fn classes_waste_little_and_are_few() {
-        for bytes in [0, 1, 511, 512, 513, 1000, 4097, 1 << 20, (1 << 20) + 1, 3 << 29] {
+        for bytes in [
+            0,
+            1,
+            511,
+            512,
+            513,
+            1000,
+            4097,
+            1 << 20,
+            (1 << 20) + 1,
+            3 << 29,
+        ] {
             let class = class_bytes(bytes);
             assert!(class >= bytes && class >= CLASS_BYTES_MIN);
-            assert!(class <= (bytes + bytes / 7).max(CLASS_BYTES_MIN + 64), "{bytes}: {class}");
+            assert!(
+                class <= (bytes + bytes / 7).max(CLASS_BYTES_MIN + 64),
+                "{bytes}: {class}"
+            );
             assert_eq!(class_bytes(class), class);
             assert_eq!(class % 16, 0);
         }

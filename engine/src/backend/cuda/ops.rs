@@ -122,9 +122,17 @@ impl AttentionCall<'_> {
         let shape = self.pages.shape();
         let width = self.heads * shape.head_dim;
         assert_eq!(self.q.cols, width, "columns of q");
-        assert_eq!((self.out.rows, self.out.cols), (self.q.rows, width), "shape of out");
+        assert_eq!(
+            (self.out.rows, self.out.cols),
+            (self.q.rows, width),
+            "shape of out"
+        );
         assert!(self.heads.is_multiple_of(shape.kv_heads), "heads in groups");
-        assert!(self.layer < shape.layers, "layer {} is in the page", self.layer);
+        assert!(
+            self.layer < shape.layers,
+            "layer {} is in the page",
+            self.layer
+        );
         let step = self.step;
         AttentionArgs {
             q: self.q.address(),
@@ -144,7 +152,9 @@ impl AttentionCall<'_> {
             kv_heads: int(shape.kv_heads),
             group: int(self.heads / shape.kv_heads),
             scale: self.scale * std::f32::consts::LOG2_E,
-            window: self.window.map_or(WINDOW_NONE, |window| int(window).min(WINDOW_NONE)),
+            window: self
+                .window
+                .map_or(WINDOW_NONE, |window| int(window).min(WINDOW_NONE)),
             padding: 0,
         }
     }
@@ -265,15 +275,22 @@ impl Ops {
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
 
-    /// The lowest of the best columns of each row of a wide tensor; `best` has room for all rows.
-    pub(super) fn argmax(&mut self, x: &CudaTensor, best: DevicePtr) -> Result<(), CudaError> {
+    /// A token for each row of a wide tensor: there are as many draws, and `tokens` has room for as many.
+    pub(super) fn choose(
+        &mut self,
+        x: &CudaTensor,
+        draws: DevicePtr,
+        tokens: DevicePtr,
+    ) -> Result<(), CudaError> {
+        assert!(draws.is_multiple_of(8), "draws are aligned");
         assert!(x.wide && x.cols > 0, "logits are wide");
         let args = Args::default()
             .with(x.address())
             .with(int(x.ld))
-            .with(best)
+            .with(draws)
+            .with(tokens)
             .with(int(x.cols));
-        let kernel = plain(Source::Argmax, "argmax_f32");
+        let kernel = plain(Source::Choose, "choose_f32");
         self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
     }
 
@@ -423,7 +440,11 @@ impl Ops {
     /// A product for few tokens, or of a shape that the library does not take.
     pub(super) fn linear(&mut self, product: &Product) -> Result<(), CudaError> {
         let shape = &product.shape;
-        let name = if shape.wide { "linear_f32" } else { "linear_bf16" };
+        let name = if shape.wide {
+            "linear_f32"
+        } else {
+            "linear_bf16"
+        };
         let args = Args::default()
             .with(product.x)
             .with(int(shape.ld_x))
@@ -521,7 +542,11 @@ impl Ops {
             .with(call.args())
             .with(int(call.heads))
             .with(int(sequences));
-        let kernel = of_pages(Source::AttentionAny, "attention_any_bf16", call.pages.shape());
+        let kernel = of_pages(
+            Source::AttentionAny,
+            "attention_any_bf16",
+            call.pages.shape(),
+        );
         let blocks = (rows_max * call.heads).div_ceil((THREADS / WARP) as usize);
         self.launch(&kernel, ([grid(blocks), grid(sequences), 1], THREADS), args)
     }
@@ -562,7 +587,10 @@ impl Ops {
             return Ok(());
         }
         let kernel = of_pages(Source::AttentionDecode, "attention_combine_bf16", shape);
-        let args = Args::default().with(call.args()).with(parts).with(int(splits));
+        let args = Args::default()
+            .with(call.args())
+            .with(parts)
+            .with(int(splits));
         let blocks = [grid(call.heads), grid(sequences), 1];
         self.launch(&kernel, (blocks, grid(shape.head_dim)), args)
     }
@@ -579,7 +607,11 @@ const fn of_pages(source: Source, name: &'static str, shape: &PageShape) -> Kern
 
 /// Threads of a block that has one row.
 fn row_threads(cols: usize) -> u32 {
-    grid(cols.div_ceil(8).next_multiple_of(WARP as usize).clamp(64, 1024))
+    grid(
+        cols.div_ceil(8)
+            .next_multiple_of(WARP as usize)
+            .clamp(64, 1024),
+    )
 }
 
 fn kv_target(

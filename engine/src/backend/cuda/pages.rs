@@ -107,7 +107,9 @@ impl Pages {
         for span in &batch.sequences {
             let end = (span.past_len + span.rows.len()).div_ceil(per_block);
             for block in &span.blocks[span.past_len / per_block..end] {
-                let read = shared.get(block).is_some_and(|page| page.strong_count() > 0);
+                let read = shared
+                    .get(block)
+                    .is_some_and(|page| page.strong_count() > 0);
                 assert!(!read, "a page to write has no reader");
                 assert!(!self.lent.contains(block), "a page to write is not lent");
             }
@@ -115,7 +117,10 @@ impl Pages {
     }
 
     fn offset(&self, block: BlockId) -> usize {
-        assert!((block as usize) < self.count, "block {block} is in the pool");
+        assert!(
+            (block as usize) < self.count,
+            "block {block} is in the pool"
+        );
         block as usize * self.shape.bytes()
     }
 }

@@ -4,11 +4,13 @@
 //! rows, the heaviest first, so that no long one is left for the end. Rows behind those of the last sequence are padding:
 //! each counts as a sequence of its own that has no block. Pure; the upload is the caller's.
 
-use crate::backend::StepBatch;
+use crate::backend::{RowWish, StepBatch};
 
 /// Rows of a prefill tile; `ROWS` in `attention_prefill.cu`.
 pub(super) const TILE_ROWS: usize = 128;
 
+/// Words of a draw.
+const DRAW_WORDS: usize = 6;
 /// A block or sequence that is none; negative in the kernels.
 const NONE: u32 = u32::MAX;
 
@@ -23,6 +25,8 @@ pub(super) struct StepLayout {
     pub(super) row_blocks: usize,
     /// `[R]`.
     pub(super) logit_rows: usize,
+    /// `[R]` of [`DRAW_WORDS`] each, at an even place.
+    pub(super) draws: usize,
     /// `[S]` each.
     pub(super) first_rows: usize,
     pub(super) row_counts: usize,
@@ -46,14 +50,25 @@ fn word(value: usize) -> u32 {
     u32::try_from(value).expect("rows, positions and blocks fit 32 bits")
 }
 
-/// Writes a step's words behind `words`, which is cleared before. `per_block` is `P`.
-pub(super) fn encode(batch: &StepBatch, per_block: usize, words: &mut Vec<u32>) -> StepLayout {
+/// Writes a step's words to `words`, which is cleared before. Rows without a wish get that for their best token. `per_block` is
+/// `P`.
+pub(super) fn encode(
+    batch: &StepBatch,
+    wishes: &[RowWish],
+    per_block: usize,
+    words: &mut Vec<u32>,
+) -> StepLayout {
     words.clear();
     let covered = batch.sequences.last().map_or(0, |span| span.rows.end);
     let padding = batch.tokens.len() - covered;
     let mut layout = StepLayout {
         sequence_count: batch.sequences.len() + padding,
-        rows_max: batch.sequences.iter().map(|span| span.rows.len()).max().unwrap_or(0),
+        rows_max: batch
+            .sequences
+            .iter()
+            .map(|span| span.rows.len())
+            .max()
+            .unwrap_or(0),
         ..StepLayout::default()
     };
     words.extend_from_slice(&batch.tokens);
@@ -68,6 +83,10 @@ pub(super) fn encode(batch: &StepBatch, per_block: usize, words: &mut Vec<u32>) 
     pad(words, NONE);
     layout.logit_rows = words.len();
     words.extend(batch.logit_rows.iter().map(|&row| word(row)));
+    words.resize(words.len().next_multiple_of(2), 0);
+    layout.draws = words.len();
+    words.extend(wishes.iter().flat_map(draw_words));
+    words.resize(layout.draws + batch.logit_rows.len() * DRAW_WORDS, 0);
     layout.first_rows = words.len();
     words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
     pad(words, 0);
@@ -109,6 +128,19 @@ pub(super) fn encode(batch: &StepBatch, per_block: usize, words: &mut Vec<u32>) 
     layout
 }
 
+/// `Draw` in `choose.cu`.
+fn draw_words(wish: &RowWish) -> [u32; DRAW_WORDS] {
+    let RowWish::Draw(draw) = wish else {
+        return [0; DRAW_WORDS];
+    };
+    // A temperature so small that its inverse is infinite takes the best token.
+    let inverse = draw.temperature.recip();
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    let [low, high] = bytemuck::cast(draw.uniform.to_bits());
+    let (top_p, min_p) = (draw.top_p.to_bits(), draw.min_p.to_bits());
+    [inverse.to_bits(), draw.top_k, top_p, min_p, low, high]
+}
+
 fn used_blocks(tokens: usize, per_block: usize) -> usize {
     tokens.div_ceil(per_block)
 }
@@ -136,7 +168,7 @@ mod tests {
             logit_rows: vec![0, 131, 132],
         };
         let mut words = vec![1, 2, 3];
-        let layout = encode(&batch, 4, &mut words);
+        let layout = encode(&batch, &[], 4, &mut words);
         let at = |start: usize, len: usize| words[start..start + len].to_vec();
         assert_eq!(at(layout.tokens, 133), batch.tokens);
         assert_eq!(at(layout.positions, 133), batch.positions);
@@ -147,8 +179,14 @@ mod tests {
         assert_eq!(at(layout.row_counts, 3), [1, 131, 1]);
         assert_eq!(at(layout.past_lens, 3), [4, 3, 0]);
         assert_eq!(at(layout.block_starts, 3), [0, 2, 36]);
-        assert_eq!((layout.decode_count, at(layout.decodes, 2)), (2, vec![0, 2]));
-        assert_eq!((layout.tile_count, at(layout.tiles, 4)), (2, vec![1, 128, 1, 0]));
+        assert_eq!(
+            (layout.decode_count, at(layout.decodes, 2)),
+            (2, vec![0, 2])
+        );
+        assert_eq!(
+            (layout.tile_count, at(layout.tiles, 4)),
+            (2, vec![1, 128, 1, 0])
+        );
         assert_eq!(at(layout.blocks, 3), [7, 8, 20]);
         assert_eq!(words.len(), layout.blocks + 37);
         assert_eq!(layout.rows_max, 131);
@@ -167,7 +205,7 @@ mod tests {
             logit_rows: vec![0, 1, 2],
         };
         let mut words = Vec::new();
-        let layout = encode(&batch, 4, &mut words);
+        let layout = encode(&batch, &[], 4, &mut words);
         assert_eq!(words[layout.row_blocks..][..3], [3, NONE, NONE]);
         assert_eq!(words[layout.decodes..][..3], [0, NONE, NONE]);
         assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));

@@ -13,7 +13,7 @@ use super::error::CudaError;
 use super::memory::{Buffer, Pool};
 use super::ops::StepAddresses;
 use super::step::{StepLayout, encode};
-use crate::backend::StepBatch;
+use crate::backend::{RowWish, StepBatch};
 
 /// Room for a step's lists at first, in words.
 const WORDS_MIN: usize = 1 << 20;
@@ -70,12 +70,17 @@ impl Staging {
     }
 
     /// Uploads a step's lists, which are the current ones until [`Self::end`]. True when they are at other addresses than before.
-    pub(super) fn begin(&mut self, batch: &StepBatch, per_block: usize) -> Result<bool, CudaError> {
+    pub(super) fn begin(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+        per_block: usize,
+    ) -> Result<bool, CudaError> {
         if self.under_way.get() {
             self.gpu.synchronize()?;
         }
         let words = self.words.get_mut();
-        let layout = encode(batch, per_block, words);
+        let layout = encode(batch, wishes, per_block, words);
         let bytes: &[u8] = bytemuck::cast_slice(words);
         let moved = bytes.len() > self.target.bytes();
         if moved {
@@ -102,6 +107,12 @@ impl Staging {
         self.current = None;
     }
 
+    /// How to choose a token for each of the current step's rows.
+    pub(super) fn draws(&self) -> DevicePtr {
+        let current = self.current.expect("tokens are chosen within a step");
+        at(self.target.address(), current.layout.draws)
+    }
+
     /// The stream has been waited for.
     pub(super) fn passed(&self) {
         self.under_way.set(false);
@@ -123,7 +134,7 @@ impl Staging {
             });
         }
         let mut words = self.words.borrow_mut();
-        let layout = encode(batch, per_block, &mut words);
+        let layout = encode(batch, &[], per_block, &mut words);
         let buffer = self.upload(pool, &words)?;
         Ok(OnDevice {
             addresses: addresses(buffer.address(), &layout),

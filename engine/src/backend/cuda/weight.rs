@@ -156,7 +156,8 @@ fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<
         let rows_each = count.div_ceil(threads);
         thread::scope(|scope| {
             for (index, part) in part.chunks_mut(rows_each * weight.cols).enumerate() {
-                let mut decode = move || decode(stored, first + index * rows_each, part, weight.cols);
+                let mut decode =
+                    move || decode(stored, first + index * rows_each, part, weight.cols);
                 if rows_each == count {
                     decode();
                 } else {
@@ -165,7 +166,11 @@ fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<
             }
         });
         let bytes = bytemuck::cast_slice(part);
-        gpu.upload(&weight.memory, weight.offset + first * weight.cols * 2, bytes)?;
+        gpu.upload(
+            &weight.memory,
+            weight.offset + first * weight.cols * 2,
+            bytes,
+        )?;
     }
     Ok(())
 }

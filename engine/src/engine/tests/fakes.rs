@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::backend::{BackendError, BlockId, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
 use crate::handoff::{Fetch, Handoff, HandoffError, HandoffTicket, Offer};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
@@ -220,21 +220,21 @@ impl Model for FakeModel {
         })
     }
 
-    /// Chooses like a device: rows that are not finite are left to the host.
+    /// Chooses like a device; draws, and rows that are not finite, are left to the host.
     fn forward_choosing(
         &mut self,
         batch: &StepBatch,
-        best: &[bool],
+        wishes: &[RowWish],
     ) -> Result<Logits, BackendError> {
         let whole = self.forward(batch)?;
-        assert_eq!(best.len(), whole.rows(), "a mark for each row");
+        assert_eq!(wishes.len(), whole.rows(), "a wish for each row");
         let mut logits = Logits {
             values: Vec::new(),
             vocab: VOCAB,
             chosen: Vec::new(),
         };
-        for (row, &best) in whole.values.chunks_exact(VOCAB).zip(best) {
-            if best && row.iter().all(|logit| logit.is_finite()) {
+        for (row, wish) in whole.values.chunks_exact(VOCAB).zip(wishes) {
+            if *wish == RowWish::Best && row.iter().all(|logit| logit.is_finite()) {
                 let greatest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let token = row.iter().position(|&logit| logit == greatest);
                 let token = token.and_then(|token| TokenId::try_from(token).ok());

@@ -10,8 +10,8 @@ use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
 use crate::backend::{
-    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing, RopeTable,
-    SequenceSpan, StepBatch, TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing,
+    RopeTable, SequenceSpan, StepBatch, TokenId, WeightSource,
 };
 use crate::page::{KvDtype, Page, PageShape};
 

@@ -36,7 +36,10 @@ fn variants(source: Source) -> Vec<Variant> {
 
 /// The compiler, or nothing where a developer has none. `scripts/test`, hence CI, names it.
 fn compiler() -> Option<Compiler> {
-    let named = ["CI", FILE_VARIABLE].map(std::env::var_os).iter().any(Option::is_some);
+    let named = ["CI", FILE_VARIABLE]
+        .map(std::env::var_os)
+        .iter()
+        .any(Option::is_some);
     match Compiler::open() {
         Ok(compiler) => Some(compiler),
         Err(error) if named => panic!("{error}"),

@@ -8,8 +8,8 @@ use baton_configs::llm::{LlmOptions, LoadFormat};
 use super::*;
 use crate::backend::SequenceSpan;
 use crate::backend::cpu::CpuBackend;
-use crate::model::{Logits, Model, Outcome};
 use crate::model::load::load;
+use crate::model::{Logits, Model, Outcome};
 use crate::page::KvDtype;
 
 /// Activations are rounded to 8 bits some dozen times on the way through four layers; logits of random weights are all of
@@ -128,32 +128,39 @@ fn steps() -> Vec<StepBatch> {
     ];
     for step in 0..6 {
         let parts = [(0, 152, 1, true), (1, 53, 1, true), (2, 5, 1, true)];
-        let here = parts.map(|(sequence, past, count, wanted)| (sequence, past + step, count, wanted));
+        let here =
+            parts.map(|(sequence, past, count, wanted)| (sequence, past + step, count, wanted));
         steps.push(batch(&here));
     }
     steps.extend((0..4).map(|step| batch(&[(0, 158 + step, 1, true)])));
-    steps.push(batch(&[(2, 11, 1, true), (0, 162, 1, true), (1, 59, 1, true)]));
+    steps.push(batch(&[
+        (2, 11, 1, true),
+        (0, 162, 1, true),
+        (1, 59, 1, true),
+    ]));
     steps
 }
 
 /// The device's tokens are those of its logits; rows that are not asked for keep their values.
 fn check_choices(model: &mut dyn Model, step: &StepBatch, logits: &Logits) {
     let wanted = step.logit_rows.len();
-    let mut best = vec![true; wanted];
-    best[wanted / 2] = wanted == 1;
-    let found = model.forward_choosing(step, &best).unwrap();
+    let mut wishes = vec![RowWish::Best; wanted];
+    if wanted > 1 {
+        wishes[wanted / 2] = RowWish::Logits;
+    }
+    let found = model.forward_choosing(step, &wishes).unwrap();
     assert_eq!(found.rows(), wanted);
     for (row, outcome) in found.outcomes().enumerate() {
         let values = logits.row(row);
         let greatest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         match outcome {
-            Outcome::Best(token) => {
+            Outcome::Chosen(token) => {
                 let first = values.iter().position(|&value| value == greatest);
                 assert_eq!(Some(token as usize), first);
-                assert!(best[row]);
+                assert_eq!(wishes[row], RowWish::Best);
             }
             Outcome::Values(found) => {
-                assert!(!best[row]);
+                assert_eq!(wishes[row], RowWish::Logits);
                 assert_eq!(found, values);
             }
         }
@@ -174,14 +181,29 @@ fn models_give_the_cpu_backends_logits() {
             let found = model.forward(step).unwrap();
             check_choices(model, step, &found);
             assert_eq!(found.values.len(), expected.values.len());
-            let scale = expected.values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+            let scale = expected
+                .values
+                .iter()
+                .fold(0.0_f32, |most, value| most.max(value.abs()));
             let errors = found.values.iter().zip(&expected.values);
             let worst = errors.fold(0.0_f32, |worst, (a, b)| {
                 // A NaN is the worst.
-                if (a - b).abs() <= worst { worst } else { (a - b).abs() }
+                if (a - b).abs() <= worst {
+                    worst
+                } else {
+                    (a - b).abs()
+                }
             });
-            eprintln!("{} step {index}: off by {:.4} of {scale:.3}", kind.name, worst / scale);
-            assert!(worst <= LOGITS_TOLERANCE * scale, "{} step {index}", kind.name);
+            eprintln!(
+                "{} step {index}: off by {:.4} of {scale:.3}",
+                kind.name,
+                worst / scale
+            );
+            assert!(
+                worst <= LOGITS_TOLERANCE * scale,
+                "{} step {index}",
+                kind.name
+            );
         }
     }
 }
@@ -207,7 +229,9 @@ fn pages_of_one_backend_serve_the_other() {
     let next = batch(&[(0, 100, 1, true)]);
     let expected = cpu.forward(&next).unwrap().values;
     let found = gpu.forward(&next).unwrap().values;
-    let scale = expected.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    let scale = expected
+        .iter()
+        .fold(0.0_f32, |most, value| most.max(value.abs()));
     for (found, expected) in found.iter().zip(&expected) {
         assert!((found - expected).abs() <= LOGITS_TOLERANCE * scale);
     }

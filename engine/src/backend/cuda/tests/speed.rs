@@ -11,7 +11,7 @@ use baton_configs::llm::{LlmOptions, LoadFormat};
 
 use super::*;
 use crate::backend::conformance::noise;
-use crate::backend::{SequenceSpan, WeightBytes, WeightDtype};
+use crate::backend::{Draw, RowWish, SequenceSpan, WeightBytes, WeightDtype};
 use crate::engine::{Engine, EngineConfig, Inbox};
 use crate::model::Model;
 use crate::model::load::load;
@@ -70,10 +70,18 @@ fn random(backend: &mut CudaBackend, rows: usize, cols: usize) -> CudaTensor {
 #[ignore = "measures; see scripts/gpu/suite"]
 fn products() {
     let Some(mut backend) = gpu() else { return };
-    for (rows, cols) in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)] {
+    for (rows, cols) in [
+        (6144, 4096),
+        (4096, 4096),
+        (28672, 4096),
+        (4096, 14336),
+        (128_256, 4096),
+    ] {
         // More copies than the cache holds.
         let copies = (256_usize << 20).div_ceil(rows * cols * 2).clamp(1, 8);
-        let weights: Vec<_> = (0..copies).map(|_| random_weight(&mut backend, rows, cols)).collect();
+        let weights: Vec<_> = (0..copies)
+            .map(|_| random_weight(&mut backend, rows, cols))
+            .collect();
         for tokens in [1, 2, 3, 4, 5, 8, 16, 32, 64, 128, 256, 2048, 8192] {
             if tokens > 256 && rows > 100_000 {
                 continue;
@@ -85,13 +93,22 @@ fn products() {
                 weight: weight.address(),
                 bias: None,
                 out: out.address(),
-                shape: ProductShape { tokens, cols, rows, ld_x: cols, ld_out: rows, wide: false },
+                shape: ProductShape {
+                    tokens,
+                    cols,
+                    rows,
+                    ld_x: cols,
+                    ld_out: rows,
+                    wide: false,
+                },
             };
             let library = micros(&mut backend, |backend, index| {
                 let product = product(&weights[index % copies]);
                 assert!(backend.linear.borrow_mut().run(&product).unwrap());
             });
-            let own = if tokens > 8 { f64::NAN } else {
+            let own = if tokens > 8 {
+                f64::NAN
+            } else {
                 micros(&mut backend, |backend, index| {
                     let product = product(&weights[index % copies]);
                     backend.ops.borrow_mut().linear(&product).unwrap();
@@ -101,7 +118,8 @@ fn products() {
             let bound = (bytes / BYTES_PER_US).max((2 * rows * cols * tokens) as f64 / FLOP_PER_US);
             eprintln!(
                 "product [{rows}, {cols}] x {tokens}: library {library:.1} us ({:.0}% of bound), own {own:.1} us ({:.0}%)",
-                100.0 * bound / library, 100.0 * bound / own
+                100.0 * bound / library,
+                100.0 * bound / own
             );
         }
     }
@@ -139,8 +157,18 @@ fn attention() {
     let Some(mut backend) = gpu() else { return };
     let (heads, dim) = (32, 128);
     for (sequences, past_len, rows) in [
-        (1, 128, 1), (1, 1000, 1), (1, 8000, 1), (16, 1000, 1), (64, 1000, 1), (256, 192, 1), (256, 1000, 1),
-        (1, 0, 128), (1, 0, 2048), (1, 0, 8192), (1, 8192, 2048), (4, 0, 2048),
+        (1, 128, 1),
+        (1, 1000, 1),
+        (1, 8000, 1),
+        (16, 1000, 1),
+        (64, 1000, 1),
+        (256, 192, 1),
+        (256, 1000, 1),
+        (1, 0, 128),
+        (1, 0, 2048),
+        (1, 0, 8192),
+        (1, 8192, 2048),
+        (4, 0, 2048),
     ] {
         let batch = spans(sequences, past_len, rows);
         let blocks = (past_len + rows).div_ceil(32) * sequences;
@@ -150,7 +178,7 @@ fn attention() {
         let mut k = random(&mut backend, tokens, 8 * dim);
         let v = random(&mut backend, tokens, 8 * dim);
         let mut out = backend.tensor(tokens, heads * dim);
-        backend.staging.begin(&batch, 32).unwrap();
+        backend.staging.begin(&batch, &[], 32).unwrap();
         let table = RopeTable {
             inverse_frequencies: noise(1, 64),
             pairing: RopePairing::Halves,
@@ -159,8 +187,15 @@ fn attention() {
         let rope = micros(&mut backend, |backend, _| {
             backend.rope_write_kv(0, &batch, &table, (&mut q, &mut k, &v));
         });
-        let spec = AttentionSpec { layer: 0, heads, scale: 0.09, window: None };
-        let time = micros(&mut backend, |backend, _| backend.attention(&spec, &batch, &q, &mut out));
+        let spec = AttentionSpec {
+            layer: 0,
+            heads,
+            scale: 0.09,
+            window: None,
+        };
+        let time = micros(&mut backend, |backend, _| {
+            backend.attention(&spec, &batch, &q, &mut out)
+        });
         backend.staging.end();
         let seen: usize = (past_len + 1..=past_len + rows).sum::<usize>() * sequences;
         let bytes = (sequences * (past_len + rows) * 8 * dim * 4 + tokens * heads * dim * 4) as f64;
@@ -190,7 +225,8 @@ fn rows() {
         let silu_bound = (tokens * 14_336 * 6) as f64 / BYTES_PER_US;
         eprintln!(
             "{tokens} rows: sum and norm {time:.1} us ({:.0}% of bound), silu_mul {silu:.1} us ({:.0}%)",
-            100.0 * bound / time, 100.0 * silu_bound / silu
+            100.0 * bound / time,
+            100.0 * silu_bound / silu
         );
     }
 }
@@ -210,13 +246,18 @@ fn llama_8b(folder: &Path, backend: CudaBackend) -> Box<dyn Model> {
     load(spec, &options, None, backend, &|_| {}).unwrap().model
 }
 
-fn median_ms(model: &mut dyn Model, repeats: usize, mut step: impl FnMut(usize) -> StepBatch) -> f64 {
+fn median_ms(
+    model: &mut dyn Model,
+    wish: RowWish,
+    repeats: usize,
+    mut step: impl FnMut(usize) -> StepBatch,
+) -> f64 {
     let mut times = Vec::new();
     for index in 0..repeats + 3 {
         let batch = step(index);
         let started = Instant::now();
-        let best = vec![true; batch.logit_rows.len()];
-        model.forward_choosing(&batch, &best).unwrap();
+        let wishes = vec![wish; batch.logit_rows.len()];
+        model.forward_choosing(&batch, &wishes).unwrap();
         // The first ones compile, choose and record.
         if index >= 3 {
             times.push(started.elapsed().as_secs_f64() * 1e3);
@@ -239,17 +280,59 @@ fn model() {
     eprintln!("first token after {:.2} s", begun.elapsed().as_secs_f64());
     let model = model.as_mut();
     for (sequences, rows, repeats) in [(1, 128, 20), (1, 2048, 10), (1, 8192, 5), (4, 2048, 5)] {
-        let time = median_ms(model, repeats, |_| spans(sequences, 0, rows));
+        let time = median_ms(model, RowWish::Best, repeats, |_| spans(sequences, 0, rows));
         let tokens = (sequences * rows) as f64;
-        eprintln!("prefill {sequences} x {rows}: {time:.2} ms, {:.0} tok/s", tokens / time * 1e3);
+        eprintln!(
+            "prefill {sequences} x {rows}: {time:.2} ms, {:.0} tok/s",
+            tokens / time * 1e3
+        );
     }
     for sequences in [1, 2, 4, 8, 16, 64, 128, 256] {
-        let time = median_ms(model, 30, |index| spans(sequences, 128 + index, 1));
-        eprintln!("decode {sequences} behind 128: {time:.3} ms, {:.0} tok/s", sequences as f64 / time * 1e3);
+        let time = median_ms(model, RowWish::Best, 30, |index| {
+            spans(sequences, 128 + index, 1)
+        });
+        eprintln!(
+            "decode {sequences} behind 128: {time:.3} ms, {:.0} tok/s",
+            sequences as f64 / time * 1e3
+        );
     }
     for sequences in [1, 64, 256] {
-        let time = median_ms(model, 20, |index| spans(sequences, 1000 + index, 1));
-        eprintln!("decode {sequences} behind 1000: {time:.3} ms, {:.0} tok/s", sequences as f64 / time * 1e3);
+        let time = median_ms(model, RowWish::Best, 20, |index| {
+            spans(sequences, 1000 + index, 1)
+        });
+        eprintln!(
+            "decode {sequences} behind 1000: {time:.3} ms, {:.0} tok/s",
+            sequences as f64 / time * 1e3
+        );
+    }
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn choices() {
+    let Some(backend) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = llama_8b(folder.path(), backend);
+    let page = PageShape { layers: 32, ..PAGE };
+    model.allocate_pages(page, 10_000).unwrap();
+    let draw = |top_k, top_p| {
+        RowWish::Draw(Draw {
+            temperature: 0.8,
+            top_k,
+            top_p,
+            min_p: 0.0,
+            uniform: 0.3,
+        })
+    };
+    for (what, wish) in [
+        ("best", RowWish::Best),
+        ("temperature", draw(0, 1.0)),
+        ("top-k", draw(50, 1.0)),
+        ("top-p", draw(0, 0.9)),
+        ("both", draw(50, 0.9)),
+    ] {
+        let time = median_ms(model.as_mut(), wish, 10, |index| spans(256, 128 + index, 1));
+        eprintln!("decode 256 behind 128, {what}: {time:.3} ms");
     }
 }
 
@@ -296,13 +379,25 @@ fn engine() {
     };
     let (engine, thread) = Engine::start(model, None, config, Inbox::new(1024)).unwrap();
     for (requests, input, output) in [
-        (1, 128, 16), (16, 128, 4), (64, 128, 4), (256, 128, 4),
-        (1, 128, 128), (1, 2048, 2), (1, 8192, 2), (32, 2048, 1),
-        (16, 128, 256), (64, 128, 256), (256, 128, 256), (64, 2048, 128), (256, 1000, 1000),
+        (1, 128, 16),
+        (16, 128, 4),
+        (64, 128, 4),
+        (256, 128, 4),
+        (1, 128, 128),
+        (1, 2048, 2),
+        (1, 8192, 2),
+        (32, 2048, 1),
+        (16, 128, 256),
+        (64, 128, 256),
+        (256, 128, 256),
+        (64, 2048, 128),
+        (256, 1000, 1000),
     ] {
         let started = Instant::now();
         let request = |index: u32| GenerateRequest {
-            prompt: (0..input).map(|at| (index * 7919 + at * 104_729) % 128_000).collect(),
+            prompt: (0..input)
+                .map(|at| (index * 7919 + at * 104_729) % 128_000)
+                .collect(),
             sampling: SamplingParams {
                 temperature: 0.0,
                 max_tokens: output,
@@ -312,7 +407,9 @@ fn engine() {
             kind: RequestKind::Aggregated,
             cache_salt: None,
         };
-        let streams: Vec<_> = (0..requests).map(|index| engine.submit(request(index)).unwrap()).collect();
+        let streams: Vec<_> = (0..requests)
+            .map(|index| engine.submit(request(index)).unwrap())
+            .collect();
         let (mut first, mut tokens) = (f64::INFINITY, 0);
         for mut stream in streams {
             while let Some(event) = stream.blocking_next() {
@@ -328,9 +425,14 @@ fn engine() {
         let prompt_rate = f64::from(requests * input) / all;
         eprintln!(
             "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s",
-            first * 1e3, all * 1e3, f64::from(tokens) / all, f64::from(tokens - requests) / (all - first)
+            first * 1e3,
+            all * 1e3,
+            f64::from(tokens) / all,
+            f64::from(tokens - requests) / (all - first)
         );
     }
     engine.shutdown(Instant::now());
-    thread.join(Instant::now() + std::time::Duration::from_secs(10)).unwrap();
+    thread
+        .join(Instant::now() + std::time::Duration::from_secs(10))
+        .unwrap();
 }
