@@ -68,6 +68,26 @@ impl Choices for LoadFormat {
     ];
 }
 
+/// What computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Device {
+    /// A GPU that can be used, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU; without one the instance does not start.
+    Cuda,
+}
+
+impl Choices for Device {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("auto", Choice::Is(Self::Auto)),
+        ("cpu", Choice::Is(Self::Cpu)),
+        ("cuda", Choice::Is(Self::Cuda)),
+    ];
+}
+
 /// `kv_cache_config` (COMPAT.md §12.2), resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCacheConfig {
@@ -107,6 +127,8 @@ pub struct LlmOptions {
     pub dtype: ComputeDtype,
     /// Where weights come from.
     pub load_format: LoadFormat,
+    /// What computes.
+    pub device: Device,
     /// Most sequences in one step.
     pub max_batch_size: u32,
     /// Most tokens in one step.
@@ -145,6 +167,7 @@ impl Default for LlmOptions {
             model: None,
             dtype: ComputeDtype::Auto,
             load_format: LoadFormat::Auto,
+            device: Device::Auto,
             max_batch_size: 2048,
             max_num_tokens: 8192,
             max_seq_len: None,
@@ -212,6 +235,7 @@ fn resolve_raw(raw: RawLlm, findings: &mut Findings) -> LlmOptions {
         model: given(raw.model),
         dtype: given(raw.dtype).unwrap_or(defaults.dtype),
         load_format: given(raw.load_format).unwrap_or(defaults.load_format),
+        device: given(raw.device).unwrap_or(defaults.device),
         max_batch_size: given(raw.max_batch_size).unwrap_or(defaults.max_batch_size),
         max_num_tokens: given(raw.max_num_tokens).unwrap_or(defaults.max_num_tokens),
         max_seq_len: given(raw.max_seq_len),

@@ -1,6 +1,6 @@
-//! Writing one small file for another process: an address, a config. The one thing that this crate writes.
+//! Writing one small file for another process: an address, a config, a compiled kernel. The one thing that this crate writes.
 //!
-//! Invariant: a reader sees the whole text, or what was there before. What is there and is no regular file (a terminal,
+//! Invariant: a reader sees the whole of it, or what was there before. What is there and is no regular file (a terminal,
 //! a pipe, `/dev/null`) is written into, never replaced.
 
 use std::fs;
@@ -11,9 +11,9 @@ use std::path::Path;
 ///
 /// # Errors
 /// When the folder or the file cannot be written, or the path names no file. No draft is left then.
-pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+pub fn write_whole(path: &Path, contents: impl AsRef<[u8]>) -> io::Result<()> {
     if fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
-        return fs::write(path, text);
+        return fs::write(path, contents);
     }
     let mut name = path
         .file_name()
@@ -21,7 +21,7 @@ pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
         .to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let draft = path.with_file_name(name);
-    let written = fs::write(&draft, text).and_then(|()| fs::rename(&draft, path));
+    let written = fs::write(&draft, contents).and_then(|()| fs::rename(&draft, path));
     if written.is_err() {
         // The first error is the one to tell.
         drop(fs::remove_file(&draft));

@@ -4,13 +4,14 @@
 //! heads, `K` KV heads, `D` head size, `E` model width, `F` feed-forward width, `V` vocabulary, `N` blocks,
 //! `P` tokens per block, `L` layers. All activations are row-major, one row a token.
 //!
-//! Invariant: every output row depends only on its own input row (and its own sequence's KV), computed in an
-//! order that the number of rows, their order and the chunking of the prompt do not change. So greedy output is
-//! bit-equal alone, batched, chunked, and from run to run.
+//! Invariant: every output row depends only on its own input row (and its own sequence's KV). On a backend that says so
+//! ([`BackendCapability::batch_invariant`]) it is computed in an order that the number of rows, their order and the chunking
+//! of the prompt do not change, so greedy output is bit-equal alone, batched, chunked, and from run to run.
 
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod cpu;
+pub mod cuda;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -195,8 +196,86 @@ pub struct AttentionSpec {
 pub struct BackendCapability {
     /// For people: `cpu (avx512, 2 threads)`.
     pub description: String,
-    /// Whether pages live in host memory, so that any host transport can move them.
+    /// Whether pages live in host memory, so that any host transport can move them without a copy.
     pub host_pages: bool,
+    /// Whether a row's bits do not depend on the rows that are computed with it.
+    pub batch_invariant: bool,
+    /// Type of the activations, and of weights where they are converted.
+    pub activations: ActivationDtype,
+}
+
+/// How a step may be run, and what is wanted of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepWish<'a> {
+    /// Whether passes over batches of the same shape make the same calls, so that one may be recorded and replayed.
+    pub repeatable: bool,
+    /// What is wanted of each of the `logit_rows`; empty when it is the logits of all.
+    pub rows: &'a [RowWish],
+}
+
+/// What is wanted of a row. A device that cannot choose gives logits in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum RowWish {
+    /// Its logits.
+    #[default]
+    Logits,
+    /// The lowest of its best tokens.
+    Best,
+    /// A token that is drawn.
+    Draw(Draw),
+}
+
+/// How to draw a token: with probability `exp(logit / temperature)` among those that top-k leaves, of these those that top-p
+/// leaves, of these those that min-p leaves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Above 0.
+    pub temperature: f32,
+    /// So many of the best; 0 for all.
+    pub top_k: u32,
+    /// As few of the best as have this share of the weight.
+    pub top_p: f32,
+    /// Those with this share of the best one's weight.
+    pub min_p: f32,
+    /// In `[0, 1)`: which one.
+    pub uniform: f64,
+}
+
+/// What a step gave.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepOutput {
+    /// Values of the rows that have no token in [`StepOutput::chosen`], in order.
+    pub values: Vec<f32>,
+    /// For each of the `logit_rows` its token, where the device chose one; empty for none.
+    pub chosen: Vec<Option<TokenId>>,
+}
+
+/// Type of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationDtype {
+    /// 32-bit float.
+    F32,
+    /// bfloat16, with sums in 32 bits.
+    Bf16,
+}
+
+/// A weight that repeats a few values: `load_format: dummy`.
+#[derive(Debug, Clone)]
+pub struct PatternSource {
+    /// Name in a file that would hold it.
+    pub name: String,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Type of the values.
+    pub dtype: WeightDtype,
+    /// The values that are repeated; element `(r, c)` is number `first + r * stride + c` of their repetition.
+    pub values: Arc<[f32]>,
+    /// Of the first element.
+    pub first: usize,
+    /// From a row to the next.
+    pub stride: usize,
 }
 
 /// Why a backend refused.
@@ -218,6 +297,14 @@ pub enum BackendError {
         what: String,
         /// Its size.
         bytes: usize,
+    },
+    /// The device failed.
+    #[error("{what}: {reason}")]
+    Device {
+        /// What was being done.
+        what: String,
+        /// What the device or its library says.
+        reason: String,
     },
     /// Another rank of the instance is lost, or silent.
     #[error(transparent)]
@@ -242,6 +329,41 @@ pub trait Backend: Debug + Send + 'static {
     /// What this backend can do.
     fn capability(&self) -> BackendCapability;
 
+    /// What failed since the last time that this was asked. Operations themselves say nothing: once one has failed, those
+    /// after it do nothing, and what they give is unspecified.
+    ///
+    /// # Errors
+    /// The first failure.
+    fn check(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Bytes of the device's own memory that are free; `None` where it computes in the host's.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Says how many elements the matrices have that will be loaded, before the first of them.
+    ///
+    /// # Errors
+    /// When memory is short.
+    fn expect_weights(&mut self, elements: usize) -> Result<(), BackendError> {
+        let _ = elements;
+        Ok(())
+    }
+
+    /// Makes a weight of repeated values, if the backend can do so by itself; else it is made on the host and loaded.
+    ///
+    /// # Errors
+    /// When memory is short.
+    fn load_pattern(
+        &mut self,
+        source: &PatternSource,
+    ) -> Result<Option<Self::Weight>, BackendError> {
+        let _ = source;
+        Ok(None)
+    }
+
     /// Takes a weight over.
     ///
     /// # Errors
@@ -250,6 +372,40 @@ pub trait Backend: Debug + Send + 'static {
 
     /// Activations of the given shape; their content is unspecified until written.
     fn tensor(&self, rows: usize, cols: usize) -> Self::Tensor;
+
+    /// Several of them with the same rows, which may lie side by side: then [`Backend::linears`] may be one product.
+    fn tensors<const N: usize>(&self, rows: usize, cols: [usize; N]) -> [Self::Tensor; N] {
+        cols.map(|cols| self.tensor(rows, cols))
+    }
+
+    /// A tensor whose elements are not rounded to the activations' type; only [`Backend::linear`] writes it, and only
+    /// [`Backend::to_host`] reads it.
+    fn wide_tensor(&self, rows: usize, cols: usize) -> Self::Tensor {
+        self.tensor(rows, cols)
+    }
+
+    /// Runs one pass over a batch that is not empty, and gives what is wanted of the tensor that it returns, of which there is
+    /// a row for each of the batch's `logit_rows`. `pass` may be called with a batch that has more rows than this one, or not at
+    /// all where an earlier call with such a batch was recorded.
+    ///
+    /// # Errors
+    /// Those of `pass`, and what failed on the device.
+    fn step(
+        &mut self,
+        batch: &StepBatch,
+        wish: StepWish<'_>,
+        pass: &mut dyn FnMut(&mut Self, &StepBatch) -> Result<Option<Self::Tensor>, BackendError>,
+    ) -> Result<StepOutput, BackendError>
+    where
+        Self: Sized,
+    {
+        let _ = wish;
+        let out = pass(self, batch)?;
+        Ok(StepOutput {
+            values: out.map_or_else(Vec::new, |out| self.to_host(&out)),
+            chosen: Vec::new(),
+        })
+    }
 
     /// `out[t] = table[tokens[t]]`; table `[V, E]`, out `[T, E]`. Panics on a token outside the table.
     fn embed(&self, table: &Self::Weight, tokens: &[TokenId], out: &mut Self::Tensor);
@@ -263,6 +419,18 @@ pub trait Backend: Debug + Send + 'static {
         out: &mut Self::Tensor,
     );
 
+    /// `x += y`, then `out = x / rms(x) * weight`; all `[T, E]`, weight `[E]`.
+    fn add_rms_norm(
+        &self,
+        (x, y): (&mut Self::Tensor, &Self::Tensor),
+        weight: &Self::Weight,
+        epsilon: f32,
+        out: &mut Self::Tensor,
+    ) {
+        self.add(x, y);
+        self.rms_norm(x, weight, epsilon, out);
+    }
+
     /// RMS norm of each head in place; x `[T, heads * D]`, weight `[D]`.
     fn head_norm(&self, x: &mut Self::Tensor, weight: &Self::Weight, epsilon: f32);
 
@@ -274,6 +442,18 @@ pub trait Backend: Debug + Send + 'static {
         bias: Option<&Self::Weight>,
         out: &mut Self::Tensor,
     );
+
+    /// Several products of the same x: weights with their biases, and as many results.
+    fn linears<const N: usize>(
+        &self,
+        x: &Self::Tensor,
+        weights: [(&Self::Weight, Option<&Self::Weight>); N],
+        outs: [&mut Self::Tensor; N],
+    ) {
+        for ((weight, bias), out) in weights.into_iter().zip(outs) {
+            self.linear(x, weight, bias, out);
+        }
+    }
 
     /// `x += y`; both `[T, E]`.
     fn add(&self, x: &mut Self::Tensor, y: &Self::Tensor);
@@ -288,6 +468,20 @@ pub trait Backend: Debug + Send + 'static {
     ///
     /// Panics when a page it must write is shared: the scheduler never schedules that.
     fn write_kv(&mut self, layer: usize, batch: &StepBatch, k: &Self::Tensor, v: &Self::Tensor);
+
+    /// Rotates q and k `[T, heads * D]` by the batch's positions, and writes k and v to the pages. What k holds afterwards
+    /// is unspecified. Panics as [`Backend::write_kv`].
+    fn rope_write_kv(
+        &mut self,
+        layer: usize,
+        batch: &StepBatch,
+        table: &RopeTable,
+        (q, k, v): (&mut Self::Tensor, &mut Self::Tensor, &Self::Tensor),
+    ) {
+        self.rope(q, &batch.positions, table);
+        self.rope(k, &batch.positions, table);
+        self.write_kv(layer, batch, k, v);
+    }
 
     /// Causal attention over the pages; q and out `[T, H * D]`.
     fn attention(

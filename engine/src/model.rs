@@ -25,7 +25,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{BackendError, BlockId, StepBatch};
+use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
@@ -54,20 +54,46 @@ pub struct ModelShape {
     pub fingerprint: u64,
 }
 
-/// Logits of the wanted rows, on the host.
+/// Logits of the wanted rows, on the host, or the tokens that the device chose by them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logits {
-    /// `[R, V]`, in the order of [`StepBatch::logit_rows`].
+    /// `[R, V]`, in the order of [`StepBatch::logit_rows`], without the rows whose token was chosen.
     pub values: Vec<f32>,
     /// `V`.
     pub vocab: usize,
+    /// The token of each row that has one; empty when none has.
+    pub chosen: Vec<Option<TokenId>>,
+}
+
+/// What is known of one row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Outcome<'a> {
+    /// The token that was chosen as wished.
+    Chosen(TokenId),
+    /// `[V]`.
+    Values(&'a [f32]),
 }
 
 impl Logits {
-    /// One row `[V]`.
+    /// Rows in all.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.values.len() / self.vocab + self.chosen.iter().flatten().count()
+    }
+
+    /// One row `[V]` of a step for which no token was chosen.
     #[must_use]
     pub fn row(&self, index: usize) -> &[f32] {
         &self.values[index * self.vocab..(index + 1) * self.vocab]
+    }
+
+    /// What is known of each row, in order.
+    pub fn outcomes(&self) -> impl Iterator<Item = Outcome<'_>> {
+        let mut values = self.values.chunks_exact(self.vocab);
+        (0..self.rows()).map(move |index| match self.chosen.get(index) {
+            Some(&Some(token)) => Outcome::Chosen(token),
+            _ => Outcome::Values(values.next().expect("a row without a token has values")),
+        })
     }
 }
 
@@ -93,6 +119,20 @@ pub trait Model: Debug + Send {
     /// # Errors
     /// When the device fails.
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError>;
+
+    /// The same; `wishes` says of each wanted row what is asked for, so a model whose device can choose tokens need not give
+    /// their logits.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+    ) -> Result<Logits, BackendError> {
+        let _ = wishes;
+        self.forward(batch)
+    }
 
     /// Another reader of each block's page, for a hand-off; see [`crate::backend::Backend::share_page`].
     ///

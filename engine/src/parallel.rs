@@ -18,7 +18,7 @@ use crate::backend::BackendError;
 use crate::collective::CollectiveError;
 use crate::model::ModelError;
 
-pub(crate) use opening::{Following, Leading, Led, Room, follow, lead};
+pub(crate) use opening::{Following, Leading, Led, Room, await_order, follow, lead};
 
 /// Why an instance of several ranks did not begin, or how a rank that follows ended.
 #[derive(Debug, thiserror::Error)]

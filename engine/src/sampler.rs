@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::backend::TokenId;
+use crate::backend::{Draw, RowWish, TokenId};
 use crate::request::{SamplingParams, TokenLogprobs};
 
 use logprobs::token_logprobs;
@@ -58,7 +58,7 @@ impl Sampler {
     /// Chooses the next token.
     pub(crate) fn sample(&mut self, input: &SampleInput<'_>) -> Result<Sampled, SampleError> {
         check_finite(input.logits)?;
-        let token = if is_plain_greedy(input) {
+        let token = if is_plain_greedy(input.params, input.answer.len()) {
             argmax(input.logits)
         } else {
             self.choose(input)?
@@ -133,12 +133,32 @@ fn draw(kept: &[(TokenId, f32)], uniform: f64) -> TokenId {
         .map_or(0, |&(token, _)| token)
 }
 
-fn is_plain_greedy(input: &SampleInput<'_>) -> bool {
-    let params = input.params;
+/// What is wanted of the logits for the answer's next token: a device may choose it, unless more than temperature and filters
+/// has a say in it, or the logits are asked for.
+pub(crate) fn wish(params: &SamplingParams, answer_len: usize) -> RowWish {
+    let adjusted = !params.logit_bias.is_empty()
+        || has_penalty(params)
+        || answer_len < params.min_tokens as usize;
+    if adjusted || params.logprobs.is_some() {
+        RowWish::Logits
+    } else if params.temperature <= 0.0 {
+        RowWish::Best
+    } else {
+        RowWish::Draw(Draw {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            uniform: uniform(params.seed, answer_len),
+        })
+    }
+}
+
+fn is_plain_greedy(params: &SamplingParams, answer_len: usize) -> bool {
     params.temperature <= 0.0
         && params.logit_bias.is_empty()
         && !has_penalty(params)
-        && !is_below_min_tokens(input)
+        && answer_len >= params.min_tokens as usize
 }
 
 #[expect(clippy::float_cmp, reason = "the neutral values are exact")]

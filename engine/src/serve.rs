@@ -28,6 +28,7 @@ use tokio::time::timeout;
 
 use self::load::Started;
 pub use self::ranks::follow;
+use crate::backend::BackendError;
 use crate::collective::mpi;
 use crate::engine::{EngineError, EngineThread};
 use crate::group::GroupError;
@@ -118,6 +119,9 @@ pub enum ServeError {
     /// The chat template that was given.
     #[error(transparent)]
     ChatTemplate(#[from] ChatError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] BackendError),
     /// The KV pool would hold nothing.
     #[error(
         "the kv pool has no room: {needed_bytes} bytes for one block of {tokens_per_block} tokens, {granted_bytes} granted\nhint: raise kv_cache_config.free_gpu_memory_fraction, or set kv_cache_config.max_tokens"

@@ -252,6 +252,7 @@ fn of_serve(error: ServeError) -> anyhow::Error {
         ServeError::Model(_)
         | ServeError::Tokenizer(_)
         | ServeError::ChatTemplate(_)
+        | ServeError::Device(_)
         | ServeError::NoPool { .. }
         | ServeError::Transceiver(_) => Outcome::Unavailable,
         ServeError::Registration(_) | ServeError::Fault(_) => Outcome::Usage,

@@ -1,7 +1,7 @@
 //! The keys of the LLM options file and of its `kv_cache_config`.
 
 use crate::cluster::RawCluster;
-use crate::llm::{ComputeDtype, LoadFormat};
+use crate::llm::{ComputeDtype, Device, LoadFormat};
 use crate::section::kind::{
     Anything, Choice, Choices, Count, Flag, Later, OneOf, Share, Size, Sub, Text, Whole,
 };
@@ -114,6 +114,8 @@ section! {
         dtype: OneOf<ComputeDtype> = "auto";
         /// Where weights come from: `auto` reads them; `dummy` makes random ones, for benchmarks.
         load_format: OneOf<LoadFormat> = "auto";
+        /// What computes: `cuda`, `cpu`, or `auto` for a GPU that can be used and else the CPU.
+        device: OneOf<Device> = "auto";
         /// Most sequences in one step.
         max_batch_size: Count = "2048";
         /// Most tokens in one step.

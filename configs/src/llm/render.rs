@@ -19,6 +19,7 @@ pub fn to_yaml(options: &LlmOptions) -> String {
         ("model", text(&options.model)),
         ("dtype", quoted(name_of(options.dtype))),
         ("load_format", quoted(name_of(options.load_format))),
+        ("device", quoted(name_of(options.device))),
         ("max_batch_size", options.max_batch_size.to_string()),
         ("max_num_tokens", options.max_num_tokens.to_string()),
         ("max_seq_len", or_null(options.max_seq_len)),

@@ -1,8 +1,10 @@
 //! One suite for every backend: each operation against a naive reference, and the bit-equality that
 //! [`super::Backend`] promises.
 //!
-//! A backend runs it by naming a constructor: `conformance_tests!(MyBackend::new())`. References are written in
-//! `f64` from the definitions and share no code with any backend; stored formats are compared with candle's decoder.
+//! A backend runs it by naming a constructor: `conformance_tests!(MyBackend::new())`, or `conformance_tests!(if let found())`
+//! where the device may not be there. References are written in `f64` from the definitions and share no code with any
+//! backend; stored formats are compared with candle's decoder. What a backend is held to follows from its capability:
+//! inputs are what its activations can hold, errors are measured against their precision.
 
 mod attention;
 mod dense;
@@ -16,10 +18,11 @@ pub(crate) use rows::*;
 
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
+use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Backend, WeightBytes, WeightDtype, WeightSource};
+use super::{ActivationDtype, Backend, WeightBytes, WeightDtype, WeightSource};
 
 /// Numbers of rows or columns around vector and tile widths.
 pub(crate) const SIZES: [usize; 9] = [1, 2, 3, 7, 15, 16, 17, 33, 70];
@@ -42,8 +45,14 @@ pub(crate) const DTYPES: [WeightDtype; 13] = [
 
 /// Makes a test of every function of the suite.
 macro_rules! conformance_tests {
+    (if let $found:expr) => {
+        $crate::backend::conformance::conformance_tests!(@names ($found) optional);
+    };
     ($make:expr) => {
-        $crate::backend::conformance::conformance_tests!(@ $make;
+        $crate::backend::conformance::conformance_tests!(@names ($make) always);
+    };
+    (@names ($make:expr) $kind:ident) => {
+        $crate::backend::conformance::conformance_tests!(@$kind ($make)
             embed_decodes_every_dtype_exactly,
             linear_matches_the_reference,
             linear_of_stored_formats_matches_the_reference,
@@ -52,19 +61,22 @@ macro_rules! conformance_tests {
             rms_norm_matches_the_reference,
             head_norm_matches_the_reference,
             add_and_silu_mul_match_the_reference,
+            fused_operations_match_their_parts,
             rope_matches_the_reference,
             rows_are_selected_and_copied,
             rows_are_edited_on_the_host,
+            large_heads_match_the_reference,
             attention_matches_the_reference,
             attention_is_bit_equal_alone_batched_and_chunked,
             attention_ignores_what_it_must_not_see,
+            attention_ignores_what_pages_held_before,
             written_kv_is_rounded_to_nearest_even,
             pages_are_shared_lent_and_returned,
             misused_pages_panic,
             a_pool_that_cannot_fit_is_refused,
         );
     };
-    (@ $make:expr; $($name:ident,)*) => {
+    (@always ($make:expr) $($name:ident,)*) => {
         $(
             #[test]
             fn $name() {
@@ -72,8 +84,57 @@ macro_rules! conformance_tests {
             }
         )*
     };
+    (@optional ($found:expr) $($name:ident,)*) => {
+        $(
+            #[test]
+            fn $name() {
+                if let Some(mut backend) = $found {
+                    $crate::backend::conformance::$name(&mut backend);
+                    crate::backend::Backend::check(&backend).expect("the device works");
+                }
+            }
+        )*
+    };
 }
 pub(crate) use conformance_tests;
+
+/// Results in bf16 are off by half a unit in their last place, 2⁻⁹ of their size; where something between is bf16 too
+/// (attention's weights, a fused sum), by as much again. The rest is room for sums in another order.
+const BF16_TOLERANCE: f64 = 1.0 / 200.0;
+
+/// The error that is allowed where `f32` arithmetic would be off by `exact`.
+pub(crate) fn tolerance<B: Backend>(backend: &B, exact: f64) -> f64 {
+    match backend.capability().activations {
+        ActivationDtype::F32 => exact,
+        ActivationDtype::Bf16 => BF16_TOLERANCE,
+    }
+}
+
+/// Values as the backend's activations and weights hold them.
+pub(crate) fn held<B: Backend>(backend: &B, mut values: Vec<f32>) -> Vec<f32> {
+    if backend.capability().activations == ActivationDtype::Bf16 {
+        for value in &mut values {
+            *value = bf16::from_f32(*value).to_f32();
+        }
+    }
+    values
+}
+
+/// Numbers in `-1..1` that the backend can hold.
+pub(crate) fn noise_of<B: Backend>(backend: &B, seed: u64, len: usize) -> Vec<f32> {
+    held(backend, noise(seed, len))
+}
+
+/// Asserts that two ways of computing the same agree: to the last bit where the backend promises it.
+#[track_caller]
+pub(crate) fn assert_agree<B: Backend>(backend: &B, found: &[f32], expected: &[f32], what: &str) {
+    if backend.capability().batch_invariant {
+        assert_same_bits(found, expected, what);
+    } else {
+        let expected: Vec<f64> = expected.iter().map(|&value| f64::from(value)).collect();
+        assert_close(found, &expected, tolerance(backend, 0.0), what);
+    }
+}
 
 /// Numbers in `-1..1`, the same for the same seed.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<f32> {

@@ -32,8 +32,8 @@ use self::simd::Isa;
 use self::team::Team;
 use self::tensor::Buffers;
 use super::{
-    AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable, StepBatch,
-    TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable,
+    StepBatch, TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
 
@@ -100,6 +100,8 @@ impl Backend for CpuBackend {
         BackendCapability {
             description: format!("cpu ({}, {threads} {noun})", self.isa.name()),
             host_pages: true,
+            batch_invariant: true,
+            activations: ActivationDtype::F32,
         }
     }
 

@@ -2,11 +2,11 @@
 
 use std::time::Instant;
 
-use crate::backend::{BackendError, SequenceSpan, StepBatch};
+use crate::backend::{BackendError, RowWish, SequenceSpan, StepBatch};
 use crate::metrics::{InflightBatchingStats, IterationStats, KvCacheStats};
-use crate::model::Logits;
+use crate::model::{Logits, Outcome};
 use crate::request::{RequestFailure, RequestId};
-use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs};
+use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs, wish};
 use crate::scheduler::{Plan, PlannedSpan};
 use crate::sequence::Sequence;
 
@@ -36,12 +36,12 @@ impl Core {
         if plan.spans.is_empty() {
             return Ok(!plan.fetches.is_empty() || plan.preempted > 0);
         }
-        let batch = self.batch(&plan);
-        let logits = self.model.forward(&batch)?;
+        let (batch, wishes) = self.batch(&plan);
+        let logits = self.model.forward_choosing(&batch, &wishes)?;
         assert_eq!(
-            logits.values.len(),
-            batch.logit_rows.len() * logits.vocab,
-            "the model gives the logits it was asked for"
+            logits.rows(),
+            batch.logit_rows.len(),
+            "the model gives the rows it was asked for"
         );
         let ended = self.settle_all(&plan, &logits);
         self.record(&plan, started, ended);
@@ -49,9 +49,9 @@ impl Core {
         Ok(true)
     }
 
-    /// What the model is to compute.
-    fn batch(&self, plan: &Plan) -> StepBatch {
-        let mut batch = StepBatch::default();
+    /// What the model is to compute, and what is wanted of each row of the logits.
+    fn batch(&self, plan: &Plan) -> (StepBatch, Vec<RowWish>) {
+        let (mut batch, mut wishes) = (StepBatch::default(), Vec::new());
         for span in &plan.spans {
             let sequence = self.scheduler.running(span.index);
             let first = batch.tokens.len();
@@ -62,26 +62,29 @@ impl Core {
             batch
                 .positions
                 .extend((sequence.computed..end).map(position));
-            batch.logit_rows.extend(
-                sequence
-                    .logit_positions(span.rows)
-                    .map(|at| first + at - sequence.computed),
-            );
+            for at in sequence.logit_positions(span.rows) {
+                batch.logit_rows.push(first + at - sequence.computed);
+                wishes.push(if at + 1 == sequence.tokens.len() {
+                    wish(&sequence.sampling, sequence.answer().len())
+                } else {
+                    RowWish::Logits
+                });
+            }
             batch.sequences.push(SequenceSpan {
                 rows: first..first + span.rows,
                 past_len: sequence.computed,
                 blocks: sequence.blocks.clone(),
             });
         }
-        batch
+        (batch, wishes)
     }
 
     /// Takes the step's results over. Returns how many requests ended.
     fn settle_all(&mut self, plan: &Plan, logits: &Logits) -> usize {
         let mut ends = Vec::new();
-        let mut row = 0;
+        let mut outcomes = logits.outcomes();
         for &span in &plan.spans {
-            if let Some(end) = self.settle(span, logits, &mut row) {
+            if let Some(end) = self.settle(span, &mut outcomes) {
                 ends.push((self.scheduler.running(span.index).id, end));
             }
         }
@@ -92,8 +95,12 @@ impl Core {
         count
     }
 
-    /// Takes one sequence's results over; `row` is its first row of the logits, and the next one's afterwards.
-    fn settle(&mut self, span: PlannedSpan, logits: &Logits, row: &mut usize) -> Option<End> {
+    /// Takes one sequence's results over, which come next.
+    fn settle<'a>(
+        &mut self,
+        span: PlannedSpan,
+        outcomes: &mut impl Iterator<Item = Outcome<'a>>,
+    ) -> Option<End> {
         let positions = self
             .scheduler
             .running(span.index)
@@ -103,11 +110,12 @@ impl Core {
         let mut last = None;
         let mut broken = None;
         for position in positions {
-            let values = logits.row(*row);
-            *row += 1;
+            let outcome = outcomes.next().expect("the model gives every row");
             if position + 1 == sequence.tokens.len() {
-                last = Some(values);
-            } else if let Err(error) = collect_prompt_logprobs(sequence, position, values) {
+                last = Some(outcome);
+            } else if let Outcome::Values(values) = outcome
+                && let Err(error) = collect_prompt_logprobs(sequence, position, values)
+            {
                 broken = Some(error);
             }
         }
@@ -124,8 +132,10 @@ impl Core {
             eos: &self.config.eos_token_ids,
             now: Instant::now(),
         };
-        let Some(values) = last else {
-            return publisher.forced(sequence);
+        let values = match last {
+            None => return publisher.forced(sequence),
+            Some(Outcome::Chosen(token)) => return publisher.token(sequence, token, None),
+            Some(Outcome::Values(values)) => values,
         };
         let sampled = self.sampler.sample(&SampleInput {
             params: &sequence.sampling,

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::backend::{WeightBytes, WeightDtype, WeightSource};
+use crate::backend::{PatternSource, WeightBytes, WeightDtype, WeightSource};
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::gguf::GgufFile;
 use crate::model::safetensors::Shards;
@@ -47,6 +47,14 @@ impl Checkpoint<'_> {
             Self::Dummy(dtype) => dummy::bytes(slot, *dtype),
         };
         Ok(bytes as u64)
+    }
+
+    /// A slot's part as repeated values, where it is that.
+    pub(crate) fn pattern(&self, slot: &Slot) -> Option<PatternSource> {
+        match self {
+            Self::Dummy(dtype) => Some(dummy::pattern(slot.hugging_face_name(), slot, *dtype)),
+            Self::Gguf(_) | Self::Safetensors(_) => None,
+        }
     }
 
     /// A slot's part as a weight. Rows of a file are not copied.

@@ -9,7 +9,11 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::backend::{AttentionSpec, Backend, BackendError, BlockId, StepBatch};
+use baton_configs::llm::LlmOptions;
+
+use crate::backend::{
+    AttentionSpec, Backend, BackendError, BlockId, RowWish, StepBatch, StepOutput, StepWish,
+};
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
@@ -19,7 +23,7 @@ use crate::model::load::LoadProgress;
 use crate::model::micro;
 use crate::model::peers::Peers;
 use crate::model::shard::Shard;
-use crate::model::weights::{DecoderWeights, LayerWeights, Linear};
+use crate::model::weights::{DecoderWeights, LayerWeights, Linear, Slot};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
 
@@ -27,13 +31,19 @@ use crate::page::{Page, PageShape};
 #[derive(Debug)]
 pub(crate) struct Decoder<B: Backend> {
     backend: B,
-    /// This rank's.
-    config: DecoderConfig,
+    part: DecoderPart<B>,
     /// The whole model's.
     shape: ModelShape,
+    weight_bytes: usize,
+}
+
+/// All of a decoder but its device.
+#[derive(Debug)]
+struct DecoderPart<B: Backend> {
+    /// This rank's.
+    config: DecoderConfig,
     shard: Shard,
     weights: DecoderWeights<B::Weight>,
-    weight_bytes: usize,
     /// `None` when this rank is alone.
     peers: Option<Peers>,
 }
@@ -49,19 +59,19 @@ impl<B: Backend> Decoder<B> {
         progress: &dyn Fn(LoadProgress<'_>),
     ) -> Result<Self, ModelError> {
         let plan = DecoderWeights::plan(config, &shard);
-        let mut bytes_total = 0;
+        let (mut bytes_total, mut elements) = (0, 0);
         plan.try_map(|slot| {
             bytes_total += checkpoint.bytes(slot)?;
+            let shape = slot.cut_shape();
+            elements += shape.rows() * shape.cols();
             Ok::<_, ModelError>(())
         })?;
+        let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());
+        backend.expect_weights(elements).map_err(refused)?;
         let mut bytes_done = 0;
         let weights = plan.try_map(|slot| {
-            let source = checkpoint.source(slot)?;
-            let tensor = source.name.clone();
-            bytes_done += source.bytes.as_slice().len() as u64;
-            let weight = backend
-                .load_weight(source)
-                .map_err(|error| ModelErrorKind::Backend(error).of(checkpoint.subject()))?;
+            bytes_done += checkpoint.bytes(slot)?;
+            let (tensor, weight) = take_over(&mut backend, checkpoint, slot)?;
             progress(LoadProgress {
                 tensor: &tensor,
                 bytes_done,
@@ -72,35 +82,85 @@ impl<B: Backend> Decoder<B> {
         Ok(Self {
             shape: config.shape(),
             backend,
-            config: shard.config(config),
-            shard,
-            weights,
+            part: DecoderPart {
+                config: shard.config(config),
+                shard,
+                weights,
+                peers: None,
+            },
             weight_bytes: usize::try_from(bytes_total).expect("the weights' bytes are addressable"),
-            peers: None,
         })
+    }
+
+    /// Bytes that are left for pages on the device, where it has memory of its own: what a step's activations take at most
+    /// is not.
+    pub(crate) fn free_device_bytes(&self, options: &LlmOptions) -> Option<u64> {
+        let free = self.backend.free_bytes()?;
+        let config = &self.part.config;
+        let heads = config.heads + 2 * config.kv_heads;
+        let per_token = 2 * config.ffn_width + 4 * config.width + 2 * heads * config.head_dim;
+        let (tokens, sequences) = (options.max_num_tokens, options.max_batch_size);
+        let per_sequence = 4 * (config.vocab + config.width);
+        let activations = 2 * per_token as u64 * u64::from(tokens);
+        let results = per_sequence as u64 * u64::from(sequences.min(tokens));
+        Some(free.saturating_sub(activations + results))
     }
 
     /// Joins the other ranks, whose shards these are. From now on all of them make each step together.
     pub(crate) fn join(&mut self, collective: Box<dyn Collective>, shards: &[Shard]) {
-        self.peers = Some(Peers::new(collective, shards));
+        self.part.peers = Some(Peers::new(collective, shards));
     }
 
     /// The ranks that were joined.
     pub(crate) fn collective(&mut self) -> &mut dyn Collective {
-        let peers = self.peers.as_mut();
+        let peers = self.part.peers.as_mut();
         peers
             .expect("only a rank that has joined others is asked for them")
             .collective
             .as_mut()
     }
 
+    /// What is wanted of a batch that is not empty, where this rank has it.
+    fn step(&mut self, batch: &StepBatch, rows: &[RowWish]) -> Result<StepOutput, BackendError> {
+        let Self { backend, part, .. } = self;
+        let wish = StepWish {
+            // Talk with other ranks is not the same from step to step.
+            repeatable: part.peers.is_none(),
+            rows,
+        };
+        backend.step(batch, wish, &mut |backend, batch| part.pass(backend, batch))
+    }
+}
+
+/// Hands one tensor to the backend.
+fn take_over<B: Backend>(
+    backend: &mut B,
+    checkpoint: &Checkpoint<'_>,
+    slot: &Slot,
+) -> Result<(String, B::Weight), ModelError> {
+    let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());
+    if let Some(pattern) = checkpoint.pattern(slot)
+        && let Some(weight) = backend.load_pattern(&pattern).map_err(refused)?
+    {
+        return Ok((pattern.name, weight));
+    }
+    let source = checkpoint.source(slot)?;
+    let tensor = source.name.clone();
+    let weight = backend.load_weight(source).map_err(refused)?;
+    Ok((tensor, weight))
+}
+
+impl<B: Backend> DecoderPart<B> {
     /// The wanted logits `[R, V of this rank]` of a batch that is not empty, where this rank has them.
-    fn pass(&mut self, batch: &StepBatch) -> Result<Vec<f32>, BackendError> {
+    fn pass(
+        &mut self,
+        backend: &mut B,
+        batch: &StepBatch,
+    ) -> Result<Option<B::Tensor>, BackendError> {
         let (rows, wanted) = (batch.tokens.len(), batch.logit_rows.as_slice());
         let place = self.shard.place;
-        let mut x = self.enter(batch)?;
+        let mut x = self.enter(backend, batch)?;
         let Self {
-            backend,
             config,
             weights,
             peers,
@@ -113,17 +173,21 @@ impl<B: Backend> Decoder<B> {
         let mut pass = Pass::new(backend, config, rows);
         let mut tail = Tail::new(backend, config, rows);
         for (index, layer) in layers.iter().enumerate() {
-            pass.attend(backend, config, (index, layer), batch, &x);
+            let before = (index > 0).then_some(&tail.projected);
+            pass.attend((backend, config), (index, layer), batch, (&mut x, before));
             tail.finish((backend, config, peers), layer, &pass.mixed, &mut x)?;
         }
-        pass.attend(backend, config, (layers.len(), last), batch, &x);
+        let before = (!layers.is_empty()).then_some(&tail.projected);
+        let place_of_last = (layers.len(), last);
+        pass.attend((backend, config), place_of_last, batch, (&mut x, before));
         if !place.is_last_stage() {
             tail.finish((backend, config, peers), last, &pass.mixed, &mut x)?;
-            self.leave(&x)?;
-            return Ok(Vec::new());
+            backend.add(&mut x, &tail.projected);
+            self.leave(backend, &x)?;
+            return Ok(None);
         }
         if wanted.is_empty() {
-            return Ok(Vec::new());
+            return Ok(None);
         }
         if wanted.len() < rows {
             x = selected(backend, &x, wanted, config.width);
@@ -131,13 +195,16 @@ impl<B: Backend> Decoder<B> {
             tail = Tail::new(backend, config, wanted.len());
         }
         tail.finish((backend, config, peers), last, &pass.mixed, &mut x)?;
-        Ok(self.logits(&x, wanted.len()))
+        Ok(Some(self.logits(
+            backend,
+            (&mut x, &tail.projected),
+            wanted.len(),
+        )))
     }
 
     /// The residual stream as it comes to this stage: from the embedding, or from the stage before.
-    fn enter(&mut self, batch: &StepBatch) -> Result<B::Tensor, BackendError> {
+    fn enter(&mut self, backend: &B, batch: &StepBatch) -> Result<B::Tensor, BackendError> {
         let Self {
-            backend,
             config,
             weights,
             peers,
@@ -156,30 +223,32 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The residual stream goes on to the next stage.
-    fn leave(&mut self, x: &B::Tensor) -> Result<(), BackendError> {
+    fn leave(&mut self, backend: &B, x: &B::Tensor) -> Result<(), BackendError> {
         match &mut self.peers {
-            Some(peers) => Ok(peers.pass_on(&self.backend.to_host(x))?),
+            Some(peers) => Ok(peers.pass_on(&backend.to_host(x))?),
             None => unreachable!("a rank that is alone is the last stage"),
         }
     }
 
-    /// Logits `[R, V]` of the final hidden state `x [R, E]`.
-    fn logits(&self, x: &B::Tensor, rows: usize) -> Vec<f32> {
+    /// Logits `[R, V]` of the final hidden state `x [R, E]`, to which the last layer's result is still to be added.
+    fn logits(
+        &self,
+        backend: &B,
+        (x, last): (&mut B::Tensor, &B::Tensor),
+        rows: usize,
+    ) -> B::Tensor {
         let Self {
-            backend,
-            config,
-            weights,
-            ..
+            config, weights, ..
         } = self;
         let norm = weights.final_norm.as_ref();
         let norm = norm.expect("the last stage has the final norm");
         let mut normed = backend.tensor(rows, config.width);
-        backend.rms_norm(x, norm, config.rms_epsilon, &mut normed);
+        backend.add_rms_norm((x, last), norm, config.rms_epsilon, &mut normed);
         let head = weights.lm_head.as_ref().or(weights.embedding.as_ref());
         let head = head.expect("the last stage has an output projection");
-        let mut logits = backend.tensor(rows, config.vocab);
+        let mut logits = backend.wide_tensor(rows, config.vocab);
         backend.linear(&normed, head, None, &mut logits);
-        backend.to_host(&logits)
+        logits
     }
 }
 
@@ -204,23 +273,24 @@ impl<B: Backend> Pass<B> {
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
+        let [q, k, v] = backend.tensors(rows, [q_width, kv_width, kv_width]);
         Self {
             normed: backend.tensor(rows, config.width),
-            q: backend.tensor(rows, q_width),
-            k: backend.tensor(rows, kv_width),
-            v: backend.tensor(rows, kv_width),
+            q,
+            k,
+            v,
             mixed: backend.tensor(rows, q_width),
         }
     }
 
-    /// `mixed = attention(norm(x))`, before the output projection; writes this layer's KV.
+    /// `mixed = attention(norm(x))`, before the output projection; writes this layer's KV. `before` is the result of the layer
+    /// before, which is still to be added to x.
     fn attend(
         &mut self,
-        backend: &mut B,
-        config: &DecoderConfig,
+        (backend, config): (&mut B, &DecoderConfig),
         (index, layer): (usize, &LayerWeights<B::Weight>),
         batch: &StepBatch,
-        x: &B::Tensor,
+        (x, before): (&mut B::Tensor, Option<&B::Tensor>),
     ) {
         let Self {
             normed,
@@ -229,19 +299,20 @@ impl<B: Backend> Pass<B> {
             v,
             mixed,
         } = self;
-        backend.rms_norm(x, &layer.attention_norm, config.rms_epsilon, normed);
-        linear(backend, normed, &layer.query, q);
-        linear(backend, normed, &layer.key, k);
-        linear(backend, normed, &layer.value, v);
+        let (norm, epsilon) = (&layer.attention_norm, config.rms_epsilon);
+        match before {
+            Some(before) => backend.add_rms_norm((x, before), norm, epsilon, normed),
+            None => backend.rms_norm(x, norm, epsilon, normed),
+        }
+        let projections = [&layer.query, &layer.key, &layer.value].map(Linear::both);
+        backend.linears(normed, projections, [q, k, v]);
         if let Some(norm) = &layer.query_norm {
             backend.head_norm(q, norm, config.rms_epsilon);
         }
         if let Some(norm) = &layer.key_norm {
             backend.head_norm(k, norm, config.rms_epsilon);
         }
-        backend.rope(q, &batch.positions, &config.rope);
-        backend.rope(k, &batch.positions, &config.rope);
-        backend.write_kv(index, batch, k, v);
+        backend.rope_write_kv(index, batch, &config.rope, (q, k, v));
         let spec = AttentionSpec {
             layer: index,
             heads: config.heads,
@@ -267,15 +338,16 @@ struct Tail<B: Backend> {
 
 impl<B: Backend> Tail<B> {
     fn new(backend: &B, config: &DecoderConfig, rows: usize) -> Self {
+        let [gate, up] = backend.tensors(rows, [config.ffn_width; 2]);
         Self {
             normed: backend.tensor(rows, config.width),
             projected: backend.tensor(rows, config.width),
-            gate: backend.tensor(rows, config.ffn_width),
-            up: backend.tensor(rows, config.ffn_width),
+            gate,
+            up,
         }
     }
 
-    /// `x += mixed · Wo`, then `x += down(silu(gate(norm(x))) * up(norm(x)))`.
+    /// `x += mixed · Wo`, then `projected = down(silu(gate(norm(x))) * up(norm(x)))`, which is left to be added to x.
     fn finish(
         &mut self,
         (backend, config, peers): (&B, &DecoderConfig, &mut Option<Peers>),
@@ -291,15 +363,13 @@ impl<B: Backend> Tail<B> {
         } = self;
         linear(backend, mixed, &layer.output, projected);
         sum(backend, peers, projected)?;
-        backend.add(x, projected);
-        backend.rms_norm(x, &layer.ffn_norm, config.rms_epsilon, normed);
-        linear(backend, normed, &layer.gate, gate);
-        linear(backend, normed, &layer.up, up);
+        let epsilon = config.rms_epsilon;
+        backend.add_rms_norm((x, projected), &layer.ffn_norm, epsilon, normed);
+        let widening = [&layer.gate, &layer.up].map(Linear::both);
+        backend.linears(normed, widening, [&mut *gate, &mut *up]);
         backend.silu_mul(gate, up);
         linear(backend, gate, &layer.down, projected);
-        sum(backend, peers, projected)?;
-        backend.add(x, projected);
-        Ok(())
+        sum(backend, peers, projected)
     }
 }
 
@@ -352,9 +422,9 @@ impl<B: Backend> Model for Decoder<B> {
 
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
         let ours = (
-            self.config.layers(),
-            self.config.kv_heads,
-            self.config.head_dim,
+            self.part.config.layers(),
+            self.part.config.kv_heads,
+            self.part.config.head_dim,
         );
         assert_eq!(
             (shape.layers, shape.kv_heads, shape.head_dim),
@@ -365,30 +435,44 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        let rows = batch.tokens.len();
-        let mut part = Vec::new();
+        self.forward_choosing(batch, &[])
+    }
+
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+    ) -> Result<Logits, BackendError> {
+        let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
+        let mut out = StepOutput::default();
+        let alone = self.part.peers.is_none();
         if rows > 0 {
-            for cut in micro::cuts(rows, self.shard.place.grid.pipeline) {
+            for cut in micro::cuts(rows, self.part.shard.place.grid.pipeline) {
                 if cut.len() == rows {
-                    part = self.pass(batch)?;
+                    // A part of a row does not tell its token.
+                    out = self.step(batch, if alone { wishes } else { &[] })?;
                 } else {
-                    part.extend(self.pass(&micro::piece(batch, cut))?);
+                    let piece = self.step(&micro::piece(batch, cut), &[])?;
+                    out.values.extend(piece.values);
                 }
             }
         }
-        let values = match &mut self.peers {
-            Some(peers) => peers.collect_logits(part, batch.logit_rows.len())?,
-            None => part,
+        let values = match &mut self.part.peers {
+            Some(peers) => peers.collect_logits(out.values, batch.logit_rows.len())?,
+            None => out.values,
         };
         Ok(Logits {
             values,
-            vocab: self.shape.vocab,
+            vocab,
+            chosen: out.chosen,
         })
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
         let pages = blocks.iter().map(|&block| self.backend.share_page(block));
-        Ok(pages.collect())
+        let pages = pages.collect();
+        self.backend.check()?;
+        Ok(pages)
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
@@ -403,6 +487,6 @@ impl<B: Backend> Model for Decoder<B> {
         for (block, page) in pages {
             self.backend.return_page(block, page);
         }
-        Ok(())
+        self.backend.check()
     }
 }

@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::backend::{WeightBytes, WeightDtype};
+use crate::backend::{PatternSource, WeightBytes, WeightDtype};
 use crate::model::checkpoint::RawTensor;
 use crate::model::error::ModelErrorKind;
 use crate::model::weights::{Cut, Part, Slot, SlotShape};
@@ -67,6 +67,43 @@ pub(super) fn tensor(
     })
 }
 
+/// The same part as values that are repeated; see [`PatternSource`].
+pub(super) fn pattern(name: String, slot: &Slot, dtype: WeightDtype) -> PatternSource {
+    let (stride, part) = (slot.shape.cols(), slot.cut_shape());
+    let first = match (&slot.cut, slot.shape) {
+        (Cut::Whole, _) => 0,
+        (Cut::Rows(rows), SlotShape::Matrix { .. }) => rows.start * stride,
+        (Cut::Rows(range) | Cut::Cols(range), _) => range.start,
+    };
+    let values = values(&name, slot).collect();
+    PatternSource {
+        name,
+        rows: part.rows(),
+        cols: part.cols(),
+        dtype,
+        values,
+        first,
+        stride,
+    }
+}
+
+/// What is repeated throughout a tensor.
+fn values(name: &str, slot: &Slot) -> impl Iterator<Item = f32> {
+    let norm = matches!(
+        slot.part,
+        Part::AttentionNorm | Part::FfnNorm | Part::FinalNorm | Part::QueryNorm | Part::KeyNorm
+    );
+    let mut rng = ChaCha8Rng::seed_from_u64(DUMMY_SEED ^ xxh3_64(name.as_bytes()));
+    let len = (slot.shape.rows() * slot.shape.cols()).min(DUMMY_PERIOD);
+    (0..len).map(move |_| {
+        if norm {
+            1.0
+        } else {
+            rng.random_range(-DUMMY_SPREAD..DUMMY_SPREAD)
+        }
+    })
+}
+
 /// The values that are repeated throughout a tensor.
 struct Pattern {
     bytes: Vec<u8>,
@@ -75,20 +112,9 @@ struct Pattern {
 
 impl Pattern {
     fn new(name: &str, slot: &Slot, dtype: WeightDtype) -> Self {
-        let norm = matches!(
-            slot.part,
-            Part::AttentionNorm | Part::FfnNorm | Part::FinalNorm | Part::QueryNorm | Part::KeyNorm
-        );
-        let mut rng = ChaCha8Rng::seed_from_u64(DUMMY_SEED ^ xxh3_64(name.as_bytes()));
-        let len = (slot.shape.rows() * slot.shape.cols()).min(DUMMY_PERIOD);
         let element_bytes = float_bytes(dtype);
-        let mut bytes = Vec::with_capacity(len * element_bytes);
-        for _ in 0..len {
-            let value = if norm {
-                1.0
-            } else {
-                rng.random_range(-DUMMY_SPREAD..DUMMY_SPREAD)
-            };
+        let mut bytes = Vec::new();
+        for value in values(name, slot) {
             match dtype {
                 WeightDtype::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
                 WeightDtype::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),

@@ -327,6 +327,11 @@ impl LayerWeights<Slot> {
 // === map: the same tree with other leaves, in the order in which a forward pass meets them ===
 
 impl<W> Linear<W> {
+    /// Weight and bias.
+    pub(crate) const fn both(&self) -> (&W, Option<&W>) {
+        (&self.weight, self.bias.as_ref())
+    }
+
     fn try_map<V, X>(&self, f: &mut impl FnMut(&W) -> Result<V, X>) -> Result<Linear<V>, X> {
         Ok(Linear {
             weight: f(&self.weight)?,

@@ -15,7 +15,7 @@ use crate::machine::Processors;
 use crate::model::checkpoint::WeightsIdentity;
 
 pub(crate) use lead::{Leading, Led, Room, lead};
-pub(crate) use load::{Following, follow};
+pub(crate) use load::{Following, await_order, follow};
 
 /// What a rank says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,8 @@ struct Report {
     weight_bytes: u64,
     /// What the machine had left for this rank.
     available_bytes: u64,
+    /// What its device has left for pages, where it has memory of its own.
+    device_bytes: Option<u64>,
 }
 
 fn to_bytes(message: &impl Serialize) -> Vec<u8> {

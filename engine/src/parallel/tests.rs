@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use baton_configs::llm::LlmOptions;
 
-use super::{Following, Leading, Led, ParallelError, follow, lead};
+use super::{Following, Leading, Led, ParallelError, await_order, follow, lead};
 use crate::backend::cpu::CpuBackend;
 use crate::collective::RankNames;
 use crate::model::load::ModelHeader;
@@ -110,14 +110,15 @@ impl Instance {
     }
 }
 
-fn backend(threads: usize) -> CpuBackend {
-    CpuBackend::new(Some(threads))
+fn backend(threads: usize) -> Result<CpuBackend, ParallelError> {
+    Ok(CpuBackend::new(Some(threads)))
 }
 
-fn follow_to_the_end(end: MemoryGroup) -> Result<(), ParallelError> {
+fn follow_to_the_end(mut end: MemoryGroup) -> Result<(), ParallelError> {
     let own = Following {
         num_threads: None,
         stop: &AtomicBool::new(false),
     };
-    follow(Box::new(end), &own, backend)
+    let ordered = await_order(&mut end)?;
+    follow(Box::new(end), &ordered, &own, backend)
 }

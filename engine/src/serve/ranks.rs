@@ -6,9 +6,13 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use baton_configs::llm::{Device, LlmOptions};
+
 use super::progress::Progress;
 use super::{ServeError, ServeOptions};
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::CudaBackend;
+use crate::backend::{Backend, BackendError};
 use crate::collective::{Collective, RankNames, mpi};
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
@@ -48,11 +52,39 @@ pub(super) fn load(
         stop,
     };
     let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
-    Ok(parallel::lead(group, header, &leading, backend, &advance)?)
+    match gpu(llm)? {
+        Some(gpu) => Ok(parallel::lead(
+            group,
+            header,
+            &leading,
+            |_| Ok(gpu),
+            &advance,
+        )?),
+        None => Ok(parallel::lead(group, header, &leading, cpu, &advance)?),
+    }
 }
 
-fn backend(threads: usize) -> CpuBackend {
-    CpuBackend::new(Some(threads))
+fn cpu(threads: usize) -> Result<CpuBackend, ParallelError> {
+    Ok(CpuBackend::new(Some(threads)))
+}
+
+/// The GPU, where the options want one and there is one that can be used.
+fn gpu(options: &LlmOptions) -> Result<Option<CudaBackend>, BackendError> {
+    if options.device == Device::Cpu {
+        return Ok(None);
+    }
+    match (options.device, CudaBackend::open()) {
+        (_, Ok(gpu)) => Ok(Some(gpu)),
+        (Device::Cuda, Err(error)) => Err(BackendError::Device {
+            what: "device: cuda".to_owned(),
+            reason: error.to_string(),
+        }),
+        (_, Err(error)) if error.is_absence() => Ok(None),
+        (_, Err(error)) => {
+            tracing::warn!(%error, "the gpu cannot be used, the cpu computes");
+            Ok(None)
+        }
+    }
 }
 
 fn load_alone(
@@ -60,14 +92,28 @@ fn load_alone(
     options: &ServeOptions,
     progress: &Progress,
 ) -> Result<Led, ServeError> {
-    let llm = &options.llm;
-    let threads = llm.num_threads.map(|threads| threads as usize);
+    let threads = options.llm.num_threads.map(|threads| threads as usize);
+    match gpu(&options.llm)? {
+        Some(gpu) => load_on(gpu, header, &options.llm, progress),
+        None => load_on(CpuBackend::new(threads), header, &options.llm, progress),
+    }
+}
+
+fn load_on<B: Backend>(
+    backend: B,
+    header: ModelHeader,
+    llm: &LlmOptions,
+    progress: &Progress,
+) -> Result<Led, ServeError> {
     let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
-    let shard = header.load(CpuBackend::new(threads), Place::ALONE, &advance)?;
+    let shard = header.load(backend, Place::ALONE, &advance)?;
+    let device_bytes = shard.decoder.free_device_bytes(llm);
     let loaded = header.with_model(Box::new(shard.decoder));
+    let weight_bytes = loaded.model.weight_bytes() as u64;
     let room = Room {
-        available_bytes: machine::available_bytes(),
-        weight_bytes: loaded.model.weight_bytes() as u64,
+        available_bytes: device_bytes.unwrap_or_else(machine::available_bytes),
+        // On a device they have taken their place.
+        weight_bytes: device_bytes.map_or(weight_bytes, |_| 0),
         page_bytes: page_shape(loaded.model.shape(), llm).bytes() as u64,
     };
     Ok(Led {
@@ -119,12 +165,21 @@ pub fn follow(spec: &FollowerSpec, stop: &AtomicBool) -> Result<(), ServeError> 
     let met = group::join(spec, stop)?;
     let join = Duration::from_millis(spec.join_timeout_ms);
     let peer = Duration::from_millis(spec.peer_timeout_ms);
-    let group = group::on_fabric(met, spec.fabric, join, peer)?;
+    let mut group = group::on_fabric(met, spec.fabric, join, peer)?;
     let own = Following {
         num_threads: spec.num_threads.map(|threads| threads as usize),
         stop,
     };
-    match parallel::follow(group, &own, backend) {
+    let ordered = parallel::await_order(group.as_mut())?;
+    let ended = match gpu(&ordered.options) {
+        Ok(Some(gpu)) => parallel::follow(group, &ordered, &own, |_| Ok(gpu)),
+        Ok(None) => parallel::follow(group, &ordered, &own, cpu),
+        // Rank 0 is told.
+        Err(error) => parallel::follow(group, &ordered, &own, |_| {
+            Err::<CpuBackend, _>(error.into())
+        }),
+    };
+    match ended {
         Err(ParallelError::Stopped) => {
             tracing::info!(rank = spec.rank, "told to stop");
             Ok(())

@@ -20,10 +20,10 @@ fn norm(x: &[f32], weight: &[f32]) -> Vec<f64> {
 
 pub(crate) fn rms_norm_matches_the_reference<B: Backend>(backend: &mut B) {
     for cols in SIZES.into_iter().chain([576, 2049]) {
-        let weight_values = noise(1, cols);
+        let weight_values = noise_of(backend, 1, cols);
         let weight = plain(backend, cols, &weight_values);
         for rows in ROWS {
-            let values = noise(2, rows * cols);
+            let values = noise_of(backend, 2, rows * cols);
             let x = upload(backend, cols, &values);
             let mut out = backend.tensor(rows, cols);
             backend.rms_norm(&x, &weight, EPSILON, &mut out);
@@ -31,7 +31,7 @@ pub(crate) fn rms_norm_matches_the_reference<B: Backend>(backend: &mut B) {
             assert_close(
                 &backend.to_host(&out),
                 &expected,
-                TOLERANCE,
+                tolerance(backend, TOLERANCE),
                 &format!("{cols}"),
             );
         }
@@ -40,17 +40,17 @@ pub(crate) fn rms_norm_matches_the_reference<B: Backend>(backend: &mut B) {
 
 pub(crate) fn head_norm_matches_the_reference<B: Backend>(backend: &mut B) {
     for dim in [8, 64, 80] {
-        let weight_values = noise(1, dim);
+        let weight_values = noise_of(backend, 1, dim);
         let weight = plain(backend, dim, &weight_values);
         for rows in ROWS {
-            let values = noise(2, rows * 3 * dim);
+            let values = noise_of(backend, 2, rows * 3 * dim);
             let mut x = upload(backend, 3 * dim, &values);
             backend.head_norm(&mut x, &weight, EPSILON);
             let expected = norm(&values, &weight_values);
             assert_close(
                 &backend.to_host(&x),
                 &expected,
-                TOLERANCE,
+                tolerance(backend, TOLERANCE),
                 &format!("{dim}"),
             );
         }
@@ -60,12 +60,13 @@ pub(crate) fn head_norm_matches_the_reference<B: Backend>(backend: &mut B) {
 pub(crate) fn add_and_silu_mul_match_the_reference<B: Backend>(backend: &mut B) {
     for cols in SIZES.into_iter().chain([1536]) {
         for rows in ROWS {
-            let y_values = noise(2, rows * cols);
+            let y_values = noise_of(backend, 2, rows * cols);
             // Arguments up to 100: the exponential must neither overflow nor lose its tail.
             let x_values: Vec<f32> = noise(1, rows * cols)
                 .iter()
                 .map(|x| x.powi(3) * 100.0)
                 .collect();
+            let x_values = held(backend, x_values);
             let (mut x, y) = (
                 upload(backend, cols, &x_values),
                 upload(backend, cols, &y_values),
@@ -78,19 +79,71 @@ pub(crate) fn add_and_silu_mul_match_the_reference<B: Backend>(backend: &mut B) 
             };
             backend.add(&mut x, &y);
             let sums: Vec<f64> = pairs().map(|(x, y)| x + y).collect();
-            assert_close(&backend.to_host(&x), &sums, TOLERANCE, "add");
+            assert_close(
+                &backend.to_host(&x),
+                &sums,
+                tolerance(backend, TOLERANCE),
+                "add",
+            );
             let mut gate = upload(backend, cols, &x_values);
             backend.silu_mul(&mut gate, &y);
             for (found, (x, y)) in backend.to_host(&gate).into_iter().zip(pairs()) {
                 let expected = x / (1.0 + (-x).exp()) * y;
                 let error = (f64::from(found) - expected).abs();
-                let allowed = TOLERANCE * expected.abs() + 1e-30;
+                let allowed = tolerance(backend, TOLERANCE) * expected.abs() + 1e-30;
                 assert!(
                     error <= allowed,
                     "silu({x}) * {y} is {expected}, not {found}"
                 );
             }
         }
+    }
+}
+
+/// Tensors that may lie side by side, products that may be one, a sum and a norm that may be one.
+pub(crate) fn fused_operations_match_their_parts<B: Backend>(backend: &mut B) {
+    for (cols, widths) in [(64, [128, 32, 32]), (16, [24, 8, 8]), (7, [5, 3, 1])] {
+        backend.expect_weights(1 << 20).expect("little memory");
+        let weights = [0, 1, 2].map(|index| {
+            let values = noise_of(backend, 3 + index as u64, widths[index] * cols);
+            plain(backend, cols, &values)
+        });
+        let biases = [0, 1, 2].map(|index| {
+            let values = noise_of(backend, 6 + index as u64, widths[index]);
+            plain(backend, widths[index], &values)
+        });
+        for biased in [false, true] {
+            for rows in [0, 1, 5, 40] {
+                let x = noise_of(backend, 1, rows * cols);
+                let x = upload(backend, cols, &x);
+                let bias = |index: usize| biased.then_some(&biases[index]);
+                let pairs = [0, 1, 2].map(|index| (&weights[index], bias(index)));
+                let mut outs = backend.tensors(rows, widths);
+                let [a, b, c] = &mut outs;
+                backend.linears(&x, pairs, [a, b, c]);
+                for (index, out) in outs.iter().enumerate() {
+                    let mut expected = backend.tensor(rows, widths[index]);
+                    backend.linear(&x, &weights[index], bias(index), &mut expected);
+                    let (found, expected) = (backend.to_host(out), backend.to_host(&expected));
+                    assert_agree(backend, &found, &expected, &format!("{cols}, part {index}"));
+                }
+            }
+        }
+        let norm = noise_of(backend, 2, cols);
+        let norm = plain(backend, cols, &norm);
+        let (x, y) = (
+            noise_of(backend, 8, 9 * cols),
+            noise_of(backend, 9, 9 * cols),
+        );
+        let (mut fused, y) = (upload(backend, cols, &x), upload(backend, cols, &y));
+        let mut parts = upload(backend, cols, &x);
+        let (mut found, mut expected) = (backend.tensor(9, cols), backend.tensor(9, cols));
+        backend.add_rms_norm((&mut fused, &y), &norm, EPSILON, &mut found);
+        backend.add(&mut parts, &y);
+        backend.rms_norm(&parts, &norm, EPSILON, &mut expected);
+        assert_same_bits(&backend.to_host(&fused), &backend.to_host(&parts), "sum");
+        let (found, expected) = (backend.to_host(&found), backend.to_host(&expected));
+        assert_agree(backend, &found, &expected, "norm of the sum");
     }
 }
 
@@ -113,7 +166,7 @@ pub(crate) fn rope_matches_the_reference<B: Backend>(backend: &mut B) {
                 &[5, 1, 9, 2, 77, 100_000],
                 &[],
             ] {
-                let values = noise(1, positions.len() * cols);
+                let values = noise_of(backend, 1, positions.len() * cols);
                 let mut x = upload(backend, cols, &values);
                 backend.rope(&mut x, positions, &table);
                 let mut expected: Vec<f64> = values.iter().map(|x| f64::from(*x)).collect();
@@ -124,7 +177,7 @@ pub(crate) fn rope_matches_the_reference<B: Backend>(backend: &mut B) {
                 assert_close(
                     &backend.to_host(&x),
                     &expected,
-                    TOLERANCE,
+                    tolerance(backend, TOLERANCE),
                     &format!("{pairing:?}"),
                 );
             }
@@ -149,7 +202,7 @@ fn rotate(head: &mut [f64], position: u32, table: &RopeTable) {
 }
 
 pub(crate) fn rows_are_selected_and_copied<B: Backend>(backend: &mut B) {
-    let values = noise(1, 5 * 7);
+    let values = noise_of(backend, 1, 5 * 7);
     let x = upload(backend, 7, &values);
     assert_same_bits(&backend.to_host(&x), &values, "a copy");
     let mut out = backend.tensor(3, 7);
@@ -162,7 +215,7 @@ pub(crate) fn rows_are_selected_and_copied<B: Backend>(backend: &mut B) {
 }
 
 pub(crate) fn rows_are_edited_on_the_host<B: Backend>(backend: &mut B) {
-    let values = noise(1, 5 * 7);
+    let values = noise_of(backend, 1, 5 * 7);
     let mut x = upload(backend, 7, &values);
     let mut seen = Vec::new();
     backend.on_host(&mut x, &mut |x| {

@@ -70,6 +70,22 @@ impl CpuWeight {
         Ok(weight)
     }
 
+    /// A weight for a backend that takes its values over in another form; checked as [`Self::new`].
+    pub(in crate::backend) fn decodable(source: WeightSource) -> Result<Self, BackendError> {
+        Self::new(source, Isa::detected()[0])
+    }
+
+    /// Rows and columns.
+    pub(in crate::backend) const fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Writes one row's values to `out`, which becomes at least `cols` long.
+    pub(in crate::backend) fn row_values(&self, index: usize, out: &mut Vec<f32>) {
+        out.resize(self.cols.next_multiple_of(PART), 0.0);
+        self.decode_row(Isa::detected()[0], index, out);
+    }
+
     /// Bytes of a row.
     pub(super) const fn row_bytes(&self) -> usize {
         self.row_bytes

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::backend::{BackendError, BlockId, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
 use crate::handoff::{Fetch, Handoff, HandoffError, HandoffTicket, Offer};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
@@ -216,7 +216,35 @@ impl Model for FakeModel {
         Ok(Logits {
             values,
             vocab: VOCAB,
+            chosen: Vec::new(),
         })
+    }
+
+    /// Chooses like a device; draws, and rows that are not finite, are left to the host.
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+    ) -> Result<Logits, BackendError> {
+        let whole = self.forward(batch)?;
+        assert_eq!(wishes.len(), whole.rows(), "a wish for each row");
+        let mut logits = Logits {
+            values: Vec::new(),
+            vocab: VOCAB,
+            chosen: Vec::new(),
+        };
+        for (row, wish) in whole.values.chunks_exact(VOCAB).zip(wishes) {
+            if *wish == RowWish::Best && row.iter().all(|logit| logit.is_finite()) {
+                let greatest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let token = row.iter().position(|&logit| logit == greatest);
+                let token = token.and_then(|token| TokenId::try_from(token).ok());
+                logits.chosen.push(token);
+            } else {
+                logits.values.extend_from_slice(row);
+                logits.chosen.push(None);
+            }
+        }
+        Ok(logits)
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {

@@ -10,8 +10,8 @@ use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
 use crate::backend::{
-    AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing, RopeTable,
-    SequenceSpan, StepBatch, TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing,
+    RopeTable, SequenceSpan, StepBatch, TokenId, WeightSource,
 };
 use crate::page::{KvDtype, Page, PageShape};
 
@@ -158,6 +158,8 @@ impl Backend for ReferenceBackend {
         BackendCapability {
             description: "reference".to_owned(),
             host_pages: true,
+            batch_invariant: true,
+            activations: ActivationDtype::F32,
         }
     }
 

@@ -63,7 +63,7 @@ pub(crate) fn lead<B: Backend>(
     mut collective: Box<dyn Collective>,
     header: ModelHeader,
     leading: &Leading<'_>,
-    make: impl FnOnce(usize) -> B,
+    make: impl FnOnce(usize) -> Result<B, ParallelError>,
     progress: &dyn Fn(LoadProgress<'_>),
 ) -> Result<Led, ParallelError> {
     let begun = Instant::now();
@@ -82,7 +82,8 @@ pub(crate) fn lead<B: Backend>(
     };
     collective.broadcast(&mut to_bytes(&ToAll::Load(order)))?;
     let collective = RefCell::new(collective);
-    let own = load(&header, leading, &collective, (make(own_threads), progress));
+    let own = make(own_threads)
+        .and_then(|backend| load(&header, leading, &collective, (backend, progress)));
     let mut collective = collective.into_inner();
     let outcome = own.and_then(|own| {
         let reports = await_others(collective.as_mut(), leading, &own)?;
@@ -192,6 +193,7 @@ fn await_others<B: Backend>(
             identity: own.identity,
             weight_bytes: own.decoder.weight_bytes() as u64,
             available_bytes: machine::available_bytes(),
+            device_bytes: own.decoder.free_device_bytes(leading.options),
         },
     )]);
     let mut message = Vec::new();
@@ -265,8 +267,8 @@ fn check(
     Ok(())
 }
 
-/// What each machine has. Ranks of one machine share its memory, and rank 0's keeps a copy of each page that is handed
-/// over.
+/// What each machine, or each device with memory of its own, has. Ranks of one machine share its memory, and rank 0's keeps a
+/// copy of each page that is handed over.
 fn rooms<B: Backend>(
     reports: &[Report],
     shards: &[Shard],
@@ -276,7 +278,16 @@ fn rooms<B: Backend>(
 ) -> Vec<Room> {
     let whole = page_shape(own.decoder.shape(), options);
     let mut machines: BTreeMap<&str, Room> = BTreeMap::new();
+    let mut devices = Vec::new();
     for (rank, (report, shard)) in reports.iter().zip(shards).enumerate() {
+        if let Some(available_bytes) = report.device_bytes {
+            devices.push(Room {
+                available_bytes,
+                weight_bytes: 0,
+                page_bytes: shard.page(whole).bytes() as u64,
+            });
+            continue;
+        }
         let room = machines.entry(&processors[rank].machine).or_insert(Room {
             available_bytes: report.available_bytes,
             weight_bytes: 0,
@@ -289,5 +300,5 @@ fn rooms<B: Backend>(
             room.page_bytes += whole.bytes() as u64;
         }
     }
-    machines.into_values().collect()
+    machines.into_values().chain(devices).collect()
 }

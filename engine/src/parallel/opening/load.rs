@@ -29,16 +29,18 @@ pub(crate) struct Following<'a> {
     pub(crate) stop: &'a AtomicBool,
 }
 
-/// Loads what rank 0 asks for and follows it to the end. `make` gives the device, for so many threads.
+/// What rank 0 asks this rank to load.
+#[derive(Debug)]
+pub(crate) struct Ordered {
+    order: LoadOrder,
+    pub(crate) options: LlmOptions,
+}
+
+/// Says hello to rank 0 and hears what to load.
 ///
 /// # Errors
-/// When rank 0 or another rank is lost, silent or gives up, or this rank cannot load or compute.
-pub(crate) fn follow<B: Backend>(
-    mut collective: Box<dyn Collective>,
-    own: &Following<'_>,
-    make: impl FnOnce(usize) -> B,
-) -> Result<(), ParallelError> {
-    let rank = collective.rank();
+/// When rank 0 is lost, silent or gives up, or its options are not understood.
+pub(crate) fn await_order(collective: &mut dyn Collective) -> Result<Ordered, ParallelError> {
     collective.send(0, &to_bytes(&Hello::of_this_process()))?;
     let mut message = Vec::new();
     collective.broadcast(&mut message)?;
@@ -52,8 +54,23 @@ pub(crate) fn follow<B: Backend>(
             });
         }
     };
+    let options = parse(&order.options)?;
+    Ok(Ordered { order, options })
+}
+
+/// Loads what rank 0 asks for and follows it to the end. `make` gives the device, for so many threads.
+///
+/// # Errors
+/// When rank 0 or another rank is lost, silent or gives up, or this rank cannot load or compute.
+pub(crate) fn follow<B: Backend>(
+    collective: Box<dyn Collective>,
+    ordered: &Ordered,
+    own: &Following<'_>,
+    make: impl FnOnce(usize) -> Result<B, ParallelError>,
+) -> Result<(), ParallelError> {
+    let rank = collective.rank();
     let collective = RefCell::new(collective);
-    let loaded = load(&order, &collective, own, make);
+    let loaded = load(ordered, &collective, own, make);
     let mut collective = collective.into_inner();
     let (mut decoder, shards) = match loaded {
         Ok((decoder, shards, report)) => {
@@ -75,21 +92,20 @@ pub(crate) fn follow<B: Backend>(
 
 /// Loads this rank's part.
 fn load<B: Backend>(
-    order: &LoadOrder,
+    Ordered { order, options }: &Ordered,
     collective: &RefCell<Box<dyn Collective>>,
     own: &Following<'_>,
-    make: impl FnOnce(usize) -> B,
+    make: impl FnOnce(usize) -> Result<B, ParallelError>,
 ) -> Result<(Decoder<B>, Vec<Shard>, Report), ParallelError> {
     let rank = collective.borrow().rank();
-    let options = parse(&order.options)?;
-    let grid = Grid::of(&options);
-    let header = ModelHeader::read(&order.model, &options, order.revision.as_deref())?;
+    let grid = Grid::of(options);
+    let header = ModelHeader::read(&order.model, options, order.revision.as_deref())?;
     header.check(grid)?;
     let shards = Shard::all(&header.config, grid);
     let told = options.num_threads.map(|threads| threads as usize);
     let share = order.threads.get(rank).copied();
     let threads = own.num_threads.or(told).or(share).unwrap_or(1);
-    let backend = make(threads);
+    let backend = make(threads)?;
     let said = RefCell::new(Instant::now());
     let progress = |step: LoadProgress<'_>| {
         if said.borrow().elapsed() < PROGRESS_PERIOD {
@@ -116,6 +132,7 @@ fn load<B: Backend>(
         identity: loaded.identity,
         weight_bytes: decoder.weight_bytes() as u64,
         available_bytes: machine::available_bytes(),
+        device_bytes: decoder.free_device_bytes(options),
     };
     Ok((decoder, shards, report))
 }

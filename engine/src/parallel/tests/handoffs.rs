@@ -26,7 +26,7 @@ impl Side {
         let options = instance.options.clone();
         if Grid::of(&options) == Grid::ALONE {
             let model = instance.model.to_str().expect("UTF-8").to_owned();
-            let loaded = load(&model, &options, None, backend(1), &|_| ());
+            let loaded = load(&model, &options, None, CpuBackend::new(Some(1)), &|_| ());
             return Self {
                 session: Session::new(loaded.expect("it loads"), &options),
                 followers: None,

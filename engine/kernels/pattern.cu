@@ -1,0 +1,11 @@
+// Fills a weight with a repeated pattern: out[r, c] = pattern[(first + r * stride + c) mod period].
+//
+// pattern [period] bf16, out [rows, cols] bf16, dense. A thread an element, a grid-stride loop. For dummy weights, which so
+// never cross the bus. Bound: 2 bytes an element.
+
+extern "C" __global__ void pattern_bf16(const u16 *pattern, int period, u16 *out, i64 first, i64 stride, int cols, i64 count) {
+    i64 step = (i64)gridDim.x * blockDim.x;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        out[i] = pattern[(first + i / cols * stride + i % cols) % period];
+    }
+}

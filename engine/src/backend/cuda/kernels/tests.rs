@@ -1,0 +1,105 @@
+//! Every kernel compiles for every generation of cards, on machines without one; and what the cache keeps.
+
+use super::super::compiler::FILE_VARIABLE;
+use super::*;
+
+/// Ampere, Hopper, Blackwell.
+const TARGETS: [&str; 3] = ["sm_80", "sm_90", "sm_100"];
+
+/// Every combination that a model may ask for, as far as the text depends on it.
+fn variants(source: Source) -> Vec<Variant> {
+    let pages = |dims: &[usize], dtypes: &[KvDtype]| {
+        let each = dims.iter().flat_map(|&head_dim| {
+            dtypes.iter().map(move |&dtype| Variant {
+                head_dim,
+                pages: Some((32, dtype)),
+            })
+        });
+        each.collect()
+    };
+    let (half, all) = (
+        [KvDtype::F16, KvDtype::Bf16],
+        [KvDtype::F32, KvDtype::F16, KvDtype::Bf16],
+    );
+    match source {
+        Source::Rope => {
+            let mut variants: Vec<_> = pages(&[64, 80], &all);
+            variants.push(Variant::of_heads(128));
+            variants
+        }
+        Source::AttentionAny => pages(&[24, 256], &all),
+        Source::AttentionPrefill => pages(&[64, 80, 128], &half),
+        Source::AttentionDecode => pages(&[64, 128], &half),
+        _ => vec![Variant::default()],
+    }
+}
+
+/// The compiler, or nothing where a developer has none. `scripts/test`, hence CI, names it.
+fn compiler() -> Option<Compiler> {
+    let named = ["CI", FILE_VARIABLE]
+        .map(std::env::var_os)
+        .iter()
+        .any(Option::is_some);
+    match Compiler::open() {
+        Ok(compiler) => Some(compiler),
+        Err(error) if named => panic!("{error}"),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+fn compiles_for(target: &str) {
+    let Some(compiler) = compiler() else { return };
+    for source in Source::ALL {
+        for variant in variants(source) {
+            let (name, text) = (source.file().0, source.text());
+            let cubin = compiler.cubin((name, &text), target, &variant.defines());
+            let cubin = cubin.unwrap_or_else(|error| panic!("{variant:?}: {error}"));
+            assert_eq!(&cubin[..4], b"\x7fELF", "{name}");
+        }
+    }
+}
+
+#[test]
+fn kernels_compile_for_ampere() {
+    compiles_for(TARGETS[0]);
+}
+
+#[test]
+fn kernels_compile_for_hopper() {
+    compiles_for(TARGETS[1]);
+}
+
+#[test]
+fn kernels_compile_for_blackwell() {
+    compiles_for(TARGETS[2]);
+}
+
+#[test]
+fn what_is_wrong_with_a_kernel_is_said() {
+    let Some(compiler) = compiler() else { return };
+    let broken = ("broken.cu", "__global__ void f() { undeclared(); }");
+    let error = compiler.cubin(broken, "sm_90", &[]).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("broken.cu") && text.contains("undeclared"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_kept_cubin_is_read_back_unless_it_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("deep/er/one.cubin");
+    assert_eq!(read_checked(&file), None);
+    keep(&file, b"cubin");
+    assert_eq!(read_checked(&file).as_deref(), Some(&b"cubin"[..]));
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[2] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    assert_eq!(read_checked(&file), None);
+    fs::write(&file, b"short").unwrap();
+    assert_eq!(read_checked(&file), None);
+}

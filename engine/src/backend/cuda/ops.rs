@@ -1,0 +1,637 @@
+//! One launcher for each kernel: it checks what the kernel relies on, then puts it on the stream.
+
+#![expect(unsafe_code, reason = "launching a kernel hands it addresses")]
+
+use std::sync::Arc;
+
+use super::driver::{Args, DevicePtr, Gpu, LaunchShape};
+use super::error::CudaError;
+use super::kernels::{Kernel, Kernels, Source, Variant};
+use super::linear::Product;
+use super::pages::Pages;
+use super::tensor::CudaTensor;
+use super::weight::CudaWeight;
+use crate::page::{KvDtype, PageShape};
+
+/// Threads of a block where nothing asks for another number.
+const THREADS: u32 = 256;
+/// Threads of a warp.
+const WARP: u32 = 32;
+/// Blocks of a grid-stride loop, per multiprocessor.
+const BLOCKS_PER_PROCESSOR: usize = 16;
+/// Most blocks along a grid's second dimension; a loop does the rest.
+const ROW_BLOCKS_MAX: usize = 65_535;
+/// Windows beyond every position: no window.
+const WINDOW_NONE: i32 = 1 << 30;
+/// Query heads of a decode block; `HEADS` in `attention_decode.cu`.
+const DECODE_HEADS: usize = 16;
+/// Rows and tokens of shared memory in a prefill block; `ROWS` and `TOKENS` in `attention_prefill.cu`.
+const PREFILL_SHARED_ROWS: usize = super::step::TILE_ROWS + 2 * 64;
+/// Output features of a warp and tokens of a block; `ROWS` and `TOKENS` in `linear.cu`.
+const LINEAR_ROWS: usize = 2;
+const LINEAR_TOKENS: usize = 4;
+
+/// Where a step's lists are on the device.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct StepAddresses {
+    pub(super) positions: DevicePtr,
+    pub(super) row_blocks: DevicePtr,
+    pub(super) first_rows: DevicePtr,
+    pub(super) row_counts: DevicePtr,
+    pub(super) past_lens: DevicePtr,
+    pub(super) block_starts: DevicePtr,
+    pub(super) blocks: DevicePtr,
+    pub(super) decodes: DevicePtr,
+    pub(super) tiles: DevicePtr,
+}
+
+/// Rotation of a model's heads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rotation {
+    /// `[D / 2]` f32.
+    pub(super) inverse: DevicePtr,
+    pub(super) half: usize,
+    pub(super) magnitude: f32,
+    pub(super) adjacent: bool,
+}
+
+/// What the attention kernels share: `Attention` in `attention.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+pub(super) struct AttentionArgs {
+    q: DevicePtr,
+    ld_q: i32,
+    padding_q: i32,
+    out: DevicePtr,
+    ld_out: i32,
+    padding_out: i32,
+    pages: DevicePtr,
+    page_len: i64,
+    first_rows: DevicePtr,
+    row_counts: DevicePtr,
+    past_lens: DevicePtr,
+    block_starts: DevicePtr,
+    blocks: DevicePtr,
+    layer: i32,
+    kv_heads: i32,
+    group: i32,
+    scale: f32,
+    window: i32,
+    padding: i32,
+}
+
+/// `KvTarget` in `rope.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+struct KvTarget {
+    pages: DevicePtr,
+    page_len: i64,
+    row_blocks: DevicePtr,
+    positions: DevicePtr,
+    layer: i32,
+    kv_heads: i32,
+}
+
+/// `Parts` in `attention_decode.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
+pub(super) struct Parts {
+    /// `[S, H, splits, D]` f32, unless there is one split.
+    pub(super) sums: DevicePtr,
+    /// `[S, H, splits, 2]` f32, likewise.
+    pub(super) stats: DevicePtr,
+    /// Sequences to decode.
+    pub(super) sequences: DevicePtr,
+}
+
+/// One layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AttentionCall<'a> {
+    pub(super) q: &'a CudaTensor,
+    pub(super) out: &'a CudaTensor,
+    pub(super) pages: &'a Pages,
+    pub(super) step: &'a StepAddresses,
+    pub(super) layer: usize,
+    pub(super) heads: usize,
+    pub(super) scale: f32,
+    pub(super) window: Option<usize>,
+}
+
+impl AttentionCall<'_> {
+    fn args(&self) -> AttentionArgs {
+        let shape = self.pages.shape();
+        let width = self.heads * shape.head_dim;
+        assert_eq!(self.q.cols, width, "columns of q");
+        assert_eq!(
+            (self.out.rows, self.out.cols),
+            (self.q.rows, width),
+            "shape of out"
+        );
+        assert!(self.heads.is_multiple_of(shape.kv_heads), "heads in groups");
+        assert!(
+            self.layer < shape.layers,
+            "layer {} is in the page",
+            self.layer
+        );
+        let step = self.step;
+        AttentionArgs {
+            q: self.q.address(),
+            ld_q: int(self.q.ld),
+            padding_q: 0,
+            out: self.out.address(),
+            ld_out: int(self.out.ld),
+            padding_out: 0,
+            pages: self.pages.memory().address(),
+            page_len: long(shape.len()),
+            first_rows: step.first_rows,
+            row_counts: step.row_counts,
+            past_lens: step.past_lens,
+            block_starts: step.block_starts,
+            blocks: step.blocks,
+            layer: int(self.layer),
+            kv_heads: int(shape.kv_heads),
+            group: int(self.heads / shape.kv_heads),
+            scale: self.scale * std::f32::consts::LOG2_E,
+            window: self
+                .window
+                .map_or(WINDOW_NONE, |window| int(window).min(WINDOW_NONE)),
+            padding: 0,
+        }
+    }
+
+    fn is_aligned(&self) -> bool {
+        let aligned = |tensor: &CudaTensor| {
+            tensor.ld.is_multiple_of(8) && tensor.address().is_multiple_of(16)
+        };
+        aligned(self.q) && aligned(self.out)
+    }
+
+    /// Whether the tensor cores' kernels take this: one for many rows, one for single ones.
+    pub(super) fn is_fast(&self) -> bool {
+        let shape = self.pages.shape();
+        matches!(shape.head_dim, 64 | 128) && shape.dtype != KvDtype::F32 && self.is_aligned()
+    }
+}
+
+fn int(value: usize) -> i32 {
+    i32::try_from(value).expect("sizes of one call fit 31 bits")
+}
+
+fn long(value: usize) -> i64 {
+    i64::try_from(value).expect("sizes fit 63 bits")
+}
+
+fn grid(value: usize) -> u32 {
+    u32::try_from(value).expect("grids fit 32 bits")
+}
+
+const fn plain(source: Source, name: &'static str) -> Kernel {
+    Kernel {
+        source,
+        variant: Variant {
+            head_dim: 0,
+            pages: None,
+        },
+        name,
+        shared_bytes: 0,
+    }
+}
+
+/// The launchers.
+#[derive(Debug)]
+pub(super) struct Ops {
+    gpu: Arc<Gpu>,
+    kernels: Kernels,
+}
+
+impl Ops {
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+        let kernels = Kernels::new(gpu);
+        kernels.check()?;
+        Ok(Self {
+            gpu: Arc::clone(gpu),
+            kernels,
+        })
+    }
+
+    fn launch(
+        &mut self,
+        kernel: &Kernel,
+        (grid, threads): ([u32; 3], u32),
+        mut args: Args,
+    ) -> Result<(), CudaError> {
+        let function = self.kernels.get(kernel)?;
+        let shape = LaunchShape {
+            grid,
+            threads,
+            shared_bytes: kernel.shared_bytes,
+        };
+        // SAFETY: every launcher below checks the shapes of what it passes, so that the kernel stays within tensors, weights and
+        // pages, which live until the stream has passed because they are given back to pools of the same stream.
+        unsafe { self.gpu.launch(function, shape, &mut args) }
+    }
+
+    /// The grid of a loop over so many elements.
+    fn stride_grid(&self, elements: usize) -> [u32; 3] {
+        let blocks = elements.div_ceil(THREADS as usize);
+        let most = self.gpu.processors * BLOCKS_PER_PROCESSOR;
+        [grid(blocks.min(most)), 1, 1]
+    }
+
+    /// `out[t] = table[tokens[t]]`; the tokens have been checked to be in the table.
+    pub(super) fn embed(
+        &mut self,
+        table: &CudaWeight,
+        tokens: DevicePtr,
+        out: &CudaTensor,
+    ) -> Result<(), CudaError> {
+        assert_eq!(out.cols, table.cols, "columns of out and table");
+        let args = Args::default()
+            .with(table.address())
+            .with(tokens)
+            .with(out.address())
+            .with(int(out.cols))
+            .with(int(out.ld));
+        let kernel = plain(Source::Embed, "embed_bf16");
+        self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
+    }
+
+    /// `out[i] = x[rows[i]]`; the rows have been checked.
+    pub(super) fn select_rows(
+        &mut self,
+        x: &CudaTensor,
+        rows: DevicePtr,
+        out: &CudaTensor,
+    ) -> Result<(), CudaError> {
+        assert_eq!(out.cols, x.cols, "columns of out and x");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(rows)
+            .with(out.address())
+            .with(int(out.ld))
+            .with(int(out.cols));
+        let kernel = plain(Source::SelectRows, "select_rows_bf16");
+        self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
+    }
+
+    /// A token for each row of a wide tensor: there are as many draws, and `tokens` has room for as many.
+    pub(super) fn choose(
+        &mut self,
+        x: &CudaTensor,
+        draws: DevicePtr,
+        tokens: DevicePtr,
+    ) -> Result<(), CudaError> {
+        assert!(draws.is_multiple_of(8), "draws are aligned");
+        assert!(x.wide && x.cols > 0, "logits are wide");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(draws)
+            .with(tokens)
+            .with(int(x.cols));
+        let kernel = plain(Source::Choose, "choose_f32");
+        self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
+    }
+
+    /// Activations as dense f32; `values` has room for all.
+    pub(super) fn to_f32(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
+        let count = x.rows * x.cols;
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(values)
+            .with(int(x.cols))
+            .with(long(count));
+        let kernel = plain(Source::Convert, "bf16_to_f32");
+        let grid = self.stride_grid(count);
+        self.launch(&kernel, (grid, THREADS), args)
+    }
+
+    /// The reverse.
+    pub(super) fn from_f32(&mut self, values: DevicePtr, x: &CudaTensor) -> Result<(), CudaError> {
+        let count = x.rows * x.cols;
+        let args = Args::default()
+            .with(values)
+            .with(x.address())
+            .with(int(x.ld))
+            .with(int(x.cols))
+            .with(long(count));
+        let kernel = plain(Source::Convert, "f32_to_bf16");
+        let grid = self.stride_grid(count);
+        self.launch(&kernel, (grid, THREADS), args)
+    }
+
+    /// `weight[r, c] = pattern[(first + r * stride + c) mod period]`.
+    pub(super) fn pattern(
+        &mut self,
+        (pattern, period): (DevicePtr, usize),
+        weight: &CudaWeight,
+        (first, stride): (usize, usize),
+    ) -> Result<(), CudaError> {
+        assert!(period > 0, "a pattern has elements");
+        let count = weight.rows * weight.cols;
+        let args = Args::default()
+            .with(pattern)
+            .with(int(period))
+            .with(weight.address())
+            .with(long(first))
+            .with(long(stride))
+            .with(int(weight.cols))
+            .with(long(count));
+        let kernel = plain(Source::Pattern, "pattern_bf16");
+        let grid = self.stride_grid(count);
+        self.launch(&kernel, (grid, THREADS), args)
+    }
+
+    /// `out = norm(x)`.
+    pub(super) fn rms_norm(
+        &mut self,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        epsilon: f32,
+        out: &CudaTensor,
+    ) -> Result<(), CudaError> {
+        assert_eq!((weight.rows, weight.cols), (1, x.cols), "shape of weight");
+        assert_eq!((out.rows, out.cols), (x.rows, x.cols), "shape of out");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(weight.address())
+            .with(out.address())
+            .with(int(out.ld))
+            .with(int(x.cols))
+            .with(epsilon);
+        let kernel = plain(Source::RmsNorm, "rms_norm_bf16");
+        let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
+        self.launch(&kernel, shape, args)
+    }
+
+    /// `x += y`, `out = norm(x)`.
+    pub(super) fn add_rms_norm(
+        &mut self,
+        (x, y): (&CudaTensor, &CudaTensor),
+        weight: &CudaWeight,
+        epsilon: f32,
+        out: &CudaTensor,
+    ) -> Result<(), CudaError> {
+        assert_eq!((weight.rows, weight.cols), (1, x.cols), "shape of weight");
+        assert_eq!((y.rows, y.cols), (x.rows, x.cols), "shape of y");
+        assert_eq!((out.rows, out.cols), (x.rows, x.cols), "shape of out");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(y.address())
+            .with(int(y.ld))
+            .with(weight.address())
+            .with(out.address())
+            .with(int(out.ld))
+            .with(int(x.cols))
+            .with(epsilon);
+        let kernel = plain(Source::RmsNorm, "add_rms_norm_bf16");
+        let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
+        self.launch(&kernel, shape, args)
+    }
+
+    /// Norm of each head in place.
+    pub(super) fn head_norm(
+        &mut self,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        epsilon: f32,
+    ) -> Result<(), CudaError> {
+        assert_eq!(weight.rows, 1, "weight is a vector");
+        assert!(x.cols.is_multiple_of(weight.cols), "columns of x in heads");
+        let heads = x.cols / weight.cols;
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(weight.address())
+            .with(int(heads))
+            .with(int(weight.cols))
+            .with(int(x.rows))
+            .with(epsilon);
+        let kernel = plain(Source::RmsNorm, "head_norm_bf16");
+        let blocks = (x.rows * heads).div_ceil((THREADS / WARP) as usize);
+        self.launch(&kernel, ([grid(blocks), 1, 1], THREADS), args)
+    }
+
+    /// `x += y`, or `x = silu(x) * y`.
+    pub(super) fn elementwise(
+        &mut self,
+        name: &'static str,
+        x: &CudaTensor,
+        y: &CudaTensor,
+    ) -> Result<(), CudaError> {
+        assert_eq!((x.rows, x.cols), (y.rows, y.cols), "shapes of both");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(y.address())
+            .with(int(y.ld))
+            .with(int(x.cols))
+            .with(int(x.rows));
+        let each = if x.cols.is_multiple_of(8) { 8 } else { 1 };
+        let blocks = (x.cols / each).div_ceil(THREADS as usize);
+        let shape = [grid(blocks), grid(x.rows.min(ROW_BLOCKS_MAX)), 1];
+        self.launch(&plain(Source::Elementwise, name), (shape, THREADS), args)
+    }
+
+    /// A product for few tokens, or of a shape that the library does not take.
+    pub(super) fn linear(&mut self, product: &Product) -> Result<(), CudaError> {
+        let shape = &product.shape;
+        let name = if shape.wide {
+            "linear_f32"
+        } else {
+            "linear_bf16"
+        };
+        let args = Args::default()
+            .with(product.x)
+            .with(int(shape.ld_x))
+            .with(product.weight)
+            .with(product.bias.unwrap_or(0))
+            .with(product.out)
+            .with(int(shape.ld_out))
+            .with(int(shape.tokens))
+            .with(int(shape.rows))
+            .with(int(shape.cols));
+        let warps = shape.rows.div_ceil(LINEAR_ROWS);
+        let blocks = warps.div_ceil((THREADS / WARP) as usize);
+        let grid = [grid(blocks), grid(shape.tokens.div_ceil(LINEAR_TOKENS)), 1];
+        self.launch(&plain(Source::Linear, name), (grid, THREADS), args)
+    }
+
+    /// Rotates heads in place.
+    pub(super) fn rope(
+        &mut self,
+        x: &CudaTensor,
+        positions: DevicePtr,
+        rotation: &Rotation,
+    ) -> Result<(), CudaError> {
+        let dim = 2 * rotation.half;
+        assert!(x.cols.is_multiple_of(dim), "columns of x in heads");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(int(x.cols / dim))
+            .with(positions)
+            .with(rotation.inverse)
+            .with(rotation.magnitude)
+            .with(i32::from(rotation.adjacent));
+        let kernel = Kernel {
+            variant: Variant::of_heads(dim),
+            ..plain(Source::Rope, "rope_bf16")
+        };
+        self.launch(&kernel, ([grid(x.rows), 1, 1], THREADS), args)
+    }
+
+    /// Writes keys and values to their pages.
+    pub(super) fn write_kv(
+        &mut self,
+        (pages, layer): (&Pages, usize),
+        step: &StepAddresses,
+        (k, v): (&CudaTensor, &CudaTensor),
+    ) -> Result<(), CudaError> {
+        let target = kv_target(pages, layer, step, k, v);
+        let args = Args::default()
+            .with(target)
+            .with(k.address())
+            .with(int(k.ld))
+            .with(v.address())
+            .with(int(v.ld));
+        let kernel = of_pages(Source::Rope, "write_kv_bf16", pages.shape());
+        self.launch(&kernel, ([grid(k.rows), 1, 1], THREADS), args)
+    }
+
+    /// Rotates queries in place, and keys on their way to the pages.
+    pub(super) fn rope_write_kv(
+        &mut self,
+        (pages, layer): (&Pages, usize),
+        step: &StepAddresses,
+        (q, k, v): (&CudaTensor, &CudaTensor, &CudaTensor),
+        rotation: &Rotation,
+    ) -> Result<(), CudaError> {
+        let target = kv_target(pages, layer, step, k, v);
+        let dim = pages.shape().head_dim;
+        assert_eq!(2 * rotation.half, dim, "angles of a head");
+        assert_eq!((q.rows, q.cols % dim), (k.rows, 0), "shape of q");
+        let args = Args::default()
+            .with(target)
+            .with(q.address())
+            .with(int(q.ld))
+            .with(int(q.cols / dim))
+            .with(k.address())
+            .with(int(k.ld))
+            .with(v.address())
+            .with(int(v.ld))
+            .with(rotation.inverse)
+            .with(rotation.magnitude)
+            .with(i32::from(rotation.adjacent));
+        let kernel = of_pages(Source::Rope, "rope_write_kv_bf16", pages.shape());
+        self.launch(&kernel, ([grid(k.rows), 1, 1], THREADS), args)
+    }
+
+    /// Attention of any kind, for all sequences of the step.
+    pub(super) fn attention_any(
+        &mut self,
+        call: &AttentionCall<'_>,
+        sequences: usize,
+        rows_max: usize,
+    ) -> Result<(), CudaError> {
+        let args = Args::default()
+            .with(call.args())
+            .with(int(call.heads))
+            .with(int(sequences));
+        let kernel = of_pages(
+            Source::AttentionAny,
+            "attention_any_bf16",
+            call.pages.shape(),
+        );
+        let blocks = (rows_max * call.heads).div_ceil((THREADS / WARP) as usize);
+        self.launch(&kernel, ([grid(blocks), grid(sequences), 1], THREADS), args)
+    }
+
+    /// Attention for sequences with many rows.
+    pub(super) fn attention_prefill(
+        &mut self,
+        call: &AttentionCall<'_>,
+        tiles: usize,
+    ) -> Result<(), CudaError> {
+        let shape = call.pages.shape();
+        assert!(call.is_fast(), "head size, type and alignment");
+        let shared_bytes = PREFILL_SHARED_ROWS * (shape.head_dim + 8) * 2;
+        let kernel = Kernel {
+            shared_bytes: grid(shared_bytes),
+            ..of_pages(Source::AttentionPrefill, "attention_prefill_bf16", shape)
+        };
+        let args = Args::default().with(call.args()).with(call.step.tiles);
+        let threads = 4 * WARP;
+        self.launch(&kernel, ([grid(tiles), grid(call.heads), 1], threads), args)
+    }
+
+    /// Attention for sequences with one row; `parts` has room for all splits.
+    pub(super) fn attention_decode(
+        &mut self,
+        call: &AttentionCall<'_>,
+        parts: Parts,
+        (sequences, splits): (usize, usize),
+    ) -> Result<(), CudaError> {
+        let shape = call.pages.shape();
+        assert!(call.is_fast(), "head size, type and alignment");
+        let tiles = (call.heads / shape.kv_heads).div_ceil(DECODE_HEADS);
+        let kernel = of_pages(Source::AttentionDecode, "attention_decode_bf16", shape);
+        let args = Args::default().with(call.args()).with(parts);
+        let blocks = [grid(shape.kv_heads * tiles), grid(splits), grid(sequences)];
+        self.launch(&kernel, (blocks, 4 * WARP), args)?;
+        if splits == 1 {
+            return Ok(());
+        }
+        let kernel = of_pages(Source::AttentionDecode, "attention_combine_bf16", shape);
+        let args = Args::default()
+            .with(call.args())
+            .with(parts)
+            .with(int(splits));
+        let blocks = [grid(call.heads), grid(sequences), 1];
+        self.launch(&kernel, (blocks, grid(shape.head_dim)), args)
+    }
+}
+
+const fn of_pages(source: Source, name: &'static str, shape: &PageShape) -> Kernel {
+    Kernel {
+        source,
+        variant: Variant::of_pages(shape),
+        name,
+        shared_bytes: 0,
+    }
+}
+
+/// Threads of a block that has one row.
+fn row_threads(cols: usize) -> u32 {
+    grid(
+        cols.div_ceil(8)
+            .next_multiple_of(WARP as usize)
+            .clamp(64, 1024),
+    )
+}
+
+fn kv_target(
+    pages: &Pages,
+    layer: usize,
+    step: &StepAddresses,
+    k: &CudaTensor,
+    v: &CudaTensor,
+) -> KvTarget {
+    let shape = pages.shape();
+    let width = shape.kv_heads * shape.head_dim;
+    assert_eq!(k.cols, width, "columns of k");
+    assert_eq!((v.rows, v.cols), (k.rows, width), "shape of v");
+    assert!(layer < shape.layers, "layer {layer} is not in the page");
+    KvTarget {
+        pages: pages.memory().address(),
+        page_len: long(shape.len()),
+        row_blocks: step.row_blocks,
+        positions: step.positions,
+        layer: int(layer),
+        kv_heads: int(shape.kv_heads),
+    }
+}

@@ -1,0 +1,215 @@
+//! What the kernels need to know of a step, as one run of 32-bit words: written on the host, uploaded once.
+//!
+//! Sequences with one row are decoded, those with more are prefilled: two lists for two kernels. Prefill works in tiles of
+//! rows, the heaviest first, so that no long one is left for the end. Rows behind those of the last sequence are padding:
+//! each counts as a sequence of its own that has no block. Pure; the upload is the caller's.
+
+use crate::backend::{RowWish, StepBatch};
+
+/// Rows of a prefill tile; `ROWS` in `attention_prefill.cu`.
+pub(super) const TILE_ROWS: usize = 128;
+
+/// Words of a draw.
+const DRAW_WORDS: usize = 6;
+/// A block or sequence that is none; negative in the kernels.
+const NONE: u32 = u32::MAX;
+
+/// Where the parts are, in words from the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct StepLayout {
+    /// `[T]`.
+    pub(super) tokens: usize,
+    /// `[T]`.
+    pub(super) positions: usize,
+    /// `[T]`: the block of a row's KV.
+    pub(super) row_blocks: usize,
+    /// `[R]`.
+    pub(super) logit_rows: usize,
+    /// `[R]` of [`DRAW_WORDS`] each, at an even place.
+    pub(super) draws: usize,
+    /// `[S]` each.
+    pub(super) first_rows: usize,
+    pub(super) row_counts: usize,
+    pub(super) past_lens: usize,
+    pub(super) block_starts: usize,
+    /// Sequences with one row.
+    pub(super) decodes: usize,
+    /// Pairs of sequence and first row.
+    pub(super) tiles: usize,
+    /// All sequences' blocks.
+    pub(super) blocks: usize,
+    /// Of the lists.
+    pub(super) decode_count: usize,
+    pub(super) tile_count: usize,
+    pub(super) sequence_count: usize,
+    /// Of the sequence that has most.
+    pub(super) rows_max: usize,
+}
+
+fn word(value: usize) -> u32 {
+    u32::try_from(value).expect("rows, positions and blocks fit 32 bits")
+}
+
+/// Writes a step's words to `words`, which is cleared before. Rows without a wish get that for their best token. `per_block` is
+/// `P`.
+pub(super) fn encode(
+    batch: &StepBatch,
+    wishes: &[RowWish],
+    per_block: usize,
+    words: &mut Vec<u32>,
+) -> StepLayout {
+    words.clear();
+    let covered = batch.sequences.last().map_or(0, |span| span.rows.end);
+    let padding = batch.tokens.len() - covered;
+    let mut layout = StepLayout {
+        sequence_count: batch.sequences.len() + padding,
+        rows_max: batch
+            .sequences
+            .iter()
+            .map(|span| span.rows.len())
+            .max()
+            .unwrap_or(0),
+        ..StepLayout::default()
+    };
+    words.extend_from_slice(&batch.tokens);
+    layout.positions = words.len();
+    words.extend_from_slice(&batch.positions);
+    layout.row_blocks = words.len();
+    for span in &batch.sequences {
+        let positions = span.past_len..span.past_len + span.rows.len();
+        words.extend(positions.map(|position| span.blocks[position / per_block]));
+    }
+    let pad = |words: &mut Vec<u32>, value| words.resize(words.len() + padding, value);
+    pad(words, NONE);
+    layout.logit_rows = words.len();
+    words.extend(batch.logit_rows.iter().map(|&row| word(row)));
+    words.resize(words.len().next_multiple_of(2), 0);
+    layout.draws = words.len();
+    words.extend(wishes.iter().flat_map(draw_words));
+    words.resize(layout.draws + batch.logit_rows.len() * DRAW_WORDS, 0);
+    layout.first_rows = words.len();
+    words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
+    pad(words, 0);
+    layout.row_counts = words.len();
+    words.extend(batch.sequences.iter().map(|span| word(span.rows.len())));
+    pad(words, 0);
+    layout.past_lens = words.len();
+    words.extend(batch.sequences.iter().map(|span| word(span.past_len)));
+    pad(words, 0);
+    layout.block_starts = words.len();
+    let mut start = 0;
+    for span in &batch.sequences {
+        words.push(word(start));
+        start += used_blocks(span.past_len + span.rows.len(), per_block);
+    }
+    pad(words, 0);
+    layout.decodes = words.len();
+    let spans = batch.sequences.iter().enumerate();
+    let decodes = spans.clone().filter(|(_, span)| span.rows.len() == 1);
+    words.extend(decodes.map(|(index, _)| word(index)));
+    pad(words, NONE);
+    layout.tiles = words.len();
+    layout.decode_count = layout.tiles - layout.decodes;
+    let mut tiles: Vec<(usize, u32, u32)> = spans
+        .filter(|(_, span)| span.rows.len() > 1)
+        .flat_map(|(index, span)| {
+            let firsts = (0..span.rows.len()).step_by(TILE_ROWS);
+            firsts.map(move |first| (span.past_len + first, word(index), word(first)))
+        })
+        .collect();
+    tiles.sort_by_key(|&(seen, ..)| std::cmp::Reverse(seen));
+    layout.tile_count = tiles.len();
+    words.extend(tiles.iter().flat_map(|&(_, index, first)| [index, first]));
+    layout.blocks = words.len();
+    for span in &batch.sequences {
+        let used = used_blocks(span.past_len + span.rows.len(), per_block);
+        words.extend_from_slice(&span.blocks[..used]);
+    }
+    layout
+}
+
+/// `Draw` in `choose.cu`.
+fn draw_words(wish: &RowWish) -> [u32; DRAW_WORDS] {
+    let RowWish::Draw(draw) = wish else {
+        return [0; DRAW_WORDS];
+    };
+    // A temperature so small that its inverse is infinite takes the best token.
+    let inverse = draw.temperature.recip();
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    let [low, high] = bytemuck::cast(draw.uniform.to_bits());
+    let (top_p, min_p) = (draw.top_p.to_bits(), draw.min_p.to_bits());
+    [inverse.to_bits(), draw.top_k, top_p, min_p, low, high]
+}
+
+fn used_blocks(tokens: usize, per_block: usize) -> usize {
+    tokens.div_ceil(per_block)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::SequenceSpan;
+
+    #[test]
+    fn a_step_is_laid_out_as_the_kernels_read_it() {
+        let span = |rows: std::ops::Range<usize>, past_len, blocks: &[u32]| SequenceSpan {
+            rows,
+            past_len,
+            blocks: blocks.to_vec(),
+        };
+        let batch = StepBatch {
+            tokens: (100..233).collect(),
+            positions: [4].into_iter().chain(3..134).chain([0]).collect(),
+            sequences: vec![
+                span(0..1, 4, &[7, 8, 9]),
+                span(1..132, 3, &(20..60).collect::<Vec<_>>()),
+                span(132..133, 0, &[3]),
+            ],
+            logit_rows: vec![0, 131, 132],
+        };
+        let mut words = vec![1, 2, 3];
+        let layout = encode(&batch, &[], 4, &mut words);
+        let at = |start: usize, len: usize| words[start..start + len].to_vec();
+        assert_eq!(at(layout.tokens, 133), batch.tokens);
+        assert_eq!(at(layout.positions, 133), batch.positions);
+        assert_eq!(at(layout.row_blocks, 4), [8, 20, 21, 21]);
+        assert_eq!(at(layout.row_blocks + 132, 1), [3]);
+        assert_eq!(at(layout.logit_rows, 3), [0, 131, 132]);
+        assert_eq!(at(layout.first_rows, 3), [0, 1, 132]);
+        assert_eq!(at(layout.row_counts, 3), [1, 131, 1]);
+        assert_eq!(at(layout.past_lens, 3), [4, 3, 0]);
+        assert_eq!(at(layout.block_starts, 3), [0, 2, 36]);
+        assert_eq!(
+            (layout.decode_count, at(layout.decodes, 2)),
+            (2, vec![0, 2])
+        );
+        assert_eq!(
+            (layout.tile_count, at(layout.tiles, 4)),
+            (2, vec![1, 128, 1, 0])
+        );
+        assert_eq!(at(layout.blocks, 3), [7, 8, 20]);
+        assert_eq!(words.len(), layout.blocks + 37);
+        assert_eq!(layout.rows_max, 131);
+    }
+
+    #[test]
+    fn padding_writes_nothing_and_attends_to_nothing() {
+        let batch = StepBatch {
+            tokens: vec![5, 0, 0],
+            positions: vec![9, 0, 0],
+            sequences: vec![SequenceSpan {
+                rows: 0..1,
+                past_len: 9,
+                blocks: vec![1, 2, 3],
+            }],
+            logit_rows: vec![0, 1, 2],
+        };
+        let mut words = Vec::new();
+        let layout = encode(&batch, &[], 4, &mut words);
+        assert_eq!(words[layout.row_blocks..][..3], [3, NONE, NONE]);
+        assert_eq!(words[layout.decodes..][..3], [0, NONE, NONE]);
+        assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));
+        assert_eq!(words[layout.row_counts..][..3], [1, 0, 0]);
+        assert_eq!(words[layout.blocks..], [1, 2, 3]);
+    }
+}

@@ -1,0 +1,33 @@
+//! The conformance suite on a GPU, where there is one; the reason is printed where there is none. And a whole model: the
+//! same weights on the GPU and on the CPU, prefilled, decoded, recorded and replayed.
+
+mod choose;
+mod model;
+mod speed;
+
+use super::*;
+use crate::backend::conformance::conformance_tests;
+
+/// The device. A machine that is said to have one (`BATON_TEST_GPU=1`) must have it.
+fn gpu() -> Option<CudaBackend> {
+    match CudaBackend::open() {
+        Ok(backend) => Some(backend),
+        Err(error) => {
+            assert!(std::env::var_os("BATON_TEST_GPU").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+mod conformance {
+    use super::*;
+    conformance_tests!(if let gpu());
+}
+
+#[test]
+fn a_missing_device_is_said_in_words() {
+    if let Err(error) = CudaBackend::open() {
+        assert!(!error.to_string().is_empty());
+    }
+}
