@@ -202,6 +202,27 @@ pub struct BackendCapability {
     pub batch_invariant: bool,
     /// Type of the activations, and of weights where they are converted.
     pub activations: ActivationDtype,
+    /// Prompt rows that a step should have.
+    pub prefill_rows: PrefillRows,
+}
+
+/// How many prompt rows a step should have: more cost others time, fewer cost the prompt time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefillRows {
+    /// When nothing is decoded.
+    pub alone: usize,
+    /// When others wait for their next token.
+    pub beside_decode: usize,
+}
+
+impl Default for PrefillRows {
+    /// For a processor.
+    fn default() -> Self {
+        Self {
+            alone: 2048,
+            beside_decode: 512,
+        }
+    }
 }
 
 /// How a step may be run, and what is wanted of it.

@@ -25,7 +25,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, PrefillRows, RowWish, StepBatch, TokenId};
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
@@ -104,6 +104,11 @@ pub trait Model: Debug + Send {
 
     /// What it runs on, for people.
     fn backend_description(&self) -> String;
+
+    /// Prompt rows that a step should have.
+    fn prefill_rows(&self) -> PrefillRows {
+        PrefillRows::default()
+    }
 
     /// Bytes of weights as held.
     fn weight_bytes(&self) -> usize;

@@ -32,8 +32,8 @@ use self::simd::Isa;
 use self::team::Team;
 use self::tensor::Buffers;
 use super::{
-    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopeTable,
-    StepBatch, TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, PrefillRows,
+    RopeTable, StepBatch, TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
 
@@ -102,6 +102,7 @@ impl Backend for CpuBackend {
             host_pages: true,
             batch_invariant: true,
             activations: ActivationDtype::F32,
+            prefill_rows: PrefillRows::default(),
         }
     }
 

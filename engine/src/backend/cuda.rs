@@ -40,13 +40,18 @@ use self::upload::{OnDevice, Staging};
 use self::weight::WeightStore;
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, RopePairing, RopeTable, RowWish, StepBatch, StepOutput, StepWish, TokenId,
-    WeightSource,
+    PatternSource, PrefillRows, RopePairing, RopeTable, RowWish, StepBatch, StepOutput, StepWish,
+    TokenId, WeightSource,
 };
 use crate::page::{Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
 const FEW_TOKENS_MAX: usize = 2;
+/// A step of fewer rows leaves multiprocessors idle; beside decoding, 2,048 rows take some 50 ms of an 8B model.
+const PREFILL_ROWS: PrefillRows = PrefillRows {
+    alone: 8192,
+    beside_decode: 2048,
+};
 /// Rows of a step that have logits, at most: a step has no more sequences, and prompts' rows are read in smaller ones.
 const ROWS_MAX: usize = 1 << 16;
 /// The token of a row with NaN or infinity in it; `NOT_FINITE` in `choose.cu`.
@@ -71,6 +76,8 @@ pub struct CudaBackend {
     staging: Staging,
     /// Tokens of a step's rows.
     tokens: Buffer,
+    /// What wide tensors lie in: there is one at a time, a step's result.
+    wide: RefCell<Option<Arc<Buffer>>>,
     /// Where results land.
     landing: RefCell<Option<PinnedMemory>>,
     pool: Arc<Pool>,
@@ -95,6 +102,7 @@ impl CudaBackend {
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,
             tokens: pool.take(ROWS_MAX * 4)?,
+            wide: RefCell::default(),
             landing: RefCell::default(),
             pool,
             gpu,
@@ -111,8 +119,12 @@ impl CudaBackend {
         }
     }
 
-    /// Wide ones are dense and have a buffer of their own.
-    fn new_tensor(&self, rows: usize, cols: usize, wide: bool) -> CudaTensor {
+    /// A dense tensor in what `take` gives.
+    fn new_tensor(
+        &self,
+        (rows, cols, wide): (usize, usize, bool),
+        take: impl FnOnce(usize) -> Result<Arc<Buffer>, CudaError>,
+    ) -> CudaTensor {
         let mut tensor = CudaTensor {
             rows,
             cols,
@@ -122,11 +134,22 @@ impl CudaBackend {
             buffer: None,
         };
         self.attempt("activations", || {
-            let buffer = self.pool.take(rows * cols * tensor.element_bytes())?;
-            tensor.buffer = Some(Arc::new(buffer));
+            tensor.buffer = Some(take(rows * cols * tensor.element_bytes())?);
             Ok(())
         });
         tensor
+    }
+
+    /// The buffer of wide tensors, made larger where it is too small. Recordings keep the one that they were made with.
+    fn wide_buffer(&self, bytes: usize) -> Result<Arc<Buffer>, CudaError> {
+        let mut wide = self.wide.borrow_mut();
+        let fitting = wide.as_ref().filter(|held| held.memory().bytes() >= bytes);
+        let buffer = match fitting {
+            Some(held) => Arc::clone(held),
+            None => Arc::new(self.pool.take(bytes.next_power_of_two())?),
+        };
+        *wide = Some(Arc::clone(&buffer));
+        Ok(buffer)
     }
 
     const fn pages(&self) -> &Pages {
@@ -345,6 +368,7 @@ impl Backend for CudaBackend {
             host_pages: false,
             batch_invariant: false,
             activations: ActivationDtype::Bf16,
+            prefill_rows: PREFILL_ROWS,
         }
     }
 
@@ -385,7 +409,9 @@ impl Backend for CudaBackend {
     }
 
     fn tensor(&self, rows: usize, cols: usize) -> CudaTensor {
-        self.new_tensor(rows, cols, false)
+        self.new_tensor((rows, cols, false), |bytes| {
+            Ok(Arc::new(self.pool.take(bytes)?))
+        })
     }
 
     fn tensors<const N: usize>(&self, rows: usize, cols: [usize; N]) -> [CudaTensor; N] {
@@ -409,7 +435,7 @@ impl Backend for CudaBackend {
     }
 
     fn wide_tensor(&self, rows: usize, cols: usize) -> CudaTensor {
-        self.new_tensor(rows, cols, true)
+        self.new_tensor((rows, cols, true), |bytes| self.wide_buffer(bytes))
     }
 
     fn step(

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
-    AttentionSpec, Backend, BackendError, BlockId, RowWish, StepBatch, StepOutput, StepWish,
+    AttentionSpec, Backend, BackendError, BlockId, PrefillRows, RowWish, StepBatch, StepOutput,
+    StepWish,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -414,6 +415,10 @@ impl<B: Backend> Model for Decoder<B> {
 
     fn backend_description(&self) -> String {
         self.backend.capability().description
+    }
+
+    fn prefill_rows(&self) -> PrefillRows {
+        self.backend.capability().prefill_rows
     }
 
     fn weight_bytes(&self) -> usize {

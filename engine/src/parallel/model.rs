@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::order::Order;
 use super::pages::{self, WholePages};
-use crate::backend::{Backend, BackendError, BlockId, StepBatch};
+use crate::backend::{Backend, BackendError, BlockId, PrefillRows, StepBatch};
 use crate::collective::{CollectiveError, RankNames};
 use crate::model::decoder::Decoder;
 use crate::model::shard::Shard;
@@ -111,6 +111,10 @@ impl<B: Backend> Model for ParallelModel<B> {
 
     fn backend_description(&self) -> String {
         self.description.clone()
+    }
+
+    fn prefill_rows(&self) -> PrefillRows {
+        self.decoder.prefill_rows()
     }
 
     fn weight_bytes(&self) -> usize {

@@ -35,6 +35,7 @@ impl Plan {
         let shape = model.shape();
         let max_seq_len = longest_sequence(llm, shape);
         let page = page_shape(shape, llm);
+        let prefill = model.prefill_rows();
         let demand = PoolDemand {
             max_batch_size: llm.max_batch_size,
             max_seq_len,
@@ -62,6 +63,8 @@ impl Plan {
                 max_num_tokens: llm.max_num_tokens as usize,
                 max_seq_len: max_seq_len as usize,
                 enable_chunked_prefill: llm.enable_chunked_prefill,
+                prefill_tokens_alone: prefill.alone,
+                prefill_tokens_beside_decode: prefill.beside_decode,
                 tokens_per_block: page.tokens_per_block,
                 block_count,
                 kv_dtype: kv_dtype(llm),

@@ -244,10 +244,10 @@ impl Gpu {
         })
     }
 
-    /// From now on work is recorded instead of done.
+    /// From now on work is recorded instead of done. Memory may be allocated meanwhile: it belongs to no recording.
     pub(super) fn begin_capture(&self) -> Result<(), CudaError> {
         self.bind()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is alive and captures nothing yet: captures do not nest.
         check("cuStreamBeginCapture", unsafe {
             sys::cuStreamBeginCapture_v2(self.stream, mode)

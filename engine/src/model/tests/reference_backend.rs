@@ -10,8 +10,8 @@ use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
 use crate::backend::{
-    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, RopePairing,
-    RopeTable, SequenceSpan, StepBatch, TokenId, WeightSource,
+    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, PrefillRows,
+    RopePairing, RopeTable, SequenceSpan, StepBatch, TokenId, WeightSource,
 };
 use crate::page::{KvDtype, Page, PageShape};
 
@@ -160,6 +160,7 @@ impl Backend for ReferenceBackend {
             host_pages: true,
             batch_invariant: true,
             activations: ActivationDtype::F32,
+            prefill_rows: PrefillRows::default(),
         }
     }
 
