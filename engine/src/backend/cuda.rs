@@ -284,7 +284,7 @@ impl CudaBackend {
             Some(buffer) if x.wide => Arc::clone(buffer),
             _ => {
                 let converted = self.pool.take(x.rows * x.cols * 4)?;
-                self.ops.borrow_mut().to_f32(x, converted.address())?;
+                self.ops.borrow_mut().widen(x, converted.address())?;
                 Arc::new(converted)
             }
         };
@@ -628,7 +628,7 @@ impl Backend for CudaBackend {
             let bytes = bytemuck::cast_slice(&values);
             let buffer = self.pool.take(bytes.len())?;
             self.gpu.upload(buffer.memory(), 0, bytes)?;
-            self.ops.borrow_mut().from_f32(buffer.address(), x)
+            self.ops.borrow_mut().narrow(buffer.address(), x)
         });
     }
 

@@ -450,12 +450,13 @@ impl<B: Backend> Model for Decoder<B> {
     ) -> Result<Logits, BackendError> {
         let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
         let mut out = StepOutput::default();
+        // A part of a row does not tell its token.
         let alone = self.part.peers.is_none();
+        let wishes = if alone { wishes } else { &[] };
         if rows > 0 {
             for cut in micro::cuts(rows, self.part.shard.place.grid.pipeline) {
                 if cut.len() == rows {
-                    // A part of a row does not tell its token.
-                    out = self.step(batch, if alone { wishes } else { &[] })?;
+                    out = self.step(batch, wishes)?;
                 } else {
                     let piece = self.step(&micro::piece(batch, cut), &[])?;
                     out.values.extend(piece.values);

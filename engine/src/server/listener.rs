@@ -220,7 +220,7 @@ fn report(ended: Result<(), tokio::task::JoinError>) {
 
 /// Writes `host:port` so that a reader sees the whole of it or nothing.
 pub(crate) fn report_address(path: &Path, address: SocketAddr) -> Result<(), ListenError> {
-    write_whole(path, &reachable(address)).map_err(|source| ListenError::Report {
+    write_whole(path, reachable(address)).map_err(|source| ListenError::Report {
         path: path.display().to_string(),
         source,
     })

@@ -295,7 +295,7 @@ impl Ops {
     }
 
     /// Activations as dense f32; `values` has room for all.
-    pub(super) fn to_f32(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
+    pub(super) fn widen(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
         let count = x.rows * x.cols;
         let args = Args::default()
             .with(x.address())
@@ -309,7 +309,7 @@ impl Ops {
     }
 
     /// The reverse.
-    pub(super) fn from_f32(&mut self, values: DevicePtr, x: &CudaTensor) -> Result<(), CudaError> {
+    pub(super) fn narrow(&mut self, values: DevicePtr, x: &CudaTensor) -> Result<(), CudaError> {
         let count = x.rows * x.cols;
         let args = Args::default()
             .with(values)
