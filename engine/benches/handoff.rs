@@ -80,6 +80,7 @@ fn hand_off(
             first_logprobs: Vec::new(),
         },
         token_count: TOKENS,
+        first_token: 0,
         pages: target,
     });
     let pages = match generation.events.recv_timeout(PATIENCE) {

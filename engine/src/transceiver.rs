@@ -284,6 +284,15 @@ impl Transceiver {
         Ok(())
     }
 
+    /// What the bytes of a transport go over, in its own words; `None` where it has none, or is not there.
+    #[must_use]
+    pub fn wire(&self, transport: &str) -> Option<String> {
+        let mut transports = self.transports.iter();
+        transports
+            .find(|there| there.capability().name == transport)?
+            .wire()
+    }
+
     /// The choice of transport and the counters; stays usable after the transceiver is gone.
     #[must_use]
     pub fn info(&self) -> TransceiverInfo {

@@ -33,6 +33,8 @@ pub mod ucx;
 pub(crate) mod conformance;
 #[cfg(test)]
 pub(crate) mod memory;
+#[cfg(test)]
+mod processes;
 
 /// Where pages may live for a transport to move them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -309,6 +311,12 @@ pub trait Transport: Debug + Send + Sync {
 
     /// Allocates memory that peers read faster than any other; none where all memory is alike.
     fn allocator(&self) -> Option<ForeignAllocator> {
+        None
+    }
+
+    /// What the bytes of the peer connected last go over, in the library's own words; `None` until it is known, and where
+    /// that is plain from the endpoint.
+    fn wire(&self) -> Option<String> {
         None
     }
 

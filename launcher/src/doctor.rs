@@ -165,7 +165,9 @@ fn wires() -> Vec<Finding> {
                     baton_engine::transport::Reach::SameHost => "this host only",
                     baton_engine::transport::Reach::AnyHost => "any host",
                 };
-                let found = format!("{} memory, {reach}", memory.join(" and "));
+                let library = transport.library.map(|library| format!(", {library}"));
+                let library = library.unwrap_or_default();
+                let found = format!("{} memory, {reach}{library}", memory.join(" and "));
                 Finding::good("transport", transport.name, found)
             }
             Err(reason) => {

@@ -128,13 +128,14 @@ impl Core {
         let Some(ticket) = sequence.take_ticket() else {
             return;
         };
-        let blocks = sequence.blocks.iter();
+        // The leading blocks were found in the prefix cache.
+        let missing = sequence.blocks[sequence.cached_blocks..].iter();
         handoff.fetch(Fetch {
             request: id,
             ticket,
             token_count: sequence.prompt_len,
-            first_token: 0,
-            pages: blocks
+            first_token: sequence.computed,
+            pages: missing
                 .map(|&block| (block, self.model.lend_page(block)))
                 .collect(),
         });

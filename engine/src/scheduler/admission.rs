@@ -150,20 +150,40 @@ impl Scheduler {
         if self.fetching_count() >= self.limits.batch_size {
             return Entry::NoPlace;
         }
+        let reserve = self.growth_reserve();
         let sequence = &self.waiting[index];
-        let count = self.pool.blocks_for(sequence.prompt_len);
         let grown = sequence.prompt_len + sequence.forced.len() + 1;
-        let room = self.pool.blocks_for(grown) + self.growth_reserve();
-        let fits = room <= self.pool.available();
-        let Some(blocks) = fits.then(|| self.pool.allocate(count, writable)).flatten() else {
+        let room = self.pool.blocks_for(grown) + reserve;
+        // What is here already is not fetched. Where the prompt is computed once more, all of it is written.
+        let reused = if sequence.prompt_logprobs.is_some() {
+            Vec::new()
+        } else {
+            self.pool
+                .match_prefix(sequence.salt.as_ref(), sequence.prompt())
+        };
+        let total = self.pool.blocks_for(sequence.prompt_len);
+        let fits = room <= reused.len() + self.pool.available();
+        let fresh = total - reused.len();
+        let Some(fresh) = fits.then(|| self.pool.allocate(fresh, writable)).flatten() else {
+            self.pool.release(&reused);
             return Entry::NoMemory;
         };
         let Some(mut sequence) = self.waiting.remove(index) else {
             return Entry::NoPlace;
         };
-        self.pool.lend(&blocks);
-        sequence.blocks_allocated += blocks.len();
-        sequence.blocks = blocks;
+        self.pool.lend(&fresh);
+        self.pool.count_reuse(
+            sequence.prompt_len.saturating_sub(1) / self.pool.tokens_per_block(),
+            reused.len(),
+        );
+        sequence.computed = reused.len() * self.pool.tokens_per_block();
+        sequence.cached_blocks = reused.len();
+        sequence.cached_tokens = sequence.computed;
+        plan.cached_tokens += sequence.computed;
+        sequence.blocks_reused += reused.len();
+        sequence.blocks_allocated += total;
+        sequence.blocks = reused;
+        sequence.blocks.extend(fresh);
         sequence.times.scheduled = Some(now);
         plan.started.push(sequence.id);
         plan.fetches.push(sequence.id);

@@ -166,9 +166,33 @@ pub(super) fn server_info(service: &Service) -> Response<ReplyBody> {
         "architecture": facts.architecture,
         "backend": facts.backend,
         "kv_layout": facts.kv_layout,
-        "transport": facts.transport,
+        "transport": transport(service),
         "limits": facts.limits,
     }))
+}
+
+/// The transport that is taken first and why, and all that there are, those that are not, and over which of them KV went
+/// last to or from whom.
+fn transport(service: &Service) -> Value {
+    let mut transport = json!(service.facts.transport);
+    if let Some(info) = &service.transceiver {
+        let wires = info.wires().into_iter().map(|wire| {
+            json!({
+                "name": wire.transport,
+                "endpoint": wire.endpoint,
+                "bytes_sent": wire.bytes_sent,
+                "bytes_received": wire.bytes_received,
+                "fetches": wire.fetches,
+            })
+        });
+        transport["available"] = wires.collect();
+        let missing = info.missing().iter();
+        transport["missing"] = missing
+            .map(|(name, reason)| json!({"name": name, "reason": reason}))
+            .collect();
+        transport["peers"] = json!(info.peers());
+    }
+    transport
 }
 
 /// `POST /kv_cache_events`: events since the last call.

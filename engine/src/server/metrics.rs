@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -14,7 +15,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::metrics::EngineStats;
 use crate::request::RequestCosts;
 use crate::server::port::EnginePort;
-use crate::transceiver::{TransceiverInfo, TransceiverStats};
+use crate::transceiver::{TransceiverInfo, TransceiverStats, WireStats};
 
 /// From a millisecond to ten minutes.
 const LATENCY_SECONDS: [f64; 20] = [
@@ -158,10 +159,44 @@ impl Collector for EngineCollector {
                     &mut encoder,
                     &transceiver_gauges(&stats),
                     &transceiver_counters(&stats),
-                )
+                )?;
+                encode_wires(&mut encoder, &transceiver.wires())
             }
         }
     }
+}
+
+/// What each transport has done.
+fn encode_wires(
+    encoder: &mut DescriptorEncoder<'_>,
+    wires: &[WireStats],
+) -> Result<(), std::fmt::Error> {
+    let readings: [(&str, &str, fn(&WireStats) -> u64); 3] = [
+        (
+            "kv_transport_sent_bytes",
+            "Payload bytes handed to each transport",
+            |wire| wire.bytes_sent,
+        ),
+        (
+            "kv_transport_received_bytes",
+            "Payload bytes that came over each transport and matched their checksum",
+            |wire| wire.bytes_received,
+        ),
+        (
+            "kv_transport_fetches",
+            "Fetches that succeeded over each transport",
+            |wire| wire.fetches,
+        ),
+    ];
+    for (name, help, value) in readings {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for wire in wires {
+            let labels = [("transport", wire.transport)];
+            let counter = ConstCounter::new(value(wire));
+            counter.encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }
 
 fn encode_all(

@@ -12,6 +12,7 @@ use crate::server::port::EnginePort;
 use crate::server::pulse::Pulse;
 use crate::server::sampling::Limits;
 use crate::server::text::TextTools;
+use crate::transceiver::TransceiverInfo;
 
 /// A loaded model with everything that answers for it.
 #[derive(Debug)]
@@ -21,6 +22,8 @@ pub(crate) struct Service {
     pub(crate) tools: TextTools,
     pub(crate) engine: Arc<dyn EnginePort>,
     pub(crate) metrics: Metrics,
+    /// `None` when nothing is handed off.
+    pub(crate) transceiver: Option<TransceiverInfo>,
     pub(crate) perf: PerfRing,
     pub(crate) pulse: Pulse,
 }
@@ -59,7 +62,7 @@ pub(crate) struct KvLayoutFacts {
     pub(crate) pipeline_parallel: u32,
 }
 
-/// The transport in use.
+/// The transport that is taken first.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct TransportFacts {
     pub(crate) name: String,

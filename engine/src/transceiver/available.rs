@@ -6,7 +6,7 @@ use baton_configs::transceiver::{PreferredTransport, TransportChoice};
 
 use super::select::Preference;
 use super::wires::KINDS;
-use crate::transport::Capability;
+use crate::transport::{Capability, nixl, ucx};
 
 /// A transport that the engine knows by name.
 #[derive(Debug, Clone, PartialEq)]
@@ -15,6 +15,8 @@ pub struct TransportState {
     pub name: &'static str,
     /// What asks for it first; `None` when no configuration can.
     pub choice: Option<TransportChoice>,
+    /// Of a library: which one was found, in words.
+    pub library: Option<String>,
     /// What it can do here, or what is missing: one line, and a `hint:` line where there is a remedy.
     pub state: Result<Capability, String>,
 }
@@ -33,6 +35,7 @@ pub fn transports() -> Vec<TransportState> {
     let states = known.map(|(name, choice)| TransportState {
         name,
         choice,
+        library: library(name),
         state: probe(name),
     });
     states.into()
@@ -43,6 +46,22 @@ fn probe(name: &str) -> Result<Capability, String> {
     match kinds.find(|kind| kind.name == name) {
         Some(kind) => (kind.probe)(),
         None => Err("this build does not have it".to_owned()),
+    }
+}
+
+fn library(name: &str) -> Option<String> {
+    match name {
+        "nixl" => {
+            let found = nixl::probe().ok()?;
+            let instead = found.instead.map(|why| format!(" ({why})"));
+            let instead = instead.unwrap_or_default();
+            Some(format!(
+                "{}, plug-in {}{instead}",
+                found.library, found.plugin
+            ))
+        }
+        "ucx" => ucx::probe().ok().map(|version| format!("UCX {version}")),
+        _ => None,
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) const KINDS: &[Kind] = &[
     Kind {
         name: "nixl",
         probe: || match nixl::probe() {
-            Ok(_) => Ok(nixl::CAPABILITY),
+            Ok(found) => Ok(found.capability),
             Err(missing) => Err(missing.to_string()),
         },
         start: |params, events| link(nixl::start(link_params(params, 0), events)),

@@ -136,6 +136,12 @@ pub(crate) trait Fabric: Debug + Send + Sync {
         None
     }
 
+    /// What the bytes of the peer opened last go over, in the library's own words; `None` until it is known, and where the
+    /// fabric's name says all.
+    fn wire(&self) -> Option<String> {
+        None
+    }
+
     /// For the peer's [`open`](Self::open): at most [`ADDRESS_BYTES_MAX`]. It does not change while the fabric lives.
     fn address(&self) -> Vec<u8>;
 

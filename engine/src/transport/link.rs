@@ -44,7 +44,7 @@ mod shared;
 mod writer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// [`Capability::message_bytes_max`] of every transport with this control plane.
 pub const MESSAGE_BYTES_MAX: usize = frame::MESSAGE_BYTES_MAX;
@@ -242,6 +242,10 @@ impl Transport for LinkTransport {
 
     fn allocator(&self) -> Option<ForeignAllocator> {
         self.fabric.as_ref()?.allocator()
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.fabric.as_ref()?.wire()
     }
 
     fn endpoint(&self) -> EndpointRecord {

@@ -126,8 +126,8 @@ pub struct NixlFound {
     pub plugin: &'static str,
     /// Why it is not the one that the environment asks for.
     pub instead: Option<String>,
-    /// Whether other hosts can be read, or only processes of this one.
-    pub reach: Reach,
+    /// What it can do here.
+    pub capability: Capability,
 }
 
 /// Opens the library, and looks for the plug-in, without starting anything.
@@ -141,7 +141,7 @@ pub fn probe() -> Result<NixlFound, NixlMissing> {
         library: library.path().display().to_string(),
         plugin: plugin.name(),
         instead,
-        reach: reach_of(&Host::here()),
+        capability: capability_of(&Host::here()),
     })
 }
 
@@ -162,11 +162,21 @@ fn choose(asked: Result<Plugin, String>, library: &Path) -> (Plugin, Option<Stri
     }
 }
 
-fn reach_of(host: &Host) -> Reach {
-    if host.far {
-        Reach::AnyHost
+/// What can be done from and to a host. The estimates are a modest adapter's, and two cores' copying.
+const fn capability_of(host: &Host) -> Capability {
+    let (reach, bandwidth_estimate) = if host.far {
+        (Reach::AnyHost, 20_000_000_000)
     } else {
-        Reach::SameHost
+        (Reach::SameHost, 6_000_000_000)
+    };
+    Capability {
+        name: NAME,
+        memory: &[MemoryKind::Host],
+        sides: Sides::One,
+        reach,
+        bandwidth_estimate,
+        message_bytes_max: link::MESSAGE_BYTES_MAX,
+        note_bytes_max: link::NOTE_BYTES_MAX,
     }
 }
 
@@ -239,19 +249,7 @@ impl NixlFabric {
         Ok(Self {
             library,
             plugin,
-            capability: Capability {
-                name: NAME,
-                memory: &[MemoryKind::Host],
-                sides: Sides::One,
-                reach: reach_of(&host),
-                bandwidth_estimate: if host.far {
-                    20_000_000_000
-                } else {
-                    4_000_000_000
-                },
-                message_bytes_max: link::MESSAGE_BYTES_MAX,
-                note_bytes_max: link::NOTE_BYTES_MAX,
-            },
+            capability: capability_of(&host),
             host,
             address: address.encode(),
             exports: Mutex::new(Exports {
@@ -294,6 +292,10 @@ impl Fabric for NixlFabric {
             target_in_arena: true,
             batch_bytes_max: BATCH_BYTES_MAX,
         }
+    }
+
+    fn wire(&self) -> Option<String> {
+        Some(format!("NIXL's plug-in {}", self.plugin.name()))
     }
 
     fn address(&self) -> Vec<u8> {

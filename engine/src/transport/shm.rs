@@ -242,6 +242,10 @@ impl Fabric for ShmFabric {
         }
     }
 
+    fn wire(&self) -> Option<String> {
+        Some("this host's memory".to_owned())
+    }
+
     fn address(&self) -> Vec<u8> {
         self.address.encode()
     }

@@ -74,6 +74,9 @@ pub(crate) struct Ucx {
     address: Vec<u8>,
     version: (u16, u16),
     exports: Mutex<HashMap<u64, Export>>,
+    /// To the peer that was opened last.
+    /// Of the peer opened last.
+    wire: Arc<Mutex<Option<String>>>,
     closed: Arc<AtomicBool>,
     answering: Option<Answering>,
 }
@@ -164,6 +167,7 @@ impl Ucx {
             address: record.encode(),
             version,
             exports: Mutex::default(),
+            wire: Arc::default(),
             closed: Arc::default(),
             answering: Some(answering),
         })
@@ -210,6 +214,10 @@ impl Fabric for Ucx {
 
     fn allocator(&self) -> Option<ForeignAllocator> {
         Some(allocate)
+    }
+
+    fn wire(&self) -> Option<String> {
+        self.wire.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     fn address(&self) -> Vec<u8> {
@@ -265,9 +273,11 @@ impl Fabric for Ucx {
         })?;
         let wire = wire::described(connection.description().as_deref());
         tracing::debug!(version = self.context.version(), wire, "UCX reaches a peer");
+        *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
         Ok(Box::new(UcxPeer {
             connection,
             wire,
+            told: Arc::clone(&self.wire),
             closed: Arc::clone(&self.closed),
         }))
     }
@@ -313,7 +323,10 @@ impl Answering {
 #[derive(Debug)]
 struct UcxPeer {
     connection: Connection,
+    /// Its lanes, as UCX has them.
     wire: String,
+    /// Where the fabric keeps that, and how its memory is read, for those who ask.
+    told: Arc<Mutex<Option<String>>>,
     closed: Arc<AtomicBool>,
 }
 
@@ -336,7 +349,9 @@ impl FabricPeer for UcxPeer {
         } else {
             "by gets"
         };
-        tracing::debug!(bytes, how, wire = self.wire, "UCX reads a peer's arena");
+        let wire = format!("{}, {how}", self.wire);
+        tracing::debug!(bytes, wire, "UCX reads a peer's arena");
+        *self.told.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire);
         Ok(RemoteArena {
             handle: number as u64,
             bytes: record.bytes,

@@ -149,15 +149,15 @@ fn get(page: &Page, size: usize, at: usize) -> (TokenId, usize) {
 }
 
 /// What a context server would have written for a prompt.
-pub(super) fn fill_pages(pages: &mut [(BlockId, Page)], prompt: &[TokenId]) {
+pub(super) fn fill_pages(pages: &mut [(BlockId, Page)], prompt: &[TokenId], first: usize) {
     let size = pages[0].1.shape().tokens_per_block;
-    for ((_, page), tokens) in pages.iter_mut().zip(prompt.chunks(size)) {
+    for ((_, page), tokens) in pages.iter_mut().zip(prompt[first..].chunks(size)) {
         for (at, &token) in tokens.iter().enumerate() {
             put(page, size, at, token, 0);
         }
     }
-    for position in 0..prompt.len() {
-        let page = &mut pages[position / size].1;
+    for position in first..prompt.len() {
+        let page = &mut pages[(position - first) / size].1;
         let value = f32::from(u16::try_from(position).expect("small"));
         page.as_f32_mut()[size + position % size] = value;
     }

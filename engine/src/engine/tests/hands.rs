@@ -15,7 +15,7 @@ impl Rig {
     }
 
     pub(super) fn deliver(&self, mut fetch: Fetch, prompt: &[TokenId]) {
-        fill_pages(&mut fetch.pages, prompt);
+        fill_pages(&mut fetch.pages, prompt, fetch.first_token);
         let outcome = Ok(HandoffStats {
             transport: "fake".to_owned(),
             bytes: 100,
@@ -193,6 +193,37 @@ fn fetched_kv_is_decoded_from_and_found_again() {
 }
 
 #[test]
+fn only_what_the_prefix_cache_lacks_is_fetched() {
+    let mut rig = Rig::new(small_config());
+    let whole = request(&long_running(13), 12);
+    let (tokens, _) = closed_form(&whole, 64);
+    let mut first = rig.submit(whole.clone());
+    rig.run();
+    assert_eq!(first.read().tokens, tokens);
+    // One of the prompt's two blocks is full, hence found.
+    let mut second = rig.submit(generation_half(&whole, 64));
+    rig.run();
+    assert_eq!(rig.stats().blocks_lent, 1);
+    let fetch = rig.the_fetch();
+    assert_eq!((fetch.first_token, fetch.token_count), (4, 5));
+    assert_eq!(fetch.pages.len(), 1);
+    rig.deliver(fetch, &whole.prompt);
+    rig.run();
+    assert_eq!(second.read().tokens, tokens);
+    assert_eq!(second.answer.costs().cached_tokens, 4);
+    rig.assert_clean();
+    // A fetch that fails gives the found blocks back too.
+    let mut third = rig.submit(generation_half(&whole, 64));
+    rig.run();
+    let fetch = rig.the_fetch();
+    (rig.sink)(HandoffEvent::PagesReturned { pages: fetch.pages });
+    rig.decide(fetch.request, Err(HandoffError::Cancelled));
+    rig.run();
+    assert!(matches!(third.read().failure(), RequestFailure::Handoff(_)));
+    rig.assert_clean();
+}
+
+#[test]
 fn a_ticket_that_completes_the_answer_gives_exactly_one_token() {
     let mut rig = Rig::new(small_config());
     let whole = request(&long_running(13), 1);
@@ -256,7 +287,7 @@ fn a_failed_fetch_reads_the_prompt_again_in_other_blocks() {
     assert_eq!((stats.blocks_quarantined, stats.blocks_used), (2, 0));
     assert_eq!(stats.handoffs_prefilled_again_total, 1);
     // What the transport wrote late harms nobody.
-    fill_pages(&mut fetch.pages, &[40; 5]);
+    fill_pages(&mut fetch.pages, &[40; 5], fetch.first_token);
     (rig.sink)(HandoffEvent::PagesReturned { pages: fetch.pages });
     rig.run();
     rig.assert_clean();

@@ -344,6 +344,7 @@ pub(crate) fn service_over(engine: Arc<dyn EnginePort>, with_template: bool) -> 
         facts: facts(),
         limits: limits(),
         tools: TextTools::new(tokenizer, template, vec![EOS]),
+        transceiver: None,
         metrics: Metrics::new(Arc::clone(&engine), None),
         engine,
         perf: PerfRing::new(16),

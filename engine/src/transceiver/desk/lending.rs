@@ -337,6 +337,14 @@ impl Desk {
         }
         self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
+        // What has come free may be what another peer waits for, where peers share a transport's queue or staging.
+        let others: Vec<_> = self
+            .turns
+            .keys()
+            .copied()
+            .filter(|of| *of != peer)
+            .collect();
+        others.into_iter().for_each(|other| self.pump(other));
         self.pump(peer);
     }
 

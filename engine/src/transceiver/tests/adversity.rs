@@ -4,9 +4,9 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
-use crate::transport::link::LinkTransport;
+use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::{
-    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
+    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write, tcp,
 };
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {

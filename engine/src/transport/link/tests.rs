@@ -9,7 +9,9 @@ use proptest::prelude::*;
 use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
 use crate::transport::conformance::{Node, PATIENCE, page};
-use crate::transport::{RemoteRegion, Runs, WriteOutcome, tcp};
+use crate::transport::{RemoteRegion, Runs, WriteOutcome, shm, tcp};
+
+mod pulling;
 
 fn params(tuning: LinkTuning, faults: &str) -> LinkParams {
     LinkParams {
@@ -32,7 +34,7 @@ fn node(tuning: LinkTuning, faults: &str) -> Node {
 }
 
 /// Deadlines so short that a test that waits for them is quick, and so long that a busy machine meets the others.
-fn brisk() -> LinkTuning {
+pub(crate) fn brisk() -> LinkTuning {
     LinkTuning {
         handshake_timeout: Duration::from_secs(1),
         stall_timeout: Duration::from_secs(1),
@@ -325,9 +327,21 @@ fn a_port_in_use_is_named() {
     assert!(error.to_string().starts_with(&expected), "{error}");
 }
 
+/// How a kind of transport is started.
+type Start = fn(LinkParams, TransportSink) -> Result<LinkTransport, LinkStartError>;
+
+fn node_of(start: Start, faults: &str) -> Node {
+    let (sender, events) = channel();
+    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    Node {
+        events,
+        transport: Arc::new(start(params(brisk(), faults), sink).unwrap()),
+    }
+}
+
 /// Sends one page from a node with a fault plan; returns the receiving node's first event, and its region's page.
-fn send_with(faults: &str) -> (TransportEvent, Arc<Page>, Page) {
-    let (writer, reader) = (node(brisk(), faults), node(brisk(), ""));
+fn send_with(start: Start, faults: &str) -> (TransportEvent, Arc<Page>, Page) {
+    let (writer, reader) = (node_of(start, faults), node_of(start, ""));
     let deadline = Instant::now() + PATIENCE;
     let peer = writer
         .transport
@@ -353,12 +367,29 @@ fn send_with(faults: &str) -> (TransportEvent, Arc<Page>, Page) {
 
 #[test]
 fn the_fault_plan_flips_one_byte() {
-    let (event, source, landed) = send_with("flip_byte=123456");
-    assert!(matches!(event, TransportEvent::Landed { .. }), "{event:?}");
-    let differing: Vec<_> = (0..200_000)
-        .filter(|at| source.as_bytes()[*at] != landed.as_bytes()[*at])
-        .collect();
-    assert_eq!(differing, [123_456]);
+    for start in [tcp::start as Start, shm::start] {
+        let (event, source, landed) = send_with(start, "flip_byte=123456");
+        assert!(matches!(event, TransportEvent::Landed { .. }), "{event:?}");
+        let differing: Vec<_> = (0..200_000)
+            .filter(|at| source.as_bytes()[*at] != landed.as_bytes()[*at])
+            .collect();
+        assert_eq!(differing, [123_456]);
+    }
+}
+
+#[test]
+fn the_fault_plan_cuts_and_stalls_what_is_pulled_too() {
+    for (faults, expected) in [
+        ("cut_after_bytes=100000", "within a frame"),
+        ("stall_after_bytes=100000", "no byte for 1s"),
+    ] {
+        let (event, _, landed) = send_with(shm::start, faults);
+        let TransportEvent::PeerLost { reason, .. } = event else {
+            panic!("{event:?}");
+        };
+        assert!(reason.contains(expected), "{reason}");
+        assert!(landed.as_bytes().iter().all(|byte| *byte == 0));
+    }
 }
 
 #[test]
@@ -367,7 +398,7 @@ fn the_fault_plan_cuts_and_stalls() {
         ("cut_after_bytes=100000", "within a frame"),
         ("stall_after_bytes=100000", "no byte for 1s"),
     ] {
-        let (event, source, landed) = send_with(faults);
+        let (event, source, landed) = send_with(tcp::start, faults);
         let TransportEvent::PeerLost { reason, .. } = event else {
             panic!("{event:?}");
         };

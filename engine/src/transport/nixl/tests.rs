@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::super::Transport;
@@ -339,6 +340,14 @@ impl Exporter {
         let id = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         kill(id, signal).unwrap();
     }
+
+    /// Returns when all of its threads stand still.
+    fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let id = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        let stopped = waitpid(id, Some(WaitPidFlag::WUNTRACED)).unwrap();
+        assert_eq!(stopped, WaitStatus::Stopped(id, Signal::SIGSTOP));
+    }
 }
 
 impl Drop for Exporter {
@@ -406,7 +415,7 @@ fn as_a_reader_of_a_stopped_process() {
         let runs = Runs::whole(PAGE_BYTES);
         let mut page = Page::zeroed(shape(PAGE_BYTES));
         read(&mut *peer, from, &runs, &mut page).unwrap();
-        exporter.signal(Signal::SIGSTOP);
+        exporter.stop();
         let mut page = Page::zeroed(shape(PAGE_BYTES));
         let mut jobs = [ReadJob {
             from,
@@ -579,5 +588,5 @@ fn probing_finds_what_is_started_later() {
     let found = probe().unwrap();
     let fabric = fabric();
     assert_eq!(found.plugin, fabric.plugin.name());
-    assert_eq!(found.reach, fabric.capability().reach);
+    assert_eq!(&found.capability, fabric.capability());
 }

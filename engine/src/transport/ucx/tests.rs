@@ -386,4 +386,6 @@ fn memory_of_ucx_is_mapped_and_needs_nothing_of_its_process() {
         read(&mut *peer, arena, &runs, &mut page, soon()).unwrap();
         assert!(page.as_bytes() == expected.as_bytes(), "{signal}");
     }
+    let wire = reader.wire().unwrap();
+    assert!(wire.ends_with(", mapped"), "{wire}");
 }

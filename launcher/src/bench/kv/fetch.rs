@@ -16,6 +16,7 @@ use super::node::{GRACE, Node};
 use super::pages;
 use super::reference::{gigabytes_per_second, median};
 use super::report::{Figures, Status};
+use super::wire;
 
 /// How long the other side may take to allocate and fill its pages: some seconds a gigabyte.
 const PREPARE: Duration = Duration::from_secs(300);
@@ -114,9 +115,11 @@ pub(super) fn run(
     let Answer::Ready { endpoint } = ready else {
         return Err(control.foreign(&ready).into());
     };
-    tally.wire = Some(super::wire::describe(&setting.transport, &endpoint));
     for index in 0..rounds.warmup + rounds.timed {
         let round = fetching.round(control, index)?;
+        // What it is known by once a peer is connected.
+        let wire = fetching.node.transceiver.wire(&setting.transport);
+        tally.wire = Some(wire::describe(&setting.transport, &endpoint, wire));
         tally.bytes_verified += setting.round_bytes();
         if index >= rounds.warmup {
             tally.requests.extend(round.requests);

@@ -103,6 +103,7 @@ mod tests {
         let absent = TransportState {
             name: "ucx",
             choice: None,
+            library: None,
             state: Err("libucp.so.0 is not there\nhint: install libucx0".to_owned()),
         };
         vec![absent, tcp]

@@ -1,0 +1,398 @@
+//! Peers that are processes: killed, stopped and started again, at each step, over every transport that has them.
+//!
+//! A test starts this very test program, of which the child runs `as_a_peer`, and that alone. The child ends when its
+//! standard input does, so none is left behind.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+use super::conformance::{Node, PATIENCE};
+use super::link::tests::brisk;
+use super::link::{LinkParams, LinkStartError, LinkTransport, on_loopback};
+use super::*;
+use crate::transport::staging::plain_shape;
+
+/// Says to a child which transport it starts.
+const KIND: &str = "BATON_TEST_PEER_TRANSPORT";
+
+/// What a line with the child's endpoint begins with.
+const ENDPOINT: &str = "endpoint ";
+
+const PAGE_BYTES: usize = 1 << 20;
+const PAGES: usize = 48;
+
+type Start = fn(LinkParams, TransportSink) -> Result<LinkTransport, LinkStartError>;
+
+/// The transports between processes that every machine has.
+const KINDS: [(&str, Start); 2] = [("tcp", tcp::start), ("shm", shm::start)];
+
+fn start(kind: &str, sink: TransportSink) -> Arc<dyn Transport> {
+    let (_, start) = KINDS.iter().find(|(name, _)| *name == kind).unwrap();
+    let params = LinkParams {
+        tuning: brisk(),
+        ..on_loopback()
+    };
+    Arc::new(start(params, sink).unwrap())
+}
+
+/// What a parent asks of a child, and a child answers.
+#[derive(Debug, Serialize, Deserialize)]
+enum Wish {
+    /// Write a page of yours to each of these.
+    Write(Vec<RemoteRegion>),
+    /// Register so many pages and name them.
+    Register(usize),
+    /// Here they are.
+    Registered(Vec<RemoteRegion>),
+}
+
+fn pages() -> Vec<Page> {
+    let mut pages = Page::pool(plain_shape(PAGE_BYTES), PAGES).unwrap();
+    for (index, page) in pages.iter_mut().enumerate() {
+        let index = u8::try_from(index).unwrap();
+        page.as_bytes_mut().fill(index + 1);
+    }
+    pages
+}
+
+fn blank_pages() -> Vec<Page> {
+    Page::pool(plain_shape(PAGE_BYTES), PAGES).unwrap()
+}
+
+fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
+    Write {
+        peer,
+        transfer: TransferId(1),
+        source: Arc::clone(source),
+        target: target.clone(),
+        runs: Runs::whole(PAGE_BYTES),
+        note: Vec::new(),
+    }
+}
+
+// === the child ===
+
+/// What wakes a child.
+enum Woken {
+    Event(TransportEvent),
+    StdinEnded,
+}
+
+/// A child that does what its parent wishes until its standard input ends.
+#[test]
+#[ignore = "run by other tests as a process of its own"]
+fn as_a_peer() {
+    let Ok(kind) = std::env::var(KIND) else {
+        return;
+    };
+    let (sender, woken) = channel();
+    let events = sender.clone();
+    let transport = start(
+        &kind,
+        Arc::new(move |event| drop(events.send(Woken::Event(event)))),
+    );
+    std::thread::spawn(move || {
+        // Nothing is said; its end is all.
+        drop(std::io::stdin().read_to_end(&mut Vec::new()));
+        drop(sender.send(Woken::StdinEnded));
+    });
+    println!(
+        "\n{ENDPOINT}{}",
+        serde_json::to_string(&transport.endpoint()).unwrap()
+    );
+    let sources: Vec<_> = pages().into_iter().map(Arc::new).collect();
+    let mut writes = Vec::new();
+    while let Ok(Woken::Event(event)) = woken.recv() {
+        if let TransportEvent::Message { peer, message } = event {
+            match serde_json::from_slice(&message).unwrap() {
+                Wish::Write(regions) => {
+                    let asked = sources.iter().zip(regions);
+                    writes.extend(asked.map(|(source, region)| piece(peer, source, &region)));
+                    writes.reverse();
+                }
+                Wish::Register(count) => {
+                    let pages = blank_pages().into_iter().take(count);
+                    let regions = pages.map(|page| transport.register(page).unwrap().remote);
+                    let answer = Wish::Registered(regions.collect());
+                    let answer = serde_json::to_vec(&answer).unwrap();
+                    assert_eq!(transport.notify(peer, answer), Submission::Accepted);
+                }
+                Wish::Registered(_) => panic!("a parent is asked nothing"),
+            }
+        }
+        while let Some(write) = writes.pop() {
+            if transport.write(write.clone()) == Submission::Busy {
+                writes.push(write);
+                break;
+            }
+        }
+    }
+}
+
+// === the parent ===
+
+/// A child, ended with this.
+struct Peer {
+    child: Child,
+    endpoint: EndpointRecord,
+    _stdin: ChildStdin,
+}
+
+impl Peer {
+    fn start(kind: &str) -> Self {
+        let path = concat!(module_path!(), "::as_a_peer");
+        let (_, path) = path.split_once("::").expect("a module of a crate");
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                path,
+                "--ignored",
+                "--nocapture",
+                "--test-threads=1",
+            ])
+            .env(KIND, kind)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let endpoint = lines
+            .by_ref()
+            .map(Result::unwrap)
+            .find_map(|line| line.strip_prefix(ENDPOINT).map(str::to_owned))
+            .expect("a peer says where it is");
+        // What the test harness says at the end goes nowhere.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self {
+            _stdin: child.stdin.take().unwrap(),
+            child,
+            endpoint: serde_json::from_str(&endpoint).unwrap(),
+        }
+    }
+
+    fn suffer(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        kill(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // A stopped one does not see its input end.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn node(kind: &str) -> Node {
+    let (sender, events) = channel();
+    let transport = start(kind, Arc::new(move |event| drop(sender.send(event))));
+    Node { events, transport }
+}
+
+fn connect(node: &Node, peer: &Peer) -> PeerId {
+    assert!(node.transport.reaches(&peer.endpoint));
+    let deadline = Instant::now() + PATIENCE;
+    node.transport.connect(&peer.endpoint, deadline).unwrap()
+}
+
+fn wish(node: &Node, peer: PeerId, wish: &Wish) {
+    let message = serde_json::to_vec(wish).unwrap();
+    assert_eq!(node.transport.notify(peer, message), Submission::Accepted);
+}
+
+/// When a child suffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Connected, or about to be; nothing was asked yet.
+    Before,
+    /// The first piece has come.
+    During,
+    /// All pieces have come.
+    After,
+}
+
+/// Has a child write all pages, which suffers at a step; none when it shall not.
+fn fetch(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
+    let to = connect(node, peer);
+    let regions: Vec<_> = blank_pages()
+        .into_iter()
+        .map(|page| node.transport.register(page).unwrap())
+        .collect();
+    let suffer_at = |step: Step| match suffers {
+        Some((at, signal)) if at == step => peer.suffer(signal),
+        _ => {}
+    };
+    suffer_at(Step::Before);
+    wish(
+        node,
+        to,
+        &Wish::Write(regions.iter().map(|r| r.remote.clone()).collect()),
+    );
+    let mut landed = 0;
+    let mut lost = false;
+    while !lost && (suffers.is_some() || landed < PAGES) {
+        match node.next() {
+            TransportEvent::Landed { peer, .. } => {
+                assert_eq!(peer, to);
+                landed += 1;
+                if landed == 1 {
+                    suffer_at(Step::During);
+                }
+                if landed == PAGES {
+                    suffer_at(Step::After);
+                }
+            }
+            TransportEvent::PeerLost { peer, .. } => {
+                assert_eq!(peer, to);
+                lost = true;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(lost, suffers.is_some());
+    let mut right = 0;
+    for (expected, region) in (1..).zip(&regions) {
+        // The peer is lost, or has written all: nothing is under way.
+        let Deregistered::Now(page) = node.transport.deregister(region.id) else {
+            panic!("a page is kept after the peer is lost");
+        };
+        right += usize::from(page.as_bytes().iter().all(|byte| *byte == expected));
+    }
+    assert!(right >= landed, "{right} of {landed} pieces are as sent");
+    if lost {
+        assert_eq!(node.transport.notify(to, Vec::new()), Submission::Gone);
+    } else {
+        node.transport.disconnect(to);
+        assert!(matches!(node.next(), TransportEvent::PeerLost { .. }));
+    }
+}
+
+/// Writes all pages to a child, which suffers at a step.
+fn give(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
+    let to = connect(node, peer);
+    wish(node, to, &Wish::Register(PAGES));
+    let TransportEvent::Message { message, .. } = node.next() else {
+        panic!("a child answers first");
+    };
+    let Wish::Registered(regions) = serde_json::from_slice(&message).unwrap() else {
+        panic!("a child names its regions");
+    };
+    let sources: Vec<_> = pages().into_iter().map(Arc::new).collect();
+    let mut outcomes = BTreeMap::new();
+    let suffer_at = |step: Step| match suffers {
+        Some((at, signal)) if at == step => peer.suffer(signal),
+        _ => {}
+    };
+    suffer_at(Step::Before);
+    let mut accepted = 0;
+    let mut lost = false;
+    let mut waiting: Vec<_> = sources.iter().zip(&regions).collect();
+    while !lost && (suffers.is_some() || accepted < PAGES || !outcomes_are(&outcomes, PAGES)) {
+        while let Some((source, region)) = waiting.pop() {
+            match node.transport.write(piece(to, source, region)) {
+                Submission::Accepted => accepted += 1,
+                Submission::Busy => {
+                    waiting.push((source, region));
+                    break;
+                }
+                Submission::Gone => waiting.clear(),
+                Submission::Invalid => panic!("a valid write"),
+            }
+        }
+        match node.next() {
+            TransportEvent::WriteDone { outcome, .. } => {
+                *outcomes.entry(format!("{outcome:?}")).or_insert(0) += 1;
+                let sent = outcomes.get("Sent").copied().unwrap_or(0);
+                if sent == 1 {
+                    suffer_at(Step::During);
+                }
+                if sent == PAGES {
+                    suffer_at(Step::After);
+                }
+            }
+            TransportEvent::PeerLost { peer, .. } => {
+                assert_eq!(peer, to);
+                lost = true;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(outcomes.values().sum::<usize>(), accepted, "{outcomes:?}");
+    assert!(sources.iter().all(|source| Arc::strong_count(source) == 1));
+    if !lost {
+        node.transport.disconnect(to);
+        assert!(matches!(node.next(), TransportEvent::PeerLost { .. }));
+    }
+}
+
+fn outcomes_are(outcomes: &BTreeMap<String, usize>, count: usize) -> bool {
+    outcomes.values().sum::<usize>() == count
+}
+
+/// At each step: the child suffers, everything comes back, and another child serves the same transport.
+fn each_step(kind: &str, signal: Signal, go: fn(&Node, &Peer, Option<(Step, Signal)>)) {
+    let node = node(kind);
+    for step in [Step::Before, Step::During, Step::After] {
+        let peer = Peer::start(kind);
+        go(&node, &peer, Some((step, signal)));
+        let again = Peer::start(kind);
+        go(&node, &again, None);
+    }
+    assert!(node.events.try_recv().is_err(), "an event too many");
+}
+
+#[test]
+fn a_writer_that_is_killed_takes_nothing_with_it() {
+    for (kind, _) in KINDS {
+        each_step(kind, Signal::SIGKILL, fetch);
+    }
+}
+
+#[test]
+fn a_writer_that_is_stopped_is_lost_in_time() {
+    for (kind, _) in KINDS {
+        each_step(kind, Signal::SIGSTOP, fetch);
+    }
+}
+
+#[test]
+fn a_reader_that_is_killed_takes_nothing_with_it() {
+    for (kind, _) in KINDS {
+        each_step(kind, Signal::SIGKILL, give);
+    }
+}
+
+#[test]
+fn a_reader_that_is_stopped_is_lost_in_time() {
+    for (kind, _) in KINDS {
+        each_step(kind, Signal::SIGSTOP, give);
+    }
+}
+
+#[test]
+fn a_peer_that_dies_before_it_is_connected_to_is_lost() {
+    for (kind, _) in KINDS {
+        let node = node(kind);
+        let mut peer = Peer::start(kind);
+        assert!(node.transport.reaches(&peer.endpoint));
+        peer.child.kill().unwrap();
+        peer.child.wait().unwrap();
+        // Where memory is shared, a dead peer is known to be out of reach without asking it.
+        assert_eq!(node.transport.reaches(&peer.endpoint), kind == "tcp");
+        let deadline = Instant::now() + PATIENCE;
+        let lost = node.transport.connect(&peer.endpoint, deadline).unwrap();
+        match node.next() {
+            TransportEvent::PeerLost { peer, .. } => assert_eq!(peer, lost),
+            other => panic!("{other:?}"),
+        }
+    }
+}
