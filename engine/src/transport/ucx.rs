@@ -21,11 +21,13 @@ use baton_ucx_sys::Library;
 
 use self::connection::{Connection, ConnectionError, Limits};
 use self::context::{CallError, Context, Memory, StartError, version_text};
-use self::record::{AddressRecord, KeyRecord};
+use self::record::{AddressRecord, KeyRecord, PROBE_BYTES};
 use self::worker::Worker;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
-use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
+use super::staging::plain_shape;
+use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
+use crate::page::Page;
 use crate::page::arena::{Arena, ForeignAllocator, ForeignMemory};
 
 mod connection;
@@ -75,7 +77,8 @@ pub(crate) struct Ucx {
     version: (u16, u16),
     exports: Mutex<HashMap<u64, Export>>,
     /// To the peer that was opened last.
-    wire: Mutex<Option<String>>,
+    /// Of the peer opened last.
+    wire: Arc<Mutex<Option<String>>>,
     closed: Arc<AtomicBool>,
     answering: Option<Answering>,
 }
@@ -149,50 +152,94 @@ impl Ucx {
             version: context.version(),
             reason,
         };
-        let worker = Worker::new(context).map_err(|error| unusable(error.to_string()))?;
-        let worker_address = worker.address();
-        let worker_address = worker_address.map_err(|error| unusable(error.to_string()))?;
+        let unusable_call = |error: CallError| unusable(error.to_string());
+        let worker = Worker::new(context).map_err(unusable_call)?;
+        let worker_address = worker.address().map_err(unusable_call)?;
         let (major, minor, _) = context.library.version;
         let short = |number| u16::try_from(number).unwrap_or(u16::MAX);
         let version = (short(major), short(minor));
-        let answering = Answering::start(worker);
-        let answering = answering.map_err(|error| unusable(format!("no thread: {error}")))?;
+        let (probe, arena) =
+            made_probe().map_err(|error| unusable(format!("no memory: {error}")))?;
+        let exported = exported(context, &arena).map_err(unusable_call)?;
         let record = AddressRecord {
             version,
+            probe,
+            probe_key: exported.key.0.clone(),
             worker: worker_address,
         };
+        let answering = Answering::start(worker);
+        let answering = answering.map_err(|error| unusable(format!("no thread: {error}")))?;
         Ok(Self {
             context,
             address: record.encode(),
             version,
-            exports: Mutex::default(),
-            wire: Mutex::default(),
+            exports: Mutex::new(HashMap::from([(arena.id(), exported)])),
+            wire: Arc::default(),
             closed: Arc::default(),
             answering: Some(answering),
         })
     }
 
-    fn exported(&self, arena: &Arc<Arena>) -> Result<Export, CallError> {
-        let export = |memory: &Memory| {
-            let record = KeyRecord {
-                base: memory.address(),
-                bytes: arena.bytes() as u64,
-                key: memory.key()?,
-            };
-            Ok(ArenaKey(record.encode()))
+    /// Connects, and reads the peer's probe: a whole way there and back, after which nothing of UCX's own is left to say.
+    fn connected(
+        &self,
+        record: &AddressRecord,
+        limits: Limits<'_>,
+    ) -> Result<Connection, ConnectionError> {
+        let mut connection = Connection::open(self.context, &record.worker, limits)?;
+        let key = KeyRecord::decode(&record.probe_key).map_err(|_| ConnectionError::Stranger)?;
+        let number = connection.add(key.base, PROBE_BYTES, &key.key)?;
+        let mut page = Page::zeroed(plain_shape(PROBE_BYTES));
+        let job = ReadJob {
+            from: RemoteArena {
+                handle: number as u64,
+                bytes: PROBE_BYTES as u64,
+            },
+            runs: &Runs::whole(PROBE_BYTES),
+            page: &mut page,
         };
-        if let Some(memory) = arena.foreign::<Memory>() {
-            return Ok(Export {
-                key: export(memory)?,
-                _registered: Registered::Arena(Arc::clone(arena)),
-            });
+        connection.read(&mut [job], limits)?;
+        if page.as_bytes() == record.probe {
+            return Ok(connection);
         }
-        let memory = self.context.register(arena)?;
-        Ok(Export {
-            key: export(&memory)?,
-            _registered: Registered::Memory(memory),
-        })
+        Err(ConnectionError::Stranger)
     }
+}
+
+/// Memory with a random content, by which peers know that they read from the right process. Not UCX's own, so that it is
+/// read by a get, which the process has to answer on some wires.
+fn made_probe() -> io::Result<([u8; PROBE_BYTES], Arc<Arena>)> {
+    let mut probe = [0; PROBE_BYTES];
+    getrandom::fill(&mut probe).map_err(io::Error::other)?;
+    let mut pages = Page::pool_of(None, plain_shape(PROBE_BYTES), 1)?;
+    let none = || io::Error::from(io::ErrorKind::OutOfMemory);
+    let mut page = pages.pop().ok_or_else(none)?;
+    page.as_bytes_mut().copy_from_slice(&probe);
+    let (arena, _) = page.arena().ok_or_else(none)?;
+    Ok((probe, Arc::clone(arena)))
+}
+
+/// Makes an arena readable.
+fn exported(context: &'static Context, arena: &Arc<Arena>) -> Result<Export, CallError> {
+    let export = |memory: &Memory| {
+        let record = KeyRecord {
+            base: memory.address(),
+            bytes: arena.bytes() as u64,
+            key: memory.key()?,
+        };
+        Ok(ArenaKey(record.encode()))
+    };
+    if let Some(memory) = arena.foreign::<Memory>() {
+        return Ok(Export {
+            key: export(memory)?,
+            _registered: Registered::Arena(Arc::clone(arena)),
+        });
+    }
+    let memory = context.register(arena)?;
+    Ok(Export {
+        key: export(&memory)?,
+        _registered: Registered::Memory(memory),
+    })
 }
 
 /// Memory of UCX's own for an arena.
@@ -233,10 +280,11 @@ impl Fabric for Ucx {
         let export = match exports.entry(arena.id()) {
             Entry::Occupied(there) => there.into_mut(),
             Entry::Vacant(place) => {
-                let exported = self.exported(arena).map_err(|error| FabricError::Memory {
-                    fabric: UCX,
-                    detail: error.to_string(),
-                })?;
+                let exported =
+                    exported(self.context, arena).map_err(|error| FabricError::Memory {
+                        fabric: UCX,
+                        detail: error.to_string(),
+                    })?;
                 place.insert(exported)
             }
         };
@@ -261,7 +309,7 @@ impl Fabric for Ucx {
             cancelled: &self.closed,
             closed: &self.closed,
         };
-        let connection = Connection::open(self.context, &record.worker, limits);
+        let connection = self.connected(&record, limits);
         let connection = connection.map_err(|error| match error {
             ConnectionError::TimedOut => FabricError::TimedOut { fabric: UCX },
             ConnectionError::Cancelled => FabricError::Cancelled { fabric: UCX },
@@ -276,6 +324,7 @@ impl Fabric for Ucx {
         Ok(Box::new(UcxPeer {
             connection,
             wire,
+            told: Arc::clone(&self.wire),
             closed: Arc::clone(&self.closed),
         }))
     }
@@ -321,7 +370,10 @@ impl Answering {
 #[derive(Debug)]
 struct UcxPeer {
     connection: Connection,
+    /// Its lanes, as UCX has them.
     wire: String,
+    /// Where the fabric keeps that, and how its memory is read, for those who ask.
+    told: Arc<Mutex<Option<String>>>,
     closed: Arc<AtomicBool>,
 }
 
@@ -344,7 +396,9 @@ impl FabricPeer for UcxPeer {
         } else {
             "by gets"
         };
-        tracing::debug!(bytes, how, wire = self.wire, "UCX reads a peer's arena");
+        let wire = format!("{}, {how}", self.wire);
+        tracing::debug!(bytes, wire, "UCX reads a peer's arena");
+        *self.told.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire);
         Ok(RemoteArena {
             handle: number as u64,
             bytes: record.bytes,

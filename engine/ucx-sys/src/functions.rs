@@ -58,6 +58,8 @@ functions! {
     fn ucp_worker_release_address(*mut Worker, *mut Address);
     /// Drives what is under way; 0 when nothing was done.
     fn ucp_worker_progress(*mut Worker) -> c_uint;
+    /// Waits for what was submitted on all endpoints; gives a status pointer.
+    fn ucp_worker_flush_nbx(*mut Worker, *const RequestParams) -> *mut c_void;
     /// A descriptor that becomes readable when there is something to drive.
     fn ucp_worker_get_efd(*mut Worker, *mut c_int) -> Status;
     /// Arms that descriptor; busy when there is something to drive already.

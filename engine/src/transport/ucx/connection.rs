@@ -51,6 +51,8 @@ pub(super) enum ConnectionError {
     TimedOut,
     #[error("given up")]
     Cancelled,
+    #[error("another process answers at its address")]
+    Stranger,
     #[error("the connection failed before")]
     Failed,
     #[error("{0} bytes at {1} are not within the memory")]

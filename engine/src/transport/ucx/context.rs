@@ -26,6 +26,9 @@ const INTERFACE_VARIABLE: &str = "TRTLLM_UCX_INTERFACE";
 const PREFERRED: &[(&str, &str)] = &[
     // Else shared memory is not used at all between processes that want to know of each other's end.
     ("MM_ERROR_HANDLING", "y"),
+    // POSIX shared memory is found by process and descriptor number. A message that comes late, for a worker that has
+    // ended, would go to whatever has that number now; that of System V has numbers of its own.
+    ("TLS", "^posix"),
 ];
 
 /// Where UCX takes memory from that it allocates: what other processes can map first, and always fresh from the

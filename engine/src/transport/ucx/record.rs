@@ -23,11 +23,18 @@ pub(super) enum RecordError {
     Short,
 }
 
+/// Bytes of a probe.
+pub(super) const PROBE_BYTES: usize = 16;
+
 /// Where a process's memory is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct AddressRecord {
     /// Major and minor version of its UCX.
     pub(super) version: (u16, u16),
+    /// What is read first, as it is there.
+    pub(super) probe: [u8; PROBE_BYTES],
+    /// The key to it.
+    pub(super) probe_key: Vec<u8>,
     /// In UCX's own form.
     pub(super) worker: Vec<u8>,
 }
@@ -46,16 +53,31 @@ pub(super) struct KeyRecord {
 impl AddressRecord {
     pub(super) fn encode(&self) -> Vec<u8> {
         let (major, minor) = self.version;
-        let parts: [&[u8]; 3] = [&major.to_le_bytes(), &minor.to_le_bytes(), &self.worker];
+        let key_bytes = self.probe_key.len() as u64;
+        let parts: [&[u8]; 6] = [
+            &major.to_le_bytes(),
+            &minor.to_le_bytes(),
+            &self.probe,
+            &key_bytes.to_le_bytes(),
+            &self.probe_key,
+            &self.worker,
+        ];
         sealed(ADDRESS, &parts)
     }
 
     pub(super) fn decode(record: &[u8]) -> Result<Self, RecordError> {
         let body = opened(ADDRESS, record)?;
         let (major, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
-        let (minor, worker) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let (minor, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let (probe, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let (key_bytes, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let key_bytes = usize::try_from(u64::from_le_bytes(*key_bytes)).ok();
+        let split = key_bytes.and_then(|bytes| body.split_at_checked(bytes));
+        let (probe_key, worker) = split.ok_or(RecordError::Short)?;
         Ok(Self {
             version: (u16::from_le_bytes(*major), u16::from_le_bytes(*minor)),
+            probe: *probe,
+            probe_key: probe_key.to_vec(),
             worker: worker.to_vec(),
         })
     }
@@ -112,6 +134,8 @@ mod tests {
     fn address() -> AddressRecord {
         AddressRecord {
             version: (1, 13),
+            probe: [3; PROBE_BYTES],
+            probe_key: vec![5; 30],
             worker: vec![7; 40],
         }
     }
@@ -140,6 +164,13 @@ mod tests {
             assert!(KeyRecord::decode(&record[..at]).is_err(), "{at} bytes");
         }
         assert_eq!(AddressRecord::decode(&record), Err(RecordError::Kind));
+        let mut long = address();
+        long.probe_key.clear();
+        let mut body = long.encode();
+        body.truncate(body.len() - CHECKSUM_BYTES);
+        body[24] = 41;
+        let long = sealed(ADDRESS, &[&body[4..]]);
+        assert_eq!(AddressRecord::decode(&long), Err(RecordError::Short));
         let empty = sealed(KEY, &[]);
         assert_eq!(KeyRecord::decode(&empty), Err(RecordError::Short));
     }

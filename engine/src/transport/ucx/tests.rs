@@ -8,9 +8,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use nix::sys::signal::Signal;
 
 use super::*;
-use crate::page::Page;
-use crate::transport::staging::plain_shape;
-use crate::transport::{Run, Runs, Transport};
+use crate::transport::{Run, Transport};
 
 /// Says to the other process that it is one, and which memory it shall export.
 const EXPORTER_VARIABLE: &str = "BATON_TEST_UCX_EXPORTER";
@@ -155,6 +153,8 @@ fn what_is_not_of_ucx_never_reaches_ucx() {
     }
     let older = AddressRecord {
         version: (1, 2),
+        probe: [0; PROBE_BYTES],
+        probe_key: Vec::new(),
         worker: vec![0; 8],
     };
     assert!(!fabric.reaches(&older.encode()));
@@ -168,6 +168,19 @@ fn what_is_not_of_ucx_never_reaches_ucx() {
     key[6] ^= 1;
     let error = peer.import(&key).unwrap_err();
     assert!(matches!(error, FabricError::Malformed { .. }), "{error}");
+}
+
+#[test]
+fn an_address_whose_process_has_changed_is_not_opened() {
+    let fabric = started();
+    let mut record = AddressRecord::decode(&fabric.address()).unwrap();
+    record.probe[0] ^= 1;
+    let error = fabric.open(&record.encode(), soon()).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.ends_with("another process answers at its address"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -355,6 +368,14 @@ fn a_stopped_process_costs_no_more_than_the_deadline() {
     let reader = started();
     let (mut peer, arena) = exporter.peer(&reader);
     exporter.signal(Signal::SIGSTOP);
+    let late = reader.open(
+        &exporter.address,
+        Instant::now() + Duration::from_millis(300),
+    );
+    assert!(
+        matches!(late, Ok(_) | Err(FabricError::TimedOut { .. })),
+        "{late:?}"
+    );
     let mut page = Page::zeroed(plain_shape(EXPORTED_BYTES));
     let runs = Runs::whole(EXPORTED_BYTES);
     let deadline = Instant::now() + Duration::from_millis(300);
@@ -386,4 +407,6 @@ fn memory_of_ucx_is_mapped_and_needs_nothing_of_its_process() {
         read(&mut *peer, arena, &runs, &mut page, soon()).unwrap();
         assert!(page.as_bytes() == expected.as_bytes(), "{signal}");
     }
+    let wire = reader.wire().unwrap();
+    assert!(wire.ends_with(", mapped"), "{wire}");
 }

@@ -9,14 +9,20 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_ucx_sys as sys;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use sys::Status;
+use sys::{Status, status_of_pointer};
 
 use super::context::{CallError, Context};
+
+/// How long a worker that ends may take to bring its own messages out.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Longest sleep meanwhile.
+const SETTLE_LOOK: Duration = Duration::from_millis(20);
 
 /// What drives transfers: of the peers that read from us, or of ours from one peer.
 pub(super) struct Worker {
@@ -119,8 +125,45 @@ impl AsFd for Worker {
     }
 }
 
+impl Worker {
+    /// Waits a bounded time until no message of UCX's own is under way; whether none is.
+    fn settle(&mut self) -> bool {
+        let functions = &self.context.library.functions;
+        let params = sys::RequestParams::zeroed();
+        // SAFETY: the worker is alive and held exclusively.
+        let pointer = unsafe { (functions.ucp_worker_flush_nbx)(self.as_ptr(), &params) };
+        // A flush that cannot even begin has nothing to wait for.
+        let Ok(Some(request)) = status_of_pointer(pointer) else {
+            return true;
+        };
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let idle = !self.progress();
+            // SAFETY: the request is the flush, which is freed below only.
+            let status = unsafe { (functions.ucp_request_check_status)(request.as_ptr()) };
+            let over = status != Status::IN_PROGRESS;
+            if over || Instant::now() >= deadline {
+                // SAFETY: nobody asks for it again; one that is under way is freed when it is over.
+                unsafe { (functions.ucp_request_free)(request.as_ptr()) };
+                return over;
+            }
+            if idle {
+                self.wait(None, SETTLE_LOOK);
+            }
+        }
+    }
+}
+
 impl Drop for Worker {
     fn drop(&mut self) {
+        // Version 1.13 ends the process if its own messages are still under way when a worker ends. A peer that is stopped
+        // can keep them there for ever; then the worker stays, and since nobody drives it, it does nothing more.
+        if !self.settle() {
+            tracing::warn!(
+                "UCX has messages to a peer that does not take them; their worker is left as it is"
+            );
+            return;
+        }
         // SAFETY: the worker is alive and this is its only owner's end. UCX ends its endpoints and requests with it.
         unsafe { (self.context.library.functions.ucp_worker_destroy)(self.as_ptr()) };
     }
