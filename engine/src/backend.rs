@@ -340,6 +340,10 @@ pub enum BackendError {
     },
 }
 
+/// The operations of one step; what it gives is its logits, unless nobody wants any.
+pub(crate) type StepPass<'a, B, T> =
+    &'a mut dyn FnMut(&mut B, &StepBatch) -> Result<Option<T>, BackendError>;
+
 /// A device's operations. `out` always comes last and has its final shape when the call is made.
 pub trait Backend: Debug + Send + 'static {
     /// A weight in the form the backend keeps it.
@@ -415,7 +419,7 @@ pub trait Backend: Debug + Send + 'static {
         &mut self,
         batch: &StepBatch,
         wish: StepWish<'_>,
-        pass: &mut dyn FnMut(&mut Self, &StepBatch) -> Result<Option<Self::Tensor>, BackendError>,
+        pass: StepPass<'_, Self, Self::Tensor>,
     ) -> Result<StepOutput, BackendError>
     where
         Self: Sized,

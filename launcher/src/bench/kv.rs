@@ -83,7 +83,7 @@ pub(crate) fn run(args: &BenchKvArgs) -> anyhow::Result<Outcome> {
     if let Some(address) = &args.peer.listen {
         let (listener, bound) = control::bind(address).map_err(of_control)?;
         if let Some(path) = &args.peer.report_addr {
-            write_whole(path, &bound.to_string())
+            write_whole(path, bound.to_string())
                 .with_context(|| format!("cannot write {}", path.display()))
                 .outcome(Outcome::Unavailable)?;
         }

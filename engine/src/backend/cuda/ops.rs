@@ -2,7 +2,12 @@
 
 #![expect(unsafe_code, reason = "launching a kernel hands it addresses")]
 
+mod arguments;
+
 use std::sync::Arc;
+
+use arguments::KvTarget;
+pub(super) use arguments::{AttentionCall, Parts, Rotation, StepAddresses};
 
 use super::driver::{Args, DevicePtr, Gpu, LaunchShape};
 use super::error::CudaError;
@@ -11,7 +16,7 @@ use super::linear::Product;
 use super::pages::Pages;
 use super::tensor::CudaTensor;
 use super::weight::CudaWeight;
-use crate::page::{KvDtype, PageShape};
+use crate::page::PageShape;
 
 /// Threads of a block where nothing asks for another number.
 const THREADS: u32 = 256;
@@ -30,148 +35,6 @@ const PREFILL_SHARED_ROWS: usize = super::step::TILE_ROWS + 2 * 64;
 /// Output features of a warp and tokens of a block; `ROWS` and `TOKENS` in `linear.cu`.
 const LINEAR_ROWS: usize = 2;
 const LINEAR_TOKENS: usize = 4;
-
-/// Where a step's lists are on the device.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct StepAddresses {
-    pub(super) positions: DevicePtr,
-    pub(super) row_blocks: DevicePtr,
-    pub(super) first_rows: DevicePtr,
-    pub(super) row_counts: DevicePtr,
-    pub(super) past_lens: DevicePtr,
-    pub(super) block_starts: DevicePtr,
-    pub(super) blocks: DevicePtr,
-    pub(super) decodes: DevicePtr,
-    pub(super) tiles: DevicePtr,
-}
-
-/// Rotation of a model's heads.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Rotation {
-    /// `[D / 2]` f32.
-    pub(super) inverse: DevicePtr,
-    pub(super) half: usize,
-    pub(super) magnitude: f32,
-    pub(super) adjacent: bool,
-}
-
-/// What the attention kernels share: `Attention` in `attention.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
-pub(super) struct AttentionArgs {
-    q: DevicePtr,
-    ld_q: i32,
-    padding_q: i32,
-    out: DevicePtr,
-    ld_out: i32,
-    padding_out: i32,
-    pages: DevicePtr,
-    page_len: i64,
-    first_rows: DevicePtr,
-    row_counts: DevicePtr,
-    past_lens: DevicePtr,
-    block_starts: DevicePtr,
-    blocks: DevicePtr,
-    layer: i32,
-    kv_heads: i32,
-    group: i32,
-    scale: f32,
-    window: i32,
-    padding: i32,
-}
-
-/// `KvTarget` in `rope.cu`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
-struct KvTarget {
-    pages: DevicePtr,
-    page_len: i64,
-    row_blocks: DevicePtr,
-    positions: DevicePtr,
-    layer: i32,
-    kv_heads: i32,
-}
-
-/// `Parts` in `attention_decode.cu`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, bytemuck::NoUninit)]
-pub(super) struct Parts {
-    /// `[S, H, splits, D]` f32, unless there is one split.
-    pub(super) sums: DevicePtr,
-    /// `[S, H, splits, 2]` f32, likewise.
-    pub(super) stats: DevicePtr,
-    /// Sequences to decode.
-    pub(super) sequences: DevicePtr,
-}
-
-/// One layer's attention.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct AttentionCall<'a> {
-    pub(super) q: &'a CudaTensor,
-    pub(super) out: &'a CudaTensor,
-    pub(super) pages: &'a Pages,
-    pub(super) step: &'a StepAddresses,
-    pub(super) layer: usize,
-    pub(super) heads: usize,
-    pub(super) scale: f32,
-    pub(super) window: Option<usize>,
-}
-
-impl AttentionCall<'_> {
-    fn args(&self) -> AttentionArgs {
-        let shape = self.pages.shape();
-        let width = self.heads * shape.head_dim;
-        assert_eq!(self.q.cols, width, "columns of q");
-        assert_eq!(
-            (self.out.rows, self.out.cols),
-            (self.q.rows, width),
-            "shape of out"
-        );
-        assert!(self.heads.is_multiple_of(shape.kv_heads), "heads in groups");
-        assert!(
-            self.layer < shape.layers,
-            "layer {} is in the page",
-            self.layer
-        );
-        let step = self.step;
-        AttentionArgs {
-            q: self.q.address(),
-            ld_q: int(self.q.ld),
-            padding_q: 0,
-            out: self.out.address(),
-            ld_out: int(self.out.ld),
-            padding_out: 0,
-            pages: self.pages.memory().address(),
-            page_len: long(shape.len()),
-            first_rows: step.first_rows,
-            row_counts: step.row_counts,
-            past_lens: step.past_lens,
-            block_starts: step.block_starts,
-            blocks: step.blocks,
-            layer: int(self.layer),
-            kv_heads: int(shape.kv_heads),
-            group: int(self.heads / shape.kv_heads),
-            scale: self.scale * std::f32::consts::LOG2_E,
-            window: self
-                .window
-                .map_or(WINDOW_NONE, |window| int(window).min(WINDOW_NONE)),
-            padding: 0,
-        }
-    }
-
-    fn is_aligned(&self) -> bool {
-        let aligned = |tensor: &CudaTensor| {
-            tensor.ld.is_multiple_of(8) && tensor.address().is_multiple_of(16)
-        };
-        aligned(self.q) && aligned(self.out)
-    }
-
-    /// Whether the tensor cores' kernels take this: one for many rows, one for single ones.
-    pub(super) fn is_fast(&self) -> bool {
-        let shape = self.pages.shape();
-        matches!(shape.head_dim, 64 | 128) && shape.dtype != KvDtype::F32 && self.is_aligned()
-    }
-}
 
 fn int(value: usize) -> i32 {
     i32::try_from(value).expect("sizes of one call fit 31 bits")

@@ -20,6 +20,11 @@ fn gpu() -> Option<CudaBackend> {
     }
 }
 
+/// A position or a block of a small test.
+fn small(value: usize) -> u32 {
+    u32::try_from(value).expect("a small number")
+}
+
 mod conformance {
     use super::*;
     conformance_tests!(if let gpu());

@@ -103,7 +103,7 @@ fn batch(parts: &[(u32, usize, usize, bool)]) -> StepBatch {
     let mut batch = StepBatch::default();
     for &(sequence, past_len, count, wanted) in parts {
         let first = batch.tokens.len();
-        let positions = past_len as u32..(past_len + count) as u32;
+        let positions = small(past_len)..small(past_len + count);
         let token = |position: u32| (sequence * 131 + position * 37) % 1000;
         batch.tokens.extend(positions.clone().map(token));
         batch.positions.extend(positions);
