@@ -170,8 +170,12 @@ fn world(work: &Work, options: &WorldArgs) -> anyhow::Result<Outcome> {
         match filled {
             Ok(()) => world::lead(spec, listener, own).await,
             Err(error) => {
-                world::dismiss(spec, listener, own.hello, exit::of(&error)).await;
-                Err(error)
+                let outcome = exit::of(&error);
+                // Said before the others are told to go: mpirun ends this process with the first of them that ends. When
+                // stderr is gone there is nobody to tell.
+                let _ = writeln!(std::io::stderr(), "error: {error:#}");
+                world::dismiss(spec, listener, own.hello, outcome).await;
+                Ok(outcome)
             }
         }
     })

@@ -89,6 +89,8 @@ pub(crate) struct Instance {
     running: BTreeSet<u32>,
     /// How the leader ended, in this epoch.
     leader_end: Option<End>,
+    /// Whether it was the first to end: otherwise its own end follows from another's.
+    leader_first: bool,
     /// What broke this epoch: a label, an end and last lines.
     cause: Option<String>,
     called: bool,
@@ -111,6 +113,7 @@ impl Instance {
             epoch: 0,
             running: BTreeSet::new(),
             leader_end: None,
+            leader_first: false,
             cause: None,
             called: false,
             address: None,
@@ -133,6 +136,7 @@ impl Instance {
         self.state = State::Starting;
         self.running.insert(0);
         self.leader_end = None;
+        self.leader_first = false;
         self.cause = None;
         self.called = false;
         self.begun = Instant::now();
@@ -218,6 +222,7 @@ impl Instance {
         }
         if rank == 0 {
             self.leader_end = Some(end);
+            self.leader_first = self.state != State::Broken;
             self.stop_watching();
         }
         self.broke.get_or_insert_with(Instant::now);
@@ -264,7 +269,8 @@ impl Instance {
             self.state = State::Gone;
             return Err("one of its hosts is lost");
         }
-        if !self.ever_served && matches!(self.leader_end, Some(End::Code(_))) {
+        let by_itself = self.leader_first && matches!(self.leader_end, Some(End::Code(_)));
+        if !self.ever_served && by_itself {
             self.state = State::Gone;
             return Err("it has never served, so it would end the same way again");
         }
@@ -395,6 +401,15 @@ mod tests {
                 .contains("never served")
         );
         assert!(instance.is_gone());
+    }
+
+    #[test]
+    fn what_broke_by_another_rank_while_it_started_is_started_again() {
+        let mut instance = started(2);
+        instance.ended(1, End::Signal(9), "killed".to_owned());
+        instance.ended(0, End::Code(1), "lost rank 1".to_owned());
+        assert_eq!(instance.plan_restart(6), Ok(1));
+        assert_eq!(instance.cause(), "killed");
     }
 
     #[test]

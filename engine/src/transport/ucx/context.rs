@@ -28,7 +28,9 @@ const PREFERRED: &[(&str, &str)] = &[
     ("MM_ERROR_HANDLING", "y"),
     // POSIX shared memory is found by process and descriptor number. A message that comes late, for a worker that has
     // ended, would go to whatever has that number now; that of System V has numbers of its own.
-    ("TLS", "^posix"),
+    // Over TCP, UCX reads memory by messages, and ends the whole process of the side that answers when its reader leaves
+    // meanwhile (seen in 1.13 and 1.22). Where there is no better wire, our own streams carry the KV.
+    ("TLS", "^posix,tcp"),
 ];
 
 /// Where UCX takes memory from that it allocates: what other processes can map first, and always fresh from the
