@@ -7,12 +7,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
-use crate::handoff::{Fetch, Offer};
+use crate::handoff::{Fetch, HandoffError, Offer};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
-use super::state::{Nonce, OpaqueState};
+use super::state::{Nonce, OpaqueState, RankRecord};
 
 /// Events that wait for the desk at most.
 const EVENTS_MAX: usize = 4096;
@@ -27,6 +27,23 @@ pub(super) enum Command {
     Withdraw(u64),
     Fetch(Fetch),
     CancelFetch(RequestId),
+    /// One fetch too many.
+    Unfetched {
+        fetch: Fetch,
+        error: HandoffError,
+    },
+    /// A lease too many, on a rank that follows.
+    Unoffered(u64),
+    /// This rank leads so many, itself included.
+    Lead {
+        ranks: usize,
+        secret: Nonce,
+    },
+    /// This rank reports to that one.
+    Follow {
+        leader: RankRecord,
+        secret: Nonce,
+    },
     /// A ticket that this side cannot use: the context server shall hear why, and need not keep its lease.
     Reject {
         ctx_request_id: u64,

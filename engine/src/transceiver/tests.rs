@@ -204,6 +204,7 @@ impl Instance {
                 }
                 assert!(self.decided.insert(request.0, outcome).is_none());
             }
+            HandoffEvent::Ranks(event) => panic!("there is one rank: {event:?}"),
             HandoffEvent::PagesReturned { pages } => {
                 for (block, page) in pages {
                     assert!(

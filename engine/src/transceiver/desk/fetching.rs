@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::Desk;
 use super::task::{Expected, FetchTask, Phase, Place, Slot, Source};
 use crate::backend::BlockId;
-use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats};
+use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::Landed;
@@ -86,6 +86,14 @@ impl Desk {
         self.waiting.push_back(transfer);
     }
 
+    /// Gives a fetch back that there is no room for.
+    pub(super) fn on_unfetched(&mut self, fetch: Fetch, error: HandoffError) {
+        let request = fetch.request;
+        self.give_back(fetch.pages);
+        let outcome = Err(error);
+        self.emit(HandoffEvent::FetchEnded { request, outcome });
+    }
+
     /// Checks a fetch against its ticket and works out who owes what; nothing has happened yet.
     fn plan(&self, fetch: &Fetch) -> Result<Planned, HandoffError> {
         if self.stopping {
@@ -128,7 +136,7 @@ impl Desk {
             )));
         }
         let senders = reshard::senders(own, rank, &there);
-        let ways = ways(self.around.wires.all(), &state, &senders)?;
+        let ways = ways(self.around.wires.all(), &state.ranks, &senders)?;
         let mut pieces = vec![0; needed];
         let tokens = fetch.first_token..fetch.token_count;
         let sources = senders.into_iter().map(|sender| {
@@ -348,11 +356,24 @@ impl Desk {
         info.goes_to(&printable(&task.instance), transport);
         self.give_back(pages);
         let stats = HandoffStats {
-            transport: transport.to_owned(),
             bytes,
             elapsed,
+            moves: self.moves(&task),
         };
         self.decide(task.request, Ok(stats));
+    }
+
+    /// What this rank took from each of a fetch's sources.
+    fn moves(&self, task: &FetchTask) -> Vec<RankMove> {
+        let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
+        let sources = task.sources.iter().map(|source| RankMove {
+            rank: number(self.terms.rank),
+            peer: printable(&task.instance),
+            peer_rank: number(source.rank),
+            transport: self.around.wires.name(task.way.wire).to_owned(),
+            bytes: source.total().0,
+        });
+        sources.collect()
     }
 
     /// Ends a fetch without its KV; the only such way.
@@ -436,7 +457,7 @@ impl Desk {
                 kv_bytes = stats.bytes,
                 elapsed_us = stats.elapsed.as_micros(),
                 bytes_per_second = self.around.info.stats().last_bytes_per_second,
-                transport = stats.transport,
+                transport = stats.transport(),
                 "kv fetched"
             ),
             Err(error) => {

@@ -233,13 +233,9 @@ impl Desk {
 
     /// Tells a context instance that its KV cannot be used here.
     pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: &OpaqueState, reason: String) {
-        // The last way is the one that needs least in common.
-        let ranks: Vec<_> = state
-            .ranks
-            .iter()
-            .map(|record| record.rank as usize)
-            .collect();
-        let ways = ways(self.around.wires.all(), state, &ranks);
+        // The leading rank alone: it says it once, and has the others give the lease up. The last way is the one that needs
+        // least in common.
+        let ways = ways(self.around.wires.all(), &state.ranks, &[0]);
         let Some(way) = ways.ok().and_then(|mut ways| ways.pop_back()) else {
             return;
         };
