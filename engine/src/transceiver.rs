@@ -16,6 +16,7 @@ use baton_configs::transceiver::TransceiverConfig;
 use crate::backend::BackendError;
 use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
+    RanksEvent,
 };
 use crate::request::RequestId;
 use crate::transport::Transport;
@@ -46,6 +47,9 @@ mod wires;
 
 #[cfg(test)]
 mod tests;
+
+/// What there is to say when the desk has ended.
+const NOT_RUNNING: &str = "the kv transceiver is not running";
 
 /// What a transceiver is made of.
 #[derive(Debug, Clone)]
@@ -268,8 +272,17 @@ impl Transceiver {
         let joined = OpaqueState::decode(state).and_then(|state| self.hold(offer, state.nonce));
         if let Err(error) = joined {
             tracing::debug!(ctx_request_id = id, %error, "a lease was not joined");
-            // A transceiver that is gone has nobody to tell.
-            drop(self.inbox.command(Command::Unoffered(id)));
+            if self.inbox.command(Command::Unoffered(id)).is_err() {
+                self.is_gone();
+            }
+        }
+    }
+
+    /// Says that the desk has ended: ranks that cannot tell each other what ends cannot go on.
+    fn is_gone(&self) {
+        if self.layout.side.ranks() > 1 {
+            let (rank, reason) = (self.rank, NOT_RUNNING.to_owned());
+            (self.sink)(HandoffEvent::Ranks(RanksEvent::Lost { rank, reason }));
         }
     }
 
@@ -280,7 +293,7 @@ impl Transceiver {
         let command = Command::Offer { offer, nonce };
         self.inbox.command(command).map_err(|_| {
             self.info.release(Held::Leases);
-            HandoffError::Transport("the kv transceiver is not running".to_owned())
+            HandoffError::Transport(NOT_RUNNING.to_owned())
         })
     }
 
@@ -384,9 +397,9 @@ impl Handoff for Transceiver {
         if let Command::Fetch(fetch) | Command::Unfetched { fetch, .. } = *refused {
             let Fetch { request, pages, .. } = fetch;
             (self.sink)(HandoffEvent::PagesReturned { pages });
-            let error = "the kv transceiver is not running".to_owned();
-            let outcome = Err(HandoffError::Transport(error));
+            let outcome = Err(HandoffError::Transport(NOT_RUNNING.to_owned()));
             (self.sink)(HandoffEvent::FetchEnded { request, outcome });
+            self.is_gone();
         }
     }
 

@@ -98,22 +98,24 @@ impl Core {
         let Some(handoff) = &mut self.handoff else {
             return Err(HandoffError::Refused("there is no transceiver".to_owned()));
         };
-        let pages = self.model.share_pages(&sequence.blocks).map_err(|error| {
+        let mut ends_here = |error: BackendError| {
             let reason = HandoffError::Transport(error.to_string());
             self.broken.get_or_insert(error);
             reason
-        })?;
+        };
+        let pages = self.model.share_pages(&sequence.blocks);
         let state = handoff.offer(Offer {
             ctx_request_id,
             token_count: sequence.prompt_len,
-            pages,
+            pages: pages.map_err(&mut ends_here)?,
         })?;
-        self.tell_ranks(&RankOrder::Offer {
+        let order = RankOrder::Offer {
             ctx_request_id,
             token_count: sequence.prompt_len,
             blocks: sequence.blocks.clone(),
             state: state.clone(),
-        });
+        };
+        self.model.hand_off(&order).map_err(ends_here)?;
         Ok(state)
     }
 
