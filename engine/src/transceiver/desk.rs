@@ -20,7 +20,7 @@ use crate::handoff::{HandoffError, HandoffEvent, HandoffSink, LeaseEnd};
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, Submission, TransferId, TransportEvent};
 use lease::Lease;
-use task::FetchTask;
+use task::{FetchTask, Landing};
 
 mod fetching;
 mod lease;
@@ -114,7 +114,12 @@ impl Desk {
         while !self.is_settled() {
             match self.around.inbox.next(self.timers.next_deadline()) {
                 Some(Input::Command(command)) => self.on_command(command),
-                Some(Input::Happening(happening)) => self.on_happening(happening),
+                Some(Input::Happenings(happenings)) => {
+                    for happening in happenings {
+                        self.on_happening(happening);
+                        self.start_waiting();
+                    }
+                }
                 None => {}
             }
             while let Some(due) = self.timers.take_due(Instant::now()) {
@@ -180,9 +185,16 @@ impl Desk {
                 runs,
                 transfer,
                 note,
+                checksum,
             } => {
                 self.around.wires.met(peer, wire);
-                self.on_landed((peer, transfer), region, &runs, &note);
+                let landing = Landing {
+                    region,
+                    runs: &runs,
+                    note: &note,
+                    checksum,
+                };
+                self.on_landed((peer, transfer), landing);
             }
             TransportEvent::WriteDone {
                 peer,
