@@ -21,7 +21,7 @@ use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, Submission, TransferId, TransportEvent};
 use lease::Lease;
 use ranks::{Leader, Reporter, Role};
-use task::FetchTask;
+use task::{FetchTask, Landing};
 
 mod fetching;
 mod lease;
@@ -121,7 +121,12 @@ impl Desk {
         while !self.is_settled() {
             match self.around.inbox.next(self.timers.next_deadline()) {
                 Some(Input::Command(command)) => self.on_command(command),
-                Some(Input::Happening(happening)) => self.on_happening(happening),
+                Some(Input::Happenings(happenings)) => {
+                    for happening in happenings {
+                        self.on_happening(happening);
+                        self.start_waiting();
+                    }
+                }
                 None => {}
             }
             while let Some(due) = self.timers.take_due(Instant::now()) {
@@ -194,9 +199,16 @@ impl Desk {
                 runs,
                 transfer,
                 note,
+                checksum,
             } => {
                 self.around.wires.met(peer, wire);
-                self.on_landed((peer, transfer), region, &runs, &note);
+                let landing = Landing {
+                    region,
+                    runs: &runs,
+                    note: &note,
+                    checksum,
+                };
+                self.on_landed((peer, transfer), landing);
             }
             TransportEvent::WriteDone {
                 peer,
