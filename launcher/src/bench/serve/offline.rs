@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use baton_configs::llm::{self, LlmOptions};
 use baton_configs::yaml::Document;
-use baton_engine::engine::EngineThread;
+use baton_engine::engine::{EngineHandle, EngineThread};
 use baton_engine::serve::{Offline, ServeOptions, offline};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -38,8 +38,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 const LINE_BYTES_MAX: u64 = 1 << 30;
 /// How long the engine's thread, and the child, may take to end.
 const END: Duration = Duration::from_secs(20);
-/// Prompt tokens of the request that the start is measured by.
-const FIRST_PROMPT: u32 = 128;
+/// Prompt tokens of the request that the start is measured by; fewer where the longest sequence is not twice as long.
+const FIRST_PROMPT: usize = 128;
 
 /// What the child says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -259,14 +259,8 @@ fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
         backend,
         vocab,
     })?;
-    let target = Target::Engine(Arc::new(EngineTarget {
-        engine: engine.clone(),
-        temperature: args.prompts.temperature,
-        ignore_eos: args.prompts.ignore_eos,
-        timeout: Duration::from_secs(args.load.request_timeout),
-    }));
-    // One thread follows all answers, so that the engine's own has few sleepers to wake.
-    let measured = crate::on_this_thread()?.block_on(all_runs(args, &target, vocab));
+    let runs = all_runs(args, engine.clone(), vocab);
+    let measured = crate::on_this_thread()?.block_on(runs);
     engine.shutdown(Instant::now());
     end(thread)?;
     drop(calls);
@@ -275,20 +269,28 @@ fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
     Ok(Ended::Here)
 }
 
-async fn all_runs(args: &BenchServeArgs, target: &Target, vocab: u32) -> anyhow::Result<()> {
+async fn all_runs(args: &BenchServeArgs, engine: EngineHandle, vocab: u32) -> anyhow::Result<()> {
+    let max_seq_len = engine.limits().max_seq_len;
+    // One thread follows all answers, so that the engine's own has few sleepers to wake.
+    let target = Target::Engine(Arc::new(EngineTarget {
+        engine,
+        temperature: args.prompts.temperature,
+        ignore_eos: args.prompts.ignore_eos,
+        timeout: Duration::from_secs(args.load.request_timeout),
+    }));
     let setting = Setting::new(args)?;
     let source = match setting.dataset.clone() {
         Some(dataset) => dataset,
         None => Source::ids(Some(args.prompts.vocab_size.unwrap_or(vocab))),
     };
-    let first = Requests::new(source.clone(), first_case(), setting.seed, 0);
-    let records = super::load::run(target, &Arc::new(first), &Progress::default()).await?;
+    let first = Requests::new(source.clone(), first_case(max_seq_len), setting.seed, 0);
+    let records = super::load::run(&target, &Arc::new(first), &Progress::default()).await?;
     if let Some(failure) = records.into_iter().find_map(|record| record.answer.failure) {
         return Err(anyhow!("the first request failed: {}", failure.text));
     }
     say(&Word::FirstToken)?;
     let measuring = Measuring {
-        target: target.clone(),
+        target,
         source,
         setting,
         is_alone: false,
@@ -310,11 +312,12 @@ async fn all_runs(args: &BenchServeArgs, target: &Target, vocab: u32) -> anyhow:
 }
 
 /// The request that shows that the engine is there.
-fn first_case() -> Case {
+fn first_case(max_seq_len: usize) -> Case {
+    let tokens = FIRST_PROMPT.min(max_seq_len / 2).max(1);
     Case {
         name: "first token".to_owned(),
         requests: 1,
-        input: Some(Lengths::fixed(FIRST_PROMPT)),
+        input: Some(Lengths::fixed(u32::try_from(tokens).unwrap_or(1))),
         output: Lengths::fixed(1),
         concurrency: Some(1),
         request_rate: None,

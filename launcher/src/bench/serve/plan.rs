@@ -220,11 +220,11 @@ const STANDARD: [Row; 10] = [
 
 /// The same kinds of measures where minutes are too long.
 const SMOKE: [Row; 5] = [
-    ("decode, 1 sequence", 1, 16, 24, &[Figure::Decode]),
-    ("decode, 4 sequences", 4, 16, 24, DECODE),
+    ("decode, 1 sequence", 1, 16, 16, &[Figure::Decode]),
+    ("decode, 4 sequences", 4, 16, 12, DECODE),
     ("1 × 64", 1, 64, 2, FIRST),
-    ("4 × 64", 4, 64, 1, &[Figure::Prefill]),
-    ("8 × 32 in, 16 out", 8, 32, 16, &[Figure::Output]),
+    ("2 × 64", 2, 64, 1, &[Figure::Prefill]),
+    ("6 × 32 in, 8 out", 6, 32, 8, &[Figure::Output]),
 ];
 
 fn preset(rows: &[Row]) -> Vec<Case> {
