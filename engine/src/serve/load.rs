@@ -34,7 +34,7 @@ use crate::transceiver::{Transceiver, TransceiverInfo, TransceiverParams};
 use crate::transport::fault::FaultPlan;
 
 /// Most requests that wait for their first step; more are told to come again.
-const QUEUE_MAX: usize = 4096;
+pub(super) const QUEUE_MAX: usize = 4096;
 
 /// A loaded instance.
 pub(super) struct Started {

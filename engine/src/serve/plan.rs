@@ -113,6 +113,7 @@ impl Plan {
                 max_num_tokens: llm.max_num_tokens,
                 max_seq_len: u32::try_from(self.engine.max_seq_len).unwrap_or(u32::MAX),
                 kv_blocks: self.engine.block_count,
+                vocab_size: loaded.model.shape().vocab,
             },
         }
     }
