@@ -7,6 +7,9 @@ use std::time::Duration;
 use baton_tests::client;
 use baton_tests::deployment::{Deployment, Options, Worker};
 use baton_tests::golden::{self, Item};
+use baton_tests::process::Baton;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 /// How long blocks may take to come back after the last answer.
@@ -249,6 +252,64 @@ async fn kv_that_is_spoilt_on_some_ranks_is_read_again_on_all() {
     }
     assert_eq!(came(generation).await, BTreeMap::new());
     assert!(counter(generation, "baton_kv_checksum_mismatches_total").await > 0);
+}
+
+/// A rank that follows, of an instance whose ranks the launcher started on this machine.
+fn follower_of(process: &Baton) -> Pid {
+    let tasks = format!("/proc/{}/task", process.pid());
+    let tasks = std::fs::read_dir(tasks).expect("the process is there");
+    let children = tasks.flatten().filter_map(|task| {
+        let children = std::fs::read_to_string(task.path().join("children"));
+        children.ok()
+    });
+    let children: Vec<i32> = children
+        .flat_map(|text| {
+            let pids = text.split_whitespace();
+            pids.filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()
+        })
+        .collect();
+    let follows = |pid: &&i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words
+            .split(|byte| *byte == 0)
+            .nth(1)
+            .is_some_and(|word| word == b"rank")
+    };
+    let follower = children.iter().find(follows).expect("one that follows");
+    Pid::from_raw(*follower)
+}
+
+/// A ticket whose context server has lost a rank since: the server ends and names the rank, no rank of the generation
+/// server waits for what will not come, and the prompt is read again.
+#[tokio::test]
+async fn kv_of_an_instance_that_lost_a_rank_is_read_again() {
+    let model = baton_tests::tiny_model("llama");
+    let item = tiny_items().pop().expect("an item");
+    let mut context = Worker::start(&model, &grid(2, 1).options("TCP")).await;
+    let generation = Worker::start(&model, &grid(1, 2).options("TCP")).await;
+    let mut body = json!({
+        "model": "m", "prompt": item.prompt_token_ids, "max_tokens": item.output_token_ids.len(), "temperature": 0,
+        "detokenize": false, "disaggregated_params": {"request_type": "context_only"},
+    });
+    let offered = client::post(&context.address, "/v1/completions", &body).await;
+    let offered = offered.expect("an answer");
+    assert_eq!(offered.status, 200, "{}", offered.body);
+    body["disaggregated_params"] = offered.json()["choices"][0]["disaggregated_params"].clone();
+    body["disaggregated_params"]["request_type"] = json!("generation_only");
+    kill(follower_of(&context.process), Signal::SIGKILL).expect("it is there");
+    let status = context.process.ended(BACK).await;
+    assert!(!status.success(), "{status}");
+    let log = context.process.log();
+    assert!(log.contains("rank 1"), "{log}");
+    let answer = client::post(&generation.address, "/v1/completions", &body).await;
+    let answer = answer.expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let written: Vec<u32> =
+        serde_json::from_value(answer.json()["choices"][0]["token_ids"].clone()).expect("ids");
+    assert_eq!(written, item.output_token_ids);
+    generation.blocks_return(BACK).await;
+    let again = counter(&generation, "baton_handoffs_prefilled_again_total").await;
+    assert_eq!((again, came(&generation).await), (1, BTreeMap::new()));
 }
 
 /// KV of another type is refused: in one line on both sides, and to the client with that line.
