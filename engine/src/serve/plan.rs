@@ -76,9 +76,8 @@ impl Plan {
             layout: KvLayout {
                 model_fingerprint: shape.fingerprint,
                 page,
-                // Whole pages go over the wire, however many ranks hold their parts.
-                tensor_parallel: 1,
-                pipeline_parallel: 1,
+                tensor_parallel: llm.tensor_parallel_size,
+                pipeline_parallel: llm.pipeline_parallel_size,
             },
             page,
         })
