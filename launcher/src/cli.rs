@@ -161,7 +161,7 @@ pub(crate) struct ServeArgs {
 pub(crate) struct EngineArgs {
     /// What computes; `auto` takes a GPU that can be used, else the CPU.
     #[arg(long, value_enum)]
-    pub(crate) device: Option<DeviceArg>,
+    pub(crate) device: Option<EngineDeviceArg>,
     /// Where weights come from; `dummy` makes random ones of the model's shape, for measurements.
     #[arg(long, value_enum)]
     pub(crate) load_format: Option<LoadFormatArg>,
@@ -325,7 +325,7 @@ pub(crate) enum ClientEndpoint {
 
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DeviceArg {
+pub(crate) enum EngineDeviceArg {
     Auto,
     Cpu,
     Cuda,
@@ -451,6 +451,22 @@ mod tests {
             assert_eq!(args.engine.tensor_parallel_size, Some(2));
             assert_eq!(args.server_role, Some(ServerRole::Context));
             assert_eq!(args.engine.free_gpu_memory_fraction, Some(0.5));
+        }
+    }
+
+    #[test]
+    fn device_and_load_format_are_options_of_servers_and_benchmarks() {
+        let line = "m --device cuda --load_format dummy";
+        let Command::Serve(serve) = parse(&format!("baton serve {line}")).unwrap().command else {
+            panic!("{line}")
+        };
+        let bench = parse(&format!("baton bench serve --offline {line}")).unwrap();
+        let Command::Bench(BenchCommand::Serve(bench)) = bench.command else {
+            panic!("{line}")
+        };
+        for engine in [&serve.engine, &bench.engine] {
+            assert_eq!(engine.device, Some(EngineDeviceArg::Cuda));
+            assert_eq!(engine.load_format, Some(LoadFormatArg::Dummy));
         }
     }
 

@@ -13,7 +13,9 @@ use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
 
-use crate::cli::{DeviceArg, DisaggregatedArgs, EngineArgs, LoadFormatArg, ServeArgs, ServerRole};
+use crate::cli::{
+    DisaggregatedArgs, EngineArgs, EngineDeviceArg, LoadFormatArg, ServeArgs, ServerRole,
+};
 use crate::exit::{Outcome, WithOutcome};
 use crate::files;
 use crate::launch;
@@ -183,9 +185,9 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
 pub(crate) fn engine_overrides(engine: &EngineArgs) -> LlmOverrides {
     LlmOverrides {
         device: engine.device.map(|device| match device {
-            DeviceArg::Auto => Device::Auto,
-            DeviceArg::Cpu => Device::Cpu,
-            DeviceArg::Cuda => Device::Cuda,
+            EngineDeviceArg::Auto => Device::Auto,
+            EngineDeviceArg::Cpu => Device::Cpu,
+            EngineDeviceArg::Cuda => Device::Cuda,
         }),
         load_format: engine.load_format.map(|format| match format {
             LoadFormatArg::Auto => LoadFormat::Auto,

@@ -1,7 +1,8 @@
 """What `baton bench serve` itself adds to what it measures: its figures beside those of a server that emits at a known pace.
 
 Usage: scripts/bench-serve [--pace-ms N] [--tokens N]. The server is a process of its own, in Python; it notes when it has
-written each event, so that its own lateness is not taken for the client's. Raw results go to scripts/runs.
+written each event, so that its own lateness is not taken for the client's; but of many requests
+that come at once it reads one after the other, and that wait is in TTFT's difference. Raw results go to scripts/runs.
 """
 
 import argparse

@@ -10,7 +10,8 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-const ENGINE: &str = "device: cpu\nmax_seq_len: 512\nkv_cache_config:\n  max_tokens: 8192\n";
+const ENGINE: &str =
+    "device: cpu\nnum_threads: 1\nmax_seq_len: 512\nkv_cache_config:\n  max_tokens: 8192\n";
 
 /// Runs it with `--json -`; the report is all that stdout holds.
 async fn bench(arguments: &[&str]) -> (ExitStatus, Value, String) {
@@ -187,8 +188,13 @@ async fn prompts_of_a_file_are_sent_as_they_are() {
 #[tokio::test]
 async fn the_engine_alone_gives_every_row_of_a_preset() {
     let model = baton_tests::tiny_model("llama");
-    let line = "--load-format dummy --device cpu --max-seq-len 512 --preset smoke --repeat 2 --accept saturated --offline";
-    let (status, report, stderr) = bench(&[words(line), vec![&model]].concat()).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = folder.path().join("options.yaml");
+    std::fs::write(&options, ENGINE).expect("a file");
+    let options = options.to_string_lossy().into_owned();
+    let line = "--load-format dummy --preset smoke --repeat 2 --accept saturated --offline";
+    let arguments = [words(line), vec![&model, "--config", &options]].concat();
+    let (status, report, stderr) = bench(&arguments).await;
     assert_eq!(status.code(), Some(0), "{report:#}\n{stderr}");
     assert_eq!(report["target"]["kind"], "engine");
     let start = &report["target"]["start"];

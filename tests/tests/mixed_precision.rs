@@ -8,8 +8,7 @@ use baton_tests::deployment::Worker;
 use baton_tests::process::Baton;
 use serde_json::{Value, json};
 
-const ENGINE: &str =
-    "device: cpu\nmax_seq_len: 512\ncache_transceiver_config:\n  backend: DEFAULT\n";
+const ENGINE: &str = "device: cpu\nnum_threads: 1\nmax_seq_len: 512\ncache_transceiver_config:\n  backend: DEFAULT\n";
 const HALF: &str = "kv_cache_config:\n  max_tokens: 2048\n  dtype: float16\n";
 const SINGLE: &str = "kv_cache_config:\n  max_tokens: 2048\n  dtype: float32\n";
 

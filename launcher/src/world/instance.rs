@@ -308,9 +308,12 @@ impl Instance {
         self.state == State::Gone
     }
 
-    /// Whether all that ended so far are followers that ended well: their leader is about to end, too.
-    pub(crate) fn is_dismissed(&self) -> bool {
-        self.leader_end.is_none() && self.cause.is_none()
+    /// Whether its leader has ended well, or, as far as is known, is about to: its followers are sent away before.
+    pub(crate) fn ends_well(&self) -> bool {
+        match self.leader_end {
+            Some(end) => end == End::Code(0),
+            None => self.cause.is_none(),
+        }
     }
 
     /// How the leader of this epoch ended.
@@ -455,9 +458,9 @@ mod tests {
     fn a_follower_that_was_sent_away_is_no_cause() {
         let mut instance = started(2);
         instance.ended(1, End::Code(0), "follower".to_owned());
-        assert!(instance.is_dismissed());
+        assert!(instance.ends_well());
         instance.ended(0, End::Code(3), "leader".to_owned());
-        assert!(!instance.is_dismissed());
+        assert!(!instance.ends_well());
         assert_eq!(instance.cause(), "leader");
         assert_eq!(instance.leader_end(), Some(End::Code(3)));
     }

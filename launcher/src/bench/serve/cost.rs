@@ -106,7 +106,6 @@ impl Watch {
             reason = "microseconds and tokens of a run are far below 2^52"
         )]
         let cpu_s = spent_us.map(|(now, before)| (now - before) as f64 / 1e6);
-        #[expect(clippy::cast_precision_loss, reason = "as above")]
         let per = |number: f64| cpu_s.filter(|_| number > 0.0).map(|cpu_s| cpu_s / number);
         #[expect(clippy::cast_precision_loss, reason = "as above")]
         let tokens = tokens as f64;

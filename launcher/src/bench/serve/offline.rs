@@ -260,7 +260,7 @@ fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
         vocab,
     })?;
     let runs = all_runs(args, engine.clone(), vocab);
-    let measured = crate::on_this_thread()?.block_on(runs);
+    let measured = followers()?.block_on(runs);
     engine.shutdown(Instant::now());
     end(thread)?;
     drop(calls);
@@ -269,9 +269,17 @@ fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
     Ok(Ended::Here)
 }
 
+/// The runtime that follows answers. One thread, so that the engine's has one sleeper to wake a step; and no I/O, because a
+/// runtime that has it is woken by a system call for every token, at the engine's cost.
+fn followers() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .outcome(Outcome::Unavailable)
+}
+
 async fn all_runs(args: &BenchServeArgs, engine: EngineHandle, vocab: u32) -> anyhow::Result<()> {
     let max_seq_len = engine.limits().max_seq_len;
-    // One thread follows all answers, so that the engine's own has few sleepers to wake.
     let target = Target::Engine(Arc::new(EngineTarget {
         engine,
         temperature: args.prompts.temperature,

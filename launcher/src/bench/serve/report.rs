@@ -152,11 +152,10 @@ impl Report {
             target.url.as_deref().unwrap_or("engine"),
             target.model
         );
-        for fact in [self.parameters.endpoint, target.backend.as_deref()] {
-            if let Some(fact) = fact {
-                text.push_str(" · ");
-                text.push_str(fact);
-            }
+        let facts = [self.parameters.endpoint, target.backend.as_deref()];
+        for fact in facts.into_iter().flatten() {
+            text.push_str(" · ");
+            text.push_str(fact);
         }
         text
     }

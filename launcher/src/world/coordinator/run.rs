@@ -447,8 +447,8 @@ impl Coordinator {
         match step {
             Step::Nothing => None,
             Step::Grace => {
-                if instance.is_dismissed() {
-                    tracing::info!(instance = label, "its leader has let its ranks go");
+                if self.spec.policy == Policy::Command && instance.ends_well() {
+                    tracing::info!(instance = label, "its work is done; its ranks end");
                 } else {
                     tracing::warn!(instance = label, "broken; its other ranks end");
                 }
