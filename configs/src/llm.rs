@@ -137,6 +137,8 @@ pub struct LlmOptions {
     pub max_seq_len: Option<u32>,
     /// Split long prompts over steps.
     pub enable_chunked_prefill: bool,
+    /// Read a step's results before the next step begins, on a device where that would not be needed.
+    pub disable_overlap_scheduler: bool,
     /// Tensor-parallel ranks.
     pub tensor_parallel_size: u32,
     /// Pipeline-parallel ranks.
@@ -172,6 +174,7 @@ impl Default for LlmOptions {
             max_num_tokens: 8192,
             max_seq_len: None,
             enable_chunked_prefill: false,
+            disable_overlap_scheduler: false,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,
             kv_cache: KvCacheConfig::default(),
@@ -241,6 +244,8 @@ fn resolve_raw(raw: RawLlm, findings: &mut Findings) -> LlmOptions {
         max_seq_len: given(raw.max_seq_len),
         enable_chunked_prefill: given(raw.enable_chunked_prefill)
             .unwrap_or(defaults.enable_chunked_prefill),
+        disable_overlap_scheduler: given(raw.disable_overlap_scheduler)
+            .unwrap_or(defaults.disable_overlap_scheduler),
         tensor_parallel_size: given(raw.tensor_parallel_size)
             .unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: given(raw.pipeline_parallel_size)

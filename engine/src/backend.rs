@@ -200,6 +200,8 @@ pub struct BackendCapability {
     pub host_pages: bool,
     /// Whether a row's bits do not depend on the rows that are computed with it.
     pub batch_invariant: bool,
+    /// Whether a step that was begun goes on by itself, so that something is gained by beginning the next one meanwhile.
+    pub runs_by_itself: bool,
     /// Type of the activations, and of weights where they are converted.
     pub activations: ActivationDtype,
     /// Prompt rows that a step should have.
@@ -232,6 +234,18 @@ pub struct StepWish<'a> {
     pub repeatable: bool,
     /// What is wanted of each of the `logit_rows`; empty when it is the logits of all.
     pub rows: &'a [RowWish],
+    /// Rows whose token is not known yet, because the step that was begun before chooses it.
+    pub carried: &'a [Carried],
+}
+
+/// A row that computes a token which the step begun before chooses. Where that chose none, because its logits are not finite,
+/// it is any token of the vocabulary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    /// Row of this batch.
+    pub row: usize,
+    /// Which of the `logit_rows` of the step before, counted from 0.
+    pub from: usize,
 }
 
 /// What is wanted of a row. A device that cannot choose gives logits in any case.
@@ -265,7 +279,8 @@ pub struct Draw {
 /// What a step gave.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
-    /// Values of the rows that have no token in [`StepOutput::chosen`], in order.
+    /// Values of the rows that have no token in [`StepOutput::chosen`], in order. Of a row for which a token was wished and that
+    /// was not finite they may be any that are not finite.
     pub values: Vec<f32>,
     /// For each of the `logit_rows` its token, where the device chose one; empty for none.
     pub chosen: Vec<Option<TokenId>>,
@@ -429,6 +444,51 @@ pub trait Backend: Debug + Send + 'static {
         Ok(StepOutput {
             values: out.map_or_else(Vec::new, |out| self.to_host(&out)),
             chosen: Vec::new(),
+        })
+    }
+
+    /// Makes ready what steps of up to so many sequences with a row each need, so that no step has to; called once there are pages.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    fn warm_up(
+        &mut self,
+        sequences_max: usize,
+        pass: StepPass<'_, Self, Self::Tensor>,
+    ) -> Result<(), BackendError>
+    where
+        Self: Sized,
+    {
+        let _ = (sequences_max, pass);
+        Ok(())
+    }
+
+    /// Begins a step as [`Backend::step`] makes it. `None` when it goes on by itself: then [`Backend::finish_step`] gives what it
+    /// gave. Two steps may be under way; those whose wishes are all for tokens may be overtaken by the beginning of the next.
+    /// A backend that is done at once is never given [`StepWish::carried`]: its tokens are known.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    fn begin_step(
+        &mut self,
+        batch: &StepBatch,
+        wish: StepWish<'_>,
+        pass: StepPass<'_, Self, Self::Tensor>,
+    ) -> Result<Option<StepOutput>, BackendError>
+    where
+        Self: Sized,
+    {
+        self.step(batch, wish, pass).map(Some)
+    }
+
+    /// Waits for the oldest step that is under way.
+    ///
+    /// # Errors
+    /// What failed on the device, or that there is none.
+    fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
+        Err(BackendError::Device {
+            what: "reading a step".to_owned(),
+            reason: "none is under way".to_owned(),
         })
     }
 

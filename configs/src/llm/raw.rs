@@ -136,6 +136,9 @@ section! {
         cache_transceiver_config: Sub<RawTransceiver> = "null";
         /// Older spelling of a `cache_transceiver_config` with `backend: DEFAULT`.
         enable_cache_transceiver: Flag = "null";
+        /// Read a step's results before the next step begins. Otherwise a GPU computes one while the next is scheduled; on
+        /// the CPU they never overlap, and context servers need no setting.
+        disable_overlap_scheduler: Flag = "false";
         /// Keep timings of each request for `/perf_metrics`.
         return_perf_metrics: Flag = "false";
         /// For how many requests those timings are kept; 0 keeps none.
@@ -154,9 +157,6 @@ section! {
     unserved {
         /// Which of the original's engines runs: only `pytorch` is known here, and means this engine.
         backend: OneOf<EngineBackend> = "pytorch", Quiet "there is one engine";
-        /// Run scheduling and computation one after the other.
-        disable_overlap_scheduler: Flag = "false",
-            Quiet "the CPU engine never overlaps them; context servers need no setting";
         /// Ranks among which one sequence is split.
         context_parallel_size: Count = "1", Refused "splitting one sequence over ranks";
         /// Beams of a search.

@@ -202,6 +202,7 @@ fn tuning_options_of_existing_files_are_listed_once() {
          speculative_config: null\nenable_lora: false\nmax_batch_size: 3\nkv_cache_config: {use_uvm: true, onboard_blocks: true}\n",
     );
     assert_eq!(options.max_batch_size, 3);
+    assert!(options.disable_overlap_scheduler);
     let texts: Vec<String> = warnings.iter().map(ToString::to_string).collect();
     assert_eq!(
         texts,

@@ -12,6 +12,8 @@ mod calls;
 mod compiler;
 mod driver;
 mod error;
+mod event;
+mod flights;
 mod graphs;
 mod kernels;
 mod linear;
@@ -33,6 +35,7 @@ pub use weight::CudaWeight;
 
 use self::calls::are_one;
 use self::driver::{Gpu, PinnedMemory};
+use self::flights::Flights;
 use self::graphs::Graphs;
 use self::linear::{Linear, Product, ProductShape};
 use self::memory::{Buffer, Pool};
@@ -76,6 +79,8 @@ pub struct CudaBackend {
     /// Inverse frequencies of the last table.
     frequencies: RefCell<Option<(RopeTable, Arc<Buffer>)>>,
     staging: Staging,
+    /// Steps whose results have not been read.
+    flights: Flights,
     /// Tokens of a step's rows.
     tokens: Buffer,
     /// What wide tensors lie in: there is one at a time, a step's result.
@@ -95,6 +100,7 @@ impl Backend for CudaBackend {
             description: format!("cuda ({}, bfloat16)", self.gpu.name),
             host_pages: false,
             batch_invariant: false,
+            runs_by_itself: true,
             activations: ActivationDtype::Bf16,
             prefill_rows: PREFILL_ROWS,
         }
@@ -172,17 +178,36 @@ impl Backend for CudaBackend {
         wish: StepWish<'_>,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<StepOutput, BackendError> {
+        assert!(self.flights.is_empty(), "steps end in their order");
+        self.begin_step(batch, wish, pass)?;
+        self.finish_step()
+    }
+
+    fn begin_step(
+        &mut self,
+        batch: &StepBatch,
+        wish: StepWish<'_>,
+        pass: StepPass<'_, Self, CudaTensor>,
+    ) -> Result<Option<StepOutput>, BackendError> {
         let out = graphs::run(self, batch, wish, pass)?;
-        let mut output = StepOutput::default();
-        if let Some(out) = &out {
-            self.attempt("reading results", || {
-                output = self.results(out, batch.logit_rows.len(), wish.rows)?;
-                self.staging.passed();
-                Ok(())
-            });
-        }
+        // What failed meanwhile comes first.
         self.check()?;
-        Ok(output)
+        let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
+        begun.map_err(|error| error.of("beginning a step"))?;
+        Ok(None)
+    }
+
+    fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
+        let landed = self.land_step();
+        landed.map_err(|error| error.of("reading results"))
+    }
+
+    fn warm_up(
+        &mut self,
+        sequences_max: usize,
+        pass: StepPass<'_, Self, CudaTensor>,
+    ) -> Result<(), BackendError> {
+        graphs::warm_up(self, sequences_max, pass)
     }
 
     fn embed(&self, table: &CudaWeight, tokens: &[TokenId], out: &mut CudaTensor) {

@@ -23,6 +23,7 @@ const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Source {
     Choose,
+    Carry,
     Embed,
     SelectRows,
     Convert,
@@ -38,8 +39,9 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::Choose,
+        Self::Carry,
         Self::Embed,
         Self::SelectRows,
         Self::Convert,
@@ -62,6 +64,7 @@ impl Source {
         }
         match self {
             Self::Choose => kernel!("choose.cu"),
+            Self::Carry => kernel!("carry.cu"),
             Self::Embed => kernel!("embed.cu"),
             Self::SelectRows => kernel!("select_rows.cu"),
             Self::Convert => kernel!("convert.cu"),

@@ -157,6 +157,23 @@ impl Ops {
         self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
     }
 
+    /// Tokens that the step before chose, in the places of those rows that go on with them; lists of `rows` each.
+    pub(super) fn carry(
+        &mut self,
+        carried: DevicePtr,
+        chosen: DevicePtr,
+        tokens: DevicePtr,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let args = Args::default()
+            .with(carried)
+            .with(chosen)
+            .with(tokens)
+            .with(int(rows));
+        let blocks = [grid(rows.div_ceil(THREADS as usize)), 1, 1];
+        self.launch(&plain(Source::Carry, "carry_u32"), (blocks, THREADS), args)
+    }
+
     /// Activations as dense f32; `values` has room for all.
     pub(super) fn widen(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
         let count = x.rows * x.cols;

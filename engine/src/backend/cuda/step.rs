@@ -4,7 +4,7 @@
 //! rows, the heaviest first, so that no long one is left for the end. Rows behind those of the last sequence are padding:
 //! each counts as a sequence of its own that has no block. Pure; the upload is the caller's.
 
-use crate::backend::{RowWish, StepBatch};
+use crate::backend::{RowWish, StepBatch, StepWish};
 
 /// Rows of a prefill tile; `ROWS` in `attention_prefill.cu`.
 pub(super) const TILE_ROWS: usize = 128;
@@ -21,6 +21,8 @@ pub(super) struct StepLayout {
     pub(super) tokens: usize,
     /// `[T]`.
     pub(super) positions: usize,
+    /// `[T]`: the row of the step before's logits that chooses a row's token, where one does.
+    pub(super) carried: usize,
     /// `[T]`: the block of a row's KV.
     pub(super) row_blocks: usize,
     /// `[R]`.
@@ -54,7 +56,7 @@ fn word(value: usize) -> u32 {
 /// `P`.
 pub(super) fn encode(
     batch: &StepBatch,
-    wishes: &[RowWish],
+    wish: StepWish<'_>,
     per_block: usize,
     words: &mut Vec<u32>,
 ) -> StepLayout {
@@ -74,6 +76,11 @@ pub(super) fn encode(
     words.extend_from_slice(&batch.tokens);
     layout.positions = words.len();
     words.extend_from_slice(&batch.positions);
+    layout.carried = words.len();
+    words.resize(words.len() + batch.tokens.len(), NONE);
+    for carried in wish.carried {
+        words[layout.carried + carried.row] = word(carried.from);
+    }
     layout.row_blocks = words.len();
     for span in &batch.sequences {
         let positions = span.past_len..span.past_len + span.rows.len();
@@ -85,7 +92,7 @@ pub(super) fn encode(
     words.extend(batch.logit_rows.iter().map(|&row| word(row)));
     words.resize(words.len().next_multiple_of(2), 0);
     layout.draws = words.len();
-    words.extend(wishes.iter().flat_map(draw_words));
+    words.extend(wish.rows.iter().flat_map(draw_words));
     words.resize(layout.draws + batch.logit_rows.len() * DRAW_WORDS, 0);
     layout.first_rows = words.len();
     words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
@@ -148,7 +155,7 @@ fn used_blocks(tokens: usize, per_block: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::SequenceSpan;
+    use crate::backend::{Carried, SequenceSpan};
 
     #[test]
     fn a_step_is_laid_out_as_the_kernels_read_it() {
@@ -168,10 +175,15 @@ mod tests {
             logit_rows: vec![0, 131, 132],
         };
         let mut words = vec![1, 2, 3];
-        let layout = encode(&batch, &[], 4, &mut words);
+        let wish = StepWish {
+            carried: &[Carried { row: 132, from: 2 }],
+            ..StepWish::default()
+        };
+        let layout = encode(&batch, wish, 4, &mut words);
         let at = |start: usize, len: usize| words[start..start + len].to_vec();
         assert_eq!(at(layout.tokens, 133), batch.tokens);
         assert_eq!(at(layout.positions, 133), batch.positions);
+        assert_eq!(at(layout.carried + 131, 2), [NONE, 2]);
         assert_eq!(at(layout.row_blocks, 4), [8, 20, 21, 21]);
         assert_eq!(at(layout.row_blocks + 132, 1), [3]);
         assert_eq!(at(layout.logit_rows, 3), [0, 131, 132]);
@@ -205,7 +217,7 @@ mod tests {
             logit_rows: vec![0, 1, 2],
         };
         let mut words = Vec::new();
-        let layout = encode(&batch, &[], 4, &mut words);
+        let layout = encode(&batch, StepWish::default(), 4, &mut words);
         assert_eq!(words[layout.row_blocks..][..3], [3, NONE, NONE]);
         assert_eq!(words[layout.decodes..][..3], [0, NONE, NONE]);
         assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));

@@ -62,9 +62,11 @@ async fn a_device_error_fails_everybody_and_ends_the_thread() {
         model.mishap = Some(mishap);
         model.steps_left = 5;
         let (handle, thread, _) = start(model, small_config());
+        // The engine may have ended before the last of them.
         let mut streams: Vec<_> = (0..8)
-            .map(|n| handle.submit(request(&long_running(n), 40)).expect("room"))
+            .map_while(|n| handle.submit(request(&long_running(n), 40)).ok())
             .collect();
+        assert!(!streams.is_empty(), "the first finds it alive");
         for stream in &mut streams {
             let answer = read(stream).await;
             assert!(

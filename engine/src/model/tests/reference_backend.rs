@@ -159,6 +159,7 @@ impl Backend for ReferenceBackend {
             description: "reference".to_owned(),
             host_pages: true,
             batch_invariant: true,
+            runs_by_itself: false,
             activations: ActivationDtype::F32,
             prefill_rows: PrefillRows::default(),
         }

@@ -30,6 +30,7 @@ fn chosen(
     let wish = StepWish {
         repeatable: false,
         rows: wishes,
+        carried: &[],
     };
     let step = backend.step(&batch, wish, &mut |backend, _| {
         let out = backend.wide_tensor(rows, vocab);

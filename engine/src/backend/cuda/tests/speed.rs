@@ -13,6 +13,7 @@ use super::*;
 use crate::backend::conformance::noise;
 use crate::backend::{Draw, RowWish, SequenceSpan, WeightBytes, WeightDtype};
 use crate::engine::{Engine, EngineConfig, Inbox};
+use crate::metrics::IterationStats;
 use crate::model::Model;
 use crate::model::load::load;
 use crate::page::KvDtype;
@@ -178,7 +179,10 @@ fn attention() {
         let mut k = random(&mut backend, tokens, 8 * dim);
         let v = random(&mut backend, tokens, 8 * dim);
         let mut out = backend.tensor(tokens, heads * dim);
-        backend.staging.begin(&batch, &[], 32).unwrap();
+        backend
+            .staging
+            .begin(&batch, StepWish::default(), 32)
+            .unwrap();
         let table = RopeTable {
             inverse_frequencies: noise(1, 64),
             pairing: RopePairing::Halves,
@@ -361,8 +365,10 @@ fn uploads() {
 }
 
 /// What is compared with other engines: 256 sequences of up to 16k tokens, nothing reused.
-fn large() -> EngineConfig {
+fn large(overlap: bool) -> EngineConfig {
     EngineConfig {
+        overlap,
+        iteration_stats_max: 1 << 16,
         max_batch_size: 256,
         max_seq_len: 16_384,
         enable_chunked_prefill: true,
@@ -374,29 +380,61 @@ fn large() -> EngineConfig {
     }
 }
 
+/// Tokens a second over those steps in which nothing was read and so many wrote.
+fn steady_rate(iterations: &[IterationStats], writers: u32) -> f64 {
+    let steady = iterations.iter().filter(|iteration| {
+        let step = &iteration.inflight_batching_stats;
+        step.num_ctx_tokens == 0 && step.num_gen_requests == writers as usize
+    });
+    let (mut tokens, mut seconds) = (0.0, 0.0);
+    for iteration in steady {
+        tokens += f64::from(writers);
+        seconds += iteration.iter_latency_ms / 1e3;
+    }
+    tokens / seconds
+}
+
 /// Whole answers through the engine: requests in, answers out, in tokens a second.
 #[test]
 #[ignore = "measures; see scripts/gpu/suite"]
 fn engine() {
+    answers(
+        true,
+        &[
+            (1, 128, 16),
+            (32, 2048, 1),
+            (1, 128, 128),
+            (1, 2048, 2),
+            (1, 8192, 2),
+            (32, 2048, 1),
+            (16, 128, 256),
+            (64, 128, 256),
+            (256, 128, 256),
+            (64, 2048, 128),
+            (256, 1000, 1000),
+        ],
+    );
+}
+
+/// The same with each step's results read before the next one begins.
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_in_turn() {
+    answers(
+        false,
+        &[(16, 128, 4), (1, 128, 128), (64, 128, 256), (256, 128, 256)],
+    );
+}
+
+fn answers(overlap: bool, cases: &[(u32, u32, u32)]) {
+    let begun = Instant::now();
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
     let model = llama_8b(folder.path(), backend);
-    let (engine, thread) = Engine::start(model, None, large(), Inbox::new(1024)).unwrap();
-    for (requests, input, output) in [
-        (1, 128, 16),
-        (16, 128, 4),
-        (64, 128, 4),
-        (256, 128, 4),
-        (1, 128, 128),
-        (1, 2048, 2),
-        (1, 8192, 2),
-        (32, 2048, 1),
-        (16, 128, 256),
-        (64, 128, 256),
-        (256, 128, 256),
-        (64, 2048, 128),
-        (256, 1000, 1000),
-    ] {
+    let (engine, thread) = Engine::start(model, None, large(overlap), Inbox::new(1024)).unwrap();
+    eprintln!("engine ready after {:.2} s", begun.elapsed().as_secs_f64());
+    for &(requests, input, output) in cases {
+        drop(engine.take_iterations());
         let started = Instant::now();
         let request = |index: u32| GenerateRequest {
             prompt: (0..input)
@@ -428,11 +466,12 @@ fn engine() {
         let all = started.elapsed().as_secs_f64();
         let prompt_rate = f64::from(requests * input) / all;
         eprintln!(
-            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s",
+            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s, while all write {:.0} tok/s",
             first * 1e3,
             all * 1e3,
             f64::from(tokens) / all,
-            f64::from(tokens - requests) / (all - first)
+            f64::from(tokens - requests) / (all - first),
+            steady_rate(&engine.take_iterations(), requests)
         );
     }
     engine.shutdown(Instant::now());
