@@ -50,6 +50,34 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     return pair;
 }
 
+// === e4m3: 8 bits, the greatest value is 448 ===
+
+// Two, rounded to nearest even; what is greater than the greatest becomes that.
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+#else
+__device__ __forceinline__ u32 float_to_e4m3(float value) {
+    u32 sign = __float_as_uint(value) >> 24 & 0x80;
+    if (value != value) return sign | 0x7f;
+    float size = fminf(fabsf(value), 448.0f);
+    if (size < 0.015625f) return sign | (u32)__float2int_rn(size * 512.0f);
+    u32 bits = __float_as_uint(size);
+    return sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+}
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) { return (u16)(float_to_e4m3(low) | float_to_e4m3(high) << 8); }
+#endif
+
+// Four as two pairs of f16, each 2^-8 of its value: the bits of exponent and fraction in their places. NaN becomes 480.
+__device__ __forceinline__ void e4m3_to_f16(u32 four, u32 &first, u32 &second) {
+    u32 a = __byte_perm(four, 0, 0x1404), b = __byte_perm(four, 0, 0x3424);
+    first = (a & 0x80008000u) | (a & 0x7f007f00u) >> 1;
+    second = (b & 0x80008000u) | (b & 0x7f007f00u) >> 1;
+}
+
 // === the element type of the kv pages: KV is 0 for f32, 1 for f16, 2 for bf16 ===
 
 #ifdef KV

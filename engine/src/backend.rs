@@ -12,6 +12,7 @@
 pub(crate) mod conformance;
 pub mod cpu;
 pub mod cuda;
+pub(crate) mod e4m3;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -52,7 +53,8 @@ pub struct StepBatch {
     pub logit_rows: Vec<usize>,
 }
 
-/// Element type of a stored weight: plain floats, or one of GGML's block formats as the GGUF file holds them.
+/// Element type of a stored weight: plain floats, floats of 8 bits with scales beside them, or one of GGML's block formats as
+/// the GGUF file holds them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names are GGML's own")]
 #[expect(non_camel_case_types, reason = "the names are GGML's own")]
@@ -60,6 +62,7 @@ pub enum WeightDtype {
     F32,
     F16,
     Bf16,
+    F8E4m3,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -79,6 +82,7 @@ impl WeightDtype {
         match self {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
+            Self::F8E4m3 => (1, 1),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
@@ -92,12 +96,14 @@ impl WeightDtype {
         }
     }
 
-    /// The same type by the name of the library whose decoders are the reference.
+    /// The same type by the name of the library whose decoders are the reference. It has none for 8-bit floats, which have no
+    /// blocks to be decoded.
     pub(crate) const fn ggml(self) -> GgmlDType {
         match self {
             Self::F32 => GgmlDType::F32,
             Self::F16 => GgmlDType::F16,
             Self::Bf16 => GgmlDType::BF16,
+            Self::F8E4m3 => unreachable!(),
             Self::Q4_0 => GgmlDType::Q4_0,
             Self::Q4_1 => GgmlDType::Q4_1,
             Self::Q5_0 => GgmlDType::Q5_0,
@@ -156,6 +162,8 @@ pub struct WeightSource {
     pub dtype: WeightDtype,
     /// `rows × cols` elements.
     pub bytes: WeightBytes,
+    /// What 8-bit elements are multiplied with: one for all, or one a row. `None` for other types.
+    pub scales: Option<Arc<[f32]>>,
 }
 
 /// Rotary embedding tables, computed once a model.
@@ -312,6 +320,8 @@ pub struct PatternSource {
     pub first: usize,
     /// From a row to the next.
     pub stride: usize,
+    /// That of 8-bit elements, whose values it is meant for; 1 for other types.
+    pub scale: f32,
 }
 
 /// Why a backend refused.
@@ -383,7 +393,7 @@ pub trait Backend: Debug + Send + 'static {
         None
     }
 
-    /// Says how many elements the matrices have that will be loaded, before the first of them.
+    /// Says how many elements the matrices have that will be loaded, before the first of them. Two of 8 bits count as one.
     ///
     /// # Errors
     /// When memory is short.

@@ -12,6 +12,7 @@ pub mod load;
 mod micro;
 mod mmap;
 pub(crate) mod peers;
+mod quantization;
 mod safetensors;
 pub(crate) mod shard;
 mod source;

@@ -13,7 +13,7 @@ use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
     AttentionSpec, Backend, BackendError, BlockId, Carried, PrefillRows, RowWish, StepBatch,
-    StepOutput, StepWish,
+    StepOutput, StepWish, WeightDtype,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -64,7 +64,11 @@ impl<B: Backend> Decoder<B> {
         plan.try_map(|slot| {
             bytes_total += checkpoint.bytes(slot)?;
             let shape = slot.cut_shape();
-            elements += shape.rows() * shape.cols();
+            let count = shape.rows() * shape.cols();
+            elements += match checkpoint.dtype(slot)? {
+                WeightDtype::F8E4m3 => count.div_ceil(2),
+                _ => count,
+            };
             Ok::<_, ModelError>(())
         })?;
         let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());

@@ -130,6 +130,7 @@ impl CudaBackend {
             weight: weight.address(),
             bias: bias.map(CudaWeight::address),
             out: out.address(),
+            scales: None,
             shape: ProductShape {
                 tokens: x.rows,
                 cols: x.cols,
@@ -139,11 +140,42 @@ impl CudaBackend {
                 wide: out.wide,
             },
         };
+        if let Some(scales) = weight.scales() {
+            return self.product_8_bit(x, product, scales);
+        }
         let few = x.rows <= FEW_TOKENS_MAX;
         if !few && self.linear.borrow_mut().run(&product)? {
             return Ok(());
         }
         self.ops.borrow_mut().linear(&product)
+    }
+
+    /// The same with a weight in 8 bits. The library wants x in 8 bits as well.
+    fn product_8_bit(
+        &self,
+        x: &CudaTensor,
+        product: Product,
+        scales: DevicePtr,
+    ) -> Result<(), CudaError> {
+        if x.rows > FEW_TOKENS_MAX_8_BIT {
+            let narrow = self.pool.take(x.rows * x.cols)?;
+            let row_scales = self.pool.take(x.rows * 4)?;
+            let (to, to_scales) = (narrow.address(), row_scales.address());
+            self.ops.borrow_mut().quantize(x, to, to_scales)?;
+            let narrow = Product {
+                x: to,
+                scales: Some([scales, to_scales]),
+                shape: ProductShape {
+                    ld_x: x.cols,
+                    ..product.shape
+                },
+                ..product
+            };
+            if self.linear.borrow_mut().run(&narrow)? {
+                return Ok(());
+            }
+        }
+        self.ops.borrow_mut().linear_e4m3(&product, scales)
     }
 
     /// Puts the tokens that the step before chose where this step's rows go on with them.

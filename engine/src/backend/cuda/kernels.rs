@@ -31,6 +31,8 @@ pub(super) enum Source {
     RmsNorm,
     Elementwise,
     Linear,
+    LinearE4m3,
+    Quantize,
     Rope,
     AttentionAny,
     AttentionPrefill,
@@ -39,7 +41,7 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 13] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -49,6 +51,8 @@ impl Source {
         Self::RmsNorm,
         Self::Elementwise,
         Self::Linear,
+        Self::LinearE4m3,
+        Self::Quantize,
         Self::Rope,
         Self::AttentionAny,
         Self::AttentionPrefill,
@@ -72,6 +76,8 @@ impl Source {
             Self::RmsNorm => kernel!("rms_norm.cu"),
             Self::Elementwise => kernel!("elementwise.cu"),
             Self::Linear => kernel!("linear.cu"),
+            Self::LinearE4m3 => kernel!("linear_e4m3.cu"),
+            Self::Quantize => kernel!("quantize.cu"),
             Self::Rope => kernel!("rope.cu"),
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),

@@ -291,7 +291,7 @@ fn variants_are_refused_by_name() {
         (json!({"architectures": []}), "`architectures` is missing"),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),
-            "`quantization_config` gptq is not served\nhint: serve the unquantised",
+            "`quantization_config` gptq is not served\nhint: served are ModelOpt's FP8 exports",
         ),
         (
             json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
