@@ -78,7 +78,7 @@ __device__ __forceinline__ void e4m3_to_f16(u32 four, u32 &first, u32 &second) {
     second = (b & 0x80008000u) | (b & 0x7f007f00u) >> 1;
 }
 
-// === the element type of the kv pages: KV is 0 for f32, 1 for f16, 2 for bf16 ===
+// === the element type of the kv pages: KV is 0 for f32, 1 for f16, 2 for bf16, 3 for e4m3 ===
 
 #ifdef KV
 #if KV == 0
@@ -93,6 +93,17 @@ __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(
 // A pair of bf16 activations as a pair of kv elements.
 __device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
 #define MMA_TYPE "f16"
+#elif KV == 3
+// The tensor cores get them as f16, 2^-8 of their value: KV_UNDO is what their products are multiplied with.
+typedef u8 kv_t;
+#define KV_UNDO 256.0f
+__device__ __forceinline__ float kv_to_float(kv_t value) {
+    return f16_to_float((u16)((value & 0x80) << 8 | (value & 0x7f) << 7)) * KV_UNDO;
+}
+__device__ __forceinline__ kv_t float_to_kv(float value) { return (kv_t)pack_e4m3(value, 0.0f); }
+__device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(low, high); }
+__device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
+#define MMA_TYPE "f16"
 #else
 typedef u16 kv_t;
 __device__ __forceinline__ float kv_to_float(kv_t value) { return bf16_to_float(value); }
@@ -100,6 +111,24 @@ __device__ __forceinline__ kv_t float_to_kv(float value) { return float_to_bf16(
 __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_bf16(low, high); }
 __device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pair; }
 #define MMA_TYPE "bf16"
+#endif
+#ifndef KV_UNDO
+#define KV_UNDO 1.0f
+#endif
+
+#if KV != 0
+// Eight elements as the tensor cores take them: 16 bytes, or 8 that are widened.
+__device__ __forceinline__ uint4 load_kv(const kv_t *from, bool valid) {
+#if KV == 3
+    uint2 narrow = valid ? *(const uint2 *)from : make_uint2(0, 0);
+    uint4 wide;
+    e4m3_to_f16(narrow.x, wide.x, wide.y);
+    e4m3_to_f16(narrow.y, wide.z, wide.w);
+    return wide;
+#else
+    return valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+#endif
+}
 #endif
 #endif
 

@@ -1,7 +1,7 @@
 //! The keys of the LLM options file and of its `kv_cache_config`.
 
 use crate::cluster::RawCluster;
-use crate::llm::{ComputeDtype, Device, LoadFormat};
+use crate::llm::{ComputeDtype, Device, KvCacheDtype, LoadFormat};
 use crate::section::kind::{
     Anything, Choice, Choices, Count, Flag, Later, OneOf, Share, Size, Sub, Text, Whole,
 };
@@ -62,7 +62,7 @@ section! {
         free_gpu_memory_fraction: Share = "0.9";
         /// Type of the cached values: `auto`, `float32`, `float16` or `bfloat16`. `auto` follows the
         /// engine's `dtype`. Context and generation instances must agree.
-        dtype: OneOf<ComputeDtype> = "auto";
+        dtype: OneOf<KvCacheDtype> = "auto";
         /// Tokens per block, a power of two.
         tokens_per_block: Whole<u32, 1, 1024> = "32";
         /// How many KV cache events are kept for `/kv_cache_events`; 0 keeps none.

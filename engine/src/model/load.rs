@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::path::{Path, PathBuf};
 
-use baton_configs::llm::{ComputeDtype, LlmOptions, LoadFormat};
+use baton_configs::llm::{ComputeDtype, KvCacheDtype, LlmOptions, LoadFormat};
 use candle_core::quantized::gguf_file::Value;
 
 use crate::backend::{Backend, WeightDtype};
@@ -252,14 +252,12 @@ impl ModelHeader {
 /// The element type of the KV cache: what the options say, else 16 bits.
 #[must_use]
 pub fn kv_dtype(options: &LlmOptions) -> KvDtype {
-    let chosen = match options.kv_cache.dtype {
-        ComputeDtype::Auto => options.dtype,
-        explicit => explicit,
-    };
-    match chosen {
-        ComputeDtype::Auto | ComputeDtype::Float16 => KvDtype::F16,
-        ComputeDtype::Float32 => KvDtype::F32,
-        ComputeDtype::Bfloat16 => KvDtype::Bf16,
+    match (options.kv_cache.dtype, options.dtype) {
+        (KvCacheDtype::Fp8, _) => KvDtype::Fp8,
+        (KvCacheDtype::Float16, _)
+        | (KvCacheDtype::Auto, ComputeDtype::Auto | ComputeDtype::Float16) => KvDtype::F16,
+        (KvCacheDtype::Float32, _) | (KvCacheDtype::Auto, ComputeDtype::Float32) => KvDtype::F32,
+        (KvCacheDtype::Bfloat16, _) | (KvCacheDtype::Auto, ComputeDtype::Bfloat16) => KvDtype::Bf16,
     }
 }
 

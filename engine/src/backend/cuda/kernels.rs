@@ -132,6 +132,7 @@ impl Variant {
                 KvDtype::F32 => 0,
                 KvDtype::F16 => 1,
                 KvDtype::Bf16 => 2,
+                KvDtype::Fp8 => 3,
             };
             defines.push(format!("P={tokens_per_block}"));
             defines.push(format!("KV={kv}"));

@@ -70,7 +70,9 @@ pub(super) fn encode(
             .iter()
             .map(|span| span.rows.len())
             .max()
-            .unwrap_or(0),
+            .unwrap_or(0)
+            // A recording of padding alone launches what one of a sequence launches.
+            .max(usize::from(padding > 0)),
         ..StepLayout::default()
     };
     words.extend_from_slice(&batch.tokens);
@@ -223,5 +225,13 @@ mod tests {
         assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));
         assert_eq!(words[layout.row_counts..][..3], [1, 0, 0]);
         assert_eq!(words[layout.blocks..], [1, 2, 3]);
+        let nothing = StepBatch {
+            sequences: Vec::new(),
+            ..batch
+        };
+        let alone = encode(&nothing, StepWish::default(), 4, &mut words);
+        let places = |layout: StepLayout| (layout.decodes, layout.tiles, layout.blocks);
+        assert_eq!(places(alone), places(layout));
+        assert_eq!((alone.decode_count, alone.rows_max), (3, 1));
     }
 }

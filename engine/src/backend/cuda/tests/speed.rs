@@ -429,9 +429,10 @@ fn uploads() {
 }
 
 /// What is compared with other engines: 256 sequences of up to 16k tokens, nothing reused.
-fn large(overlap: bool) -> EngineConfig {
+fn large(overlap: bool, kv_dtype: KvDtype) -> EngineConfig {
     EngineConfig {
         overlap,
+        kv_dtype,
         iteration_stats_max: 1 << 16,
         max_batch_size: 256,
         max_seq_len: 16_384,
@@ -462,13 +463,19 @@ fn steady_rate(iterations: &[IterationStats], writers: u32) -> f64 {
 #[test]
 #[ignore = "measures; see scripts/gpu/suite"]
 fn engine() {
-    answers(true, false, &CASES);
+    answers(true, (false, KvDtype::F16), &CASES);
 }
 
 #[test]
 #[ignore = "measures; see scripts/gpu/suite"]
 fn engine_8_bit() {
-    answers(true, true, &CASES);
+    answers(true, (true, KvDtype::F16), &CASES);
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_8_bit_kv() {
+    answers(true, (true, KvDtype::Fp8), &CASES);
 }
 
 /// Requests, tokens of each prompt, tokens of each answer. The first two make what is made once.
@@ -492,17 +499,18 @@ const CASES: [(u32, u32, u32); 11] = [
 fn engine_in_turn() {
     answers(
         false,
-        false,
+        (false, KvDtype::F16),
         &[(16, 128, 4), (1, 128, 128), (64, 128, 256), (256, 128, 256)],
     );
 }
 
-fn answers(overlap: bool, in_8_bits: bool, cases: &[(u32, u32, u32)]) {
+fn answers(overlap: bool, (in_8_bits, kv_dtype): (bool, KvDtype), cases: &[(u32, u32, u32)]) {
     let begun = Instant::now();
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
     let model = llama_8b(folder.path(), backend, in_8_bits);
-    let (engine, thread) = Engine::start(model, None, large(overlap), Inbox::new(1024)).unwrap();
+    let (engine, thread) =
+        Engine::start(model, None, large(overlap, kv_dtype), Inbox::new(1024)).unwrap();
     eprintln!("engine ready after {:.2} s", begun.elapsed().as_secs_f64());
     for &(requests, input, output) in cases {
         drop(engine.take_iterations());
