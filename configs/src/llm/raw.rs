@@ -60,7 +60,7 @@ section! {
         /// Share of free memory that the pool may take when `max_tokens` is not given: of the GPU, or of
         /// the machine where there is none.
         free_gpu_memory_fraction: Share = "0.9";
-        /// Type of the cached values: `auto`, `float32`, `float16` or `bfloat16`. `auto` follows the
+        /// Type of the cached values: `auto`, `float32`, `float16`, `bfloat16` or `fp8`. `auto` follows the
         /// engine's `dtype`. Context and generation instances must agree.
         dtype: OneOf<KvCacheDtype> = "auto";
         /// Tokens per block, a power of two.
