@@ -1,19 +1,29 @@
 //! XXH3-64 over pieces of pages, on threads of its own, so that neither the desk nor the wire waits for it.
 //!
-//! Landed pages go first: a request waits for them. Offered pages are summed as soon as they are offered, most
+//! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::inbox::{Checked, Happening, Inbox, Mismatch, SumsOf};
 use crate::page::Page;
+use crate::transport::checksum::sum_of;
 use crate::transport::{RegionId, Runs, TransferId};
+
+/// A piece in a page, whose transport did not sum it.
+#[derive(Debug)]
+pub(super) struct Unsummed {
+    /// Index among the page's pieces, in the order in which they landed.
+    pub(super) part: usize,
+    pub(super) runs: Runs,
+    /// The checksum that it shall have.
+    pub(super) expected: u64,
+}
 
 /// A page whose pieces have all landed.
 #[derive(Debug)]
@@ -23,8 +33,7 @@ pub(super) struct Landed {
     /// Index among the fetch's pages.
     pub(super) index: usize,
     pub(super) page: Page,
-    /// What lies where in it, with the checksum that it shall have.
-    pub(super) parts: Vec<(Runs, u64)>,
+    pub(super) parts: Vec<Unsummed>,
 }
 
 /// Pieces to be sent; their pages are let go when the job is over or given up.
@@ -37,36 +46,22 @@ pub(super) struct Summing {
 
 /// Of the stretches of a page that a piece is read from, in their order.
 pub(super) fn source_sum(page: &Page, runs: &Runs) -> u64 {
-    sum(page, runs.stretches().map(|(source, _)| source))
+    sum_of(page.as_bytes(), runs.stretches().map(|(source, _)| source))
 }
 
 /// Of the stretches of a page that a piece was written to, in their order.
 fn target_sum(page: &Page, runs: &Runs) -> u64 {
-    sum(page, runs.stretches().map(|(_, target)| target))
-}
-
-fn sum(page: &Page, mut stretches: impl Iterator<Item = Range<usize>>) -> u64 {
-    let bytes = page.as_bytes();
-    let first = &bytes[stretches.next().unwrap_or(0..0)];
-    let Some(second) = stretches.next() else {
-        // Most often a whole page; in one go it is faster.
-        return xxh3_64(first);
-    };
-    let mut hasher = Xxh3Default::new();
-    hasher.update(first);
-    hasher.update(&bytes[second]);
-    stretches.for_each(|stretch| hasher.update(&bytes[stretch]));
-    hasher.digest()
+    sum_of(page.as_bytes(), runs.stretches().map(|(_, target)| target))
 }
 
 impl Landed {
     fn mismatch(&self) -> Option<Mismatch> {
-        let parts = self.parts.iter().enumerate();
+        let parts = self.parts.iter();
         parts
-            .map(|(part, (runs, expected))| Mismatch {
-                part,
-                expected: *expected,
-                found: target_sum(&self.page, runs),
+            .map(|part| Mismatch {
+                part: part.part,
+                expected: part.expected,
+                found: target_sum(&self.page, &part.runs),
             })
             .find(|part| part.found != part.expected)
     }
@@ -136,15 +131,15 @@ impl Drop for ChecksumThreads {
 
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, Jobs> {
-        self.jobs.lock().unwrap_or_else(|e| e.into_inner())
+        self.jobs.lock()
     }
 
     fn work(&self, inbox: &Inbox) {
         loop {
-            let waited = self.wake.wait_while(self.lock(), |jobs| {
+            let mut jobs = self.lock();
+            self.wake.wait_while(&mut jobs, |jobs| {
                 !jobs.stopped && jobs.landed.is_empty() && jobs.offered.is_empty()
             });
-            let mut jobs = waited.unwrap_or_else(|e| e.into_inner());
             if jobs.stopped {
                 return;
             }

@@ -10,12 +10,13 @@ use baton_configs::transceiver::TransceiverConfig;
 
 use super::*;
 use crate::backend::BlockId;
-use crate::handoff::{HandoffStats, LeaseEnd};
+use crate::handoff::{HandoffStats, LeaseEnd, RanksEvent};
 use crate::page::{KvDtype, Page, PageShape};
 use crate::transport::memory;
 
 mod adversity;
 mod life;
+mod ranks;
 mod resharding;
 mod several;
 
@@ -104,6 +105,8 @@ struct Instance {
     back: BTreeMap<BlockId, Page>,
     decided: BTreeMap<u64, Result<HandoffStats, HandoffError>>,
     ended: BTreeMap<u64, LeaseEnd>,
+    /// What the ranks have to do together.
+    ranks_events: Vec<RanksEvent>,
     next_block: BlockId,
 }
 
@@ -128,6 +131,7 @@ impl Instance {
             back: BTreeMap::new(),
             decided: BTreeMap::new(),
             ended: BTreeMap::new(),
+            ranks_events: Vec::new(),
             next_block: 0,
         }
     }
@@ -204,6 +208,7 @@ impl Instance {
                 }
                 assert!(self.decided.insert(request.0, outcome).is_none());
             }
+            HandoffEvent::Ranks(event) => self.ranks_events.push(event),
             HandoffEvent::PagesReturned { pages } => {
                 for (block, page) in pages {
                     assert!(
@@ -249,6 +254,7 @@ impl Instance {
             (0, 0, 0)
         );
         assert!(self.events.try_recv().is_err(), "an event too many");
+        assert_eq!(self.ranks_events, []);
     }
 
     /// The pages that came back hold what was offered under `id`, from block `first` on: the tokens that there are, and

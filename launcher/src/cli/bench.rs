@@ -1,9 +1,15 @@
 //! The arguments of `baton bench` and `baton doctor`.
 
+mod serve;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+pub(crate) use self::serve::{
+    BenchServeArgs, EndpointArg, FindingArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs,
+    PromptFormatArg,
+};
 use super::LogLevel;
 
 /// What `baton bench` measures.
@@ -14,6 +20,12 @@ pub(crate) enum BenchCommand {
     /// The holding side of `bench kv`, on standard input and output; `bench kv` starts it.
     #[command(hide = true)]
     KvHold,
+    /// Measure a server, a deployment or the engine alone under load, and judge whether the figures mean something.
+    ///
+    /// Names of vLLM's `bench serve` and TensorRT-LLM's `benchmark_serving` are understood where they differ, as
+    /// `--random-input-len` or `--max-concurrency`. Percentiles, TTFT, ITL and TPOT are defined as vLLM's.
+    #[command(mut_args(serve::without_engine_options))]
+    Serve(Box<BenchServeArgs>),
 }
 
 #[derive(Debug, Args)]

@@ -75,18 +75,17 @@ struct Landing {
     slot: Option<Slot>,
     /// From the arena to the page or the slot.
     runs: Runs,
+    /// Where the fabric made it.
+    checksum: Option<u64>,
 }
 
 impl Landing {
     fn job(&mut self) -> ReadJob<'_> {
-        ReadJob {
-            from: self.from,
-            runs: &self.runs,
-            page: match &mut self.slot {
-                Some(slot) => slot.page_mut(),
-                None => &mut self.page,
-            },
-        }
+        let page = match &mut self.slot {
+            Some(slot) => slot.page_mut(),
+            None => &mut self.page,
+        };
+        ReadJob::new(self.from, &self.runs, page)
     }
 
     /// Moves what came into a slot to where it belongs.
@@ -184,6 +183,10 @@ impl<'a> Puller<'a> {
         let connection = self.connection;
         let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
         self.peer()?.read(&mut jobs, deadline, &connection.ended)?;
+        let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
+        for (landing, checksum) in landings.iter_mut().zip(checksums) {
+            landing.checksum = checksum;
+        }
         Ok(())
     }
 
@@ -191,7 +194,12 @@ impl<'a> Puller<'a> {
         if read {
             landing.scatter();
         }
-        let Landing { pull, page, .. } = landing;
+        let Landing {
+            pull,
+            page,
+            checksum,
+            ..
+        } = landing;
         let region = RegionId(pull.region);
         if let Some(page) = self.regions.put_back(pull.region, page) {
             sink(TransportEvent::PageReleased { region, page });
@@ -202,6 +210,7 @@ impl<'a> Puller<'a> {
                 runs: pull.runs,
                 transfer: pull.transfer,
                 note: pull.note,
+                checksum,
             });
         }
     }
@@ -268,6 +277,7 @@ impl<'a> Puller<'a> {
             page,
             slot,
             runs,
+            checksum: None,
         });
         Ok(None)
     }

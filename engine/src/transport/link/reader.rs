@@ -5,6 +5,7 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
@@ -13,6 +14,7 @@ use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
 use super::{LinkTuning, TransportEvent};
 use crate::page::Page;
+use crate::transport::checksum::{Summing, WARM_BYTES};
 use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
 /// Most that is read, or allocated, before the bytes before it have come.
@@ -20,6 +22,12 @@ const CHUNK_BYTES: usize = 64 << 10;
 
 /// Stretches of this length are worth a system call each.
 const COARSE_BYTES: usize = 16 << 10;
+
+/// Read ahead where only small frames come.
+const AHEAD_BYTES: usize = 16 << 10;
+
+/// Read ahead where bytes for pages follow, which are better read into those: about what precedes them.
+const AHEAD_BYTES_BEFORE_PAGES: usize = 256;
 
 /// Why a connection's reading ended.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +105,10 @@ pub(super) struct Receiving<'a> {
 pub(super) struct Reader<'a> {
     stream: &'a TcpStream,
     tuning: &'a LinkTuning,
+    /// Bytes that came with others.
+    ahead: Box<[u8]>,
+    /// Which of them nobody has had yet.
+    unread: Range<usize>,
 }
 
 impl<'a> Reader<'a> {
@@ -105,11 +117,16 @@ impl<'a> Reader<'a> {
         stream
             .set_read_timeout(Some(tuning.tick()))
             .map_err(ReadEnd::Io)?;
-        Ok(Self { stream, tuning })
+        Ok(Self {
+            stream,
+            tuning,
+            ahead: Box::default(),
+            unread: 0..0,
+        })
     }
 
-    /// The peer's greeting; it has to be of the same kind of transport.
-    pub(super) fn greeting(&self, here: &'static str) -> Result<Greeting, ReadEnd> {
+    /// The peer's greeting; it has to be of the same kind of transport. What follows it stays unread.
+    pub(super) fn greeting(&mut self, here: &'static str) -> Result<Greeting, ReadEnd> {
         let patience = Patience::Greeting(Instant::now() + self.tuning.handshake_timeout);
         let header = self.header(patience)?;
         if header.kind != Kind::Hello {
@@ -125,7 +142,13 @@ impl<'a> Reader<'a> {
     }
 
     /// Carries frames until the end.
-    pub(super) fn run(&self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+    pub(super) fn run(&mut self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+        let ahead = if to.pulls {
+            AHEAD_BYTES
+        } else {
+            AHEAD_BYTES_BEFORE_PAGES
+        };
+        self.ahead = vec![0; ahead].into_boxed_slice();
         loop {
             let header = self.header(Patience::Idle)?;
             match header.kind {
@@ -153,7 +176,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn pull(&self, header: &Header) -> Result<Pull, ReadEnd> {
+    fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
         let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
@@ -167,7 +190,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn write(&self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+    fn write(&mut self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
         let (regions, sink) = (to.regions, to.sink);
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
@@ -186,11 +209,12 @@ impl<'a> Reader<'a> {
             Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
         let filled = self.scatter(&runs, &mut page);
+        let checksum = filled.as_ref().ok().copied();
         let released = regions.put_back(header.region, page);
         let region = RegionId(header.region);
         if let Some(page) = released {
             sink(TransportEvent::PageReleased { region, page });
-            return filled;
+            return filled.map(drop);
         }
         filled?;
         sink(TransportEvent::Landed {
@@ -199,17 +223,24 @@ impl<'a> Reader<'a> {
             runs,
             transfer: header.transfer,
             note,
+            checksum,
         });
         Ok(())
     }
 
-    /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer.
-    fn scatter(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+    /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer. Returns
+    /// the payload's checksum.
+    fn scatter(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
         let bytes = page.as_bytes_mut();
+        let mut summing = Summing::default();
         if runs.is_coarse(COARSE_BYTES) {
-            return runs
-                .stretches()
-                .try_for_each(|(_, target)| self.fill(&mut bytes[target], Patience::Frame));
+            for (_, target) in runs.stretches() {
+                for part in bytes[target].chunks_mut(WARM_BYTES) {
+                    self.fill(part, Patience::Frame)?;
+                    summing.update(part);
+                }
+            }
+            return Ok(summing.finish());
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -221,6 +252,7 @@ impl<'a> Reader<'a> {
                     ready = 0..buffer.len().min(unread);
                     unread -= ready.len();
                     self.fill(&mut buffer[ready.clone()], Patience::Frame)?;
+                    summing.update(&buffer[ready.clone()]);
                 }
                 let count = ready.len().min(target.len());
                 let (now, later) = target.split_at_mut(count);
@@ -229,10 +261,10 @@ impl<'a> Reader<'a> {
                 target = later;
             }
         }
-        Ok(())
+        Ok(summing.finish())
     }
 
-    fn header(&self, patience: Patience) -> Result<Header, ReadEnd> {
+    fn header(&mut self, patience: Patience) -> Result<Header, ReadEnd> {
         let mut bytes = [0; HEADER_BYTES];
         self.fill(&mut bytes[..1], patience)
             .map_err(|end| match end {
@@ -248,7 +280,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A payload for us: memory grows only as bytes come.
-    fn payload(&self, bytes: u64, patience: Patience) -> Result<Vec<u8>, ReadEnd> {
+    fn payload(&mut self, bytes: u64, patience: Patience) -> Result<Vec<u8>, ReadEnd> {
         let mut left = bytes;
         let mut payload = Vec::new();
         while left > 0 {
@@ -261,7 +293,7 @@ impl<'a> Reader<'a> {
         Ok(payload)
     }
 
-    fn discard(&self, bytes: u64) -> Result<(), ReadEnd> {
+    fn discard(&mut self, bytes: u64) -> Result<(), ReadEnd> {
         let mut scratch = vec![0; CHUNK_BYTES];
         let mut left = bytes;
         while left > 0 {
@@ -272,20 +304,40 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn fill(&self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
-        let mut last_byte = Instant::now();
-        while !buffer.is_empty() {
+    /// Fills a buffer from what was read ahead and then from the stream: small ones with what follows them.
+    fn fill(&mut self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
+        let mut last_byte = None;
+        loop {
+            let count = buffer.len().min(self.unread.len());
+            let (now, later) = buffer.split_at_mut(count);
+            now.copy_from_slice(&self.ahead[self.unread.start..][..count]);
+            self.unread.start += count;
+            buffer = later;
+            if buffer.is_empty() {
+                return Ok(());
+            }
+            let waited_since = *last_byte.get_or_insert_with(Instant::now);
+            let direct = buffer.len() >= self.ahead.len();
             let mut stream = self.stream;
-            match stream.read(buffer) {
+            let read = stream.read(if direct {
+                &mut *buffer
+            } else {
+                &mut self.ahead
+            });
+            match read {
                 Ok(0) => return Err(ReadEnd::Truncated),
                 Ok(count) => {
-                    buffer = &mut buffer[count..];
-                    last_byte = Instant::now();
+                    if direct {
+                        buffer = &mut buffer[count..];
+                    } else {
+                        self.unread = 0..count;
+                    }
+                    last_byte = None;
                 }
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                        self.check_silence(last_byte, patience)?;
+                        self.check_silence(waited_since, patience)?;
                     }
                     _ => return Err(ReadEnd::Io(error)),
                 },
@@ -296,7 +348,6 @@ impl<'a> Reader<'a> {
                 return Err(ReadEnd::NoGreeting(self.tuning.handshake_timeout));
             }
         }
-        Ok(())
     }
 
     fn check_silence(&self, last_byte: Instant, patience: Patience) -> Result<(), ReadEnd> {

@@ -21,6 +21,9 @@ use crate::transport::{TransferId, TransportSink, WriteOutcome};
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
 const SLICES_MAX: usize = 1024;
 
+/// Writes that are described to the peer in one go at most.
+const DESCRIBED_AT_ONCE_MAX: usize = 32;
+
 /// Why a connection's writing ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteEnd {
@@ -59,6 +62,8 @@ pub(super) struct Writer<'a> {
     lender: Option<&'a Lender>,
     /// Arenas that the peer knows.
     told: HashSet<u64>,
+    /// Frames that go out together.
+    frames: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
@@ -78,6 +83,7 @@ impl<'a> Writer<'a> {
             faults,
             lender,
             told: HashSet::new(),
+            frames: Vec::new(),
         })
     }
 
@@ -99,8 +105,10 @@ impl<'a> Writer<'a> {
     /// Carries the queue until the end; every write that it took gets its completion, sent or not.
     pub(super) fn run(&mut self, connection: &Arc<Connection>, sink: &TransportSink) {
         let done = |transfer, outcome| complete(connection, sink, transfer, outcome);
+        // A cancel reaches what is still queued, so what takes its time on the wire is taken one by one.
+        let writes_max = self.lender.map_or(1, |_| DESCRIBED_AT_ONCE_MAX);
         loop {
-            let sent = match connection.next(self.tuning.ping_interval()) {
+            let sent = match connection.next(self.tuning.ping_interval(), writes_max) {
                 Outgoing::Closed => break,
                 Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
                 Outgoing::Message(message) => {
@@ -120,7 +128,7 @@ impl<'a> Writer<'a> {
                         .collect();
                     self.send(frames.iter().map(|frame| &frame[..]))
                 }
-                Outgoing::Write(write) => self.write(write, connection, sink),
+                Outgoing::Writes(writes) => self.write_all(writes, connection, sink),
             };
             if let Err(end) = sent {
                 connection.close(&end.to_string());
@@ -129,31 +137,60 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn write(
+    /// Starts writes, in order; what cannot start goes back into the queue.
+    fn write_all(
+        &mut self,
+        writes: Vec<Write>,
+        connection: &Arc<Connection>,
+        sink: &TransportSink,
+    ) -> Result<(), WriteEnd> {
+        let mut writes = writes.into_iter();
+        let mut sent = Ok(());
+        while sent.is_ok() {
+            let Some(write) = writes.next() else {
+                break;
+            };
+            let way = self.lender.map(|lender| lender.way(&write, connection));
+            match way.unwrap_or(Way::Stream) {
+                Way::Later => {
+                    connection.put_back(std::iter::once(write).chain(writes).collect());
+                    return self.flush();
+                }
+                Way::Pull(lent) => sent = self.describe(write, lent, connection),
+                Way::Stream => sent = self.stream_one(write, connection, sink),
+            }
+        }
+        let sent = sent.and_then(|()| self.flush());
+        if writes.len() > 0 {
+            connection.put_back(writes.collect());
+        }
+        sent
+    }
+
+    fn stream_one(
         &mut self,
         write: Write,
         connection: &Arc<Connection>,
         sink: &TransportSink,
     ) -> Result<(), WriteEnd> {
-        let way = self.lender.map(|lender| lender.way(&write, connection));
-        match way.unwrap_or(Way::Stream) {
-            Way::Later => {
-                connection.put_back(write);
-                Ok(())
-            }
-            Way::Pull(lent) => self.describe(write, lent, connection),
-            Way::Stream => {
-                let sent = self.piece(&write, connection);
-                let transfer = write.transfer;
-                drop(write);
-                let outcome = match sent {
-                    Ok(()) => WriteOutcome::Sent,
-                    Err(_) => WriteOutcome::Lost,
-                };
-                complete(connection, sink, transfer, outcome);
-                sent
-            }
-        }
+        let sent = self.flush().and_then(|()| self.piece(&write, connection));
+        let transfer = write.transfer;
+        drop(write);
+        let outcome = match sent {
+            Ok(()) => WriteOutcome::Sent,
+            Err(_) => WriteOutcome::Lost,
+        };
+        complete(connection, sink, transfer, outcome);
+        sent
+    }
+
+    /// Sends the frames that were put together.
+    fn flush(&mut self) -> Result<(), WriteEnd> {
+        let frames = std::mem::take(&mut self.frames);
+        let sent = self.send([&frames[..]]);
+        self.frames = frames;
+        self.frames.clear();
+        sent
     }
 
     /// Completes the writes that a closed connection never started.
@@ -167,8 +204,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Describes a write that the peer will pull. It is booked first, as the peer may be quick; once it is, its end is
-    /// the acknowledgement or the connection's.
+    /// Describes a write that the peer will pull, with the next [`Writer::flush`]. It is booked first, as the peer may be
+    /// quick; once it is, its end is the acknowledgement or the connection's.
     fn describe(
         &mut self,
         write: Write,
@@ -183,7 +220,7 @@ impl<'a> Writer<'a> {
                 lent = match lender.spoilt(&write, at) {
                     Ok(spoilt) => spoilt,
                     Err(error) => {
-                        connection.put_back(write);
+                        connection.put_back(vec![write]);
                         return Err(WriteEnd::NoCopy(error));
                     }
                 };
@@ -191,6 +228,7 @@ impl<'a> Writer<'a> {
         }
         if let Some((_, Fault::Cut)) = fault {
             // What comes before a cut arrives, as it does from a stream.
+            self.flush()?;
             connection.wait_pulled(self.tuning.stall_timeout);
         }
         let head = head(Kind::Pull, &write, DESCRIPTOR_BYTES);
@@ -201,19 +239,24 @@ impl<'a> Writer<'a> {
         if self.told.insert(lent.arena.number) {
             let key = &lent.arena.key.0;
             let arena = Header::numbered(Kind::Arena, lent.arena.number, key.len() as u64);
-            self.send([&arena.encode()[..], key])?;
+            self.frames.extend_from_slice(&arena.encode());
+            self.frames.extend_from_slice(key);
         }
+        self.frames.extend_from_slice(&head);
         match fault {
             Some((_, Fault::Cut)) => {
-                self.send([&head[..]])?;
+                self.flush()?;
                 Err(WriteEnd::Cut)
             }
             Some((_, Fault::Stall)) => {
-                self.send([&head[..]])?;
+                self.flush()?;
                 connection.wait_closed();
                 Err(WriteEnd::StalledByPlan)
             }
-            Some((_, Fault::Flip)) | None => self.send([&head[..], &descriptor]),
+            Some((_, Fault::Flip)) | None => {
+                self.frames.extend_from_slice(&descriptor);
+                Ok(())
+            }
         }
     }
 
