@@ -48,8 +48,8 @@ use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, PrefillRows, RopePairing, RopeTable, RowWish, StepBatch, StepOutput, StepPass,
-    StepWish, TokenId, WeightDtype, WeightSource, e4m3,
+    PatternSource, PrefillRows, RopePairing, RopeTable, StepBatch, StepOutput, StepPass, StepWish,
+    TokenId, WeightDtype, WeightSource, e4m3,
 };
 use crate::page::{Page, PageShape};
 

@@ -108,7 +108,7 @@ pub(crate) fn linear_of_8_bit_weights_matches_the_reference<B: Backend>(backend:
     let exact = backend.capability().activations == ActivationDtype::F32;
     let allowed = if exact { TOLERANCE } else { TOLERANCE_8_BIT };
     backend.expect_weights(1 << 22).expect("little memory");
-    for (rows, cols) in [(2, 16), (33, 48), (96, 512), (301, 1536), (512, 4096)] {
+    for (rows, cols) in [(2, 16), (33, 48), (96, 512), (64, 4096)] {
         for each_row in [false, true] {
             let scales: Vec<f32> = (0..if each_row { rows } else { 1 })
                 .map(|row| 0.01 + 0.001 * (row % 7) as f32)
@@ -130,7 +130,7 @@ pub(crate) fn linear_of_8_bit_weights_matches_the_reference<B: Backend>(backend:
             let weight = backend.load_weight(source).expect("sizes fit");
             let bias_values = noise_of(backend, 3, rows);
             let bias = plain(backend, rows, &bias_values);
-            for tokens in [1, 2, 4, 5, 17, 130] {
+            for tokens in [1, 2, 4, 5, 17, 66] {
                 let x = noise_of(backend, tokens as u64, tokens * cols);
                 let what = format!("[{rows}, {cols}] with {tokens} tokens");
                 let found = run(backend, (&x, cols), &weight, None, rows);

@@ -114,19 +114,12 @@ pub(super) fn encode(
     pad(words, 0);
     layout.decodes = words.len();
     let spans = batch.sequences.iter().enumerate();
-    let decodes = spans.clone().filter(|(_, span)| span.rows.len() == 1);
+    let decodes = spans.filter(|(_, span)| span.rows.len() == 1);
     words.extend(decodes.map(|(index, _)| word(index)));
     pad(words, NONE);
     layout.tiles = words.len();
     layout.decode_count = layout.tiles - layout.decodes;
-    let mut tiles: Vec<(usize, u32, u32)> = spans
-        .filter(|(_, span)| span.rows.len() > 1)
-        .flat_map(|(index, span)| {
-            let firsts = (0..span.rows.len()).step_by(TILE_ROWS);
-            firsts.map(move |first| (span.past_len + first, word(index), word(first)))
-        })
-        .collect();
-    tiles.sort_by_key(|&(seen, ..)| std::cmp::Reverse(seen));
+    let tiles = tiles(batch);
     layout.tile_count = tiles.len();
     words.extend(tiles.iter().flat_map(|&(_, index, first)| [index, first]));
     layout.blocks = words.len();
@@ -135,6 +128,20 @@ pub(super) fn encode(
         words.extend_from_slice(&span.blocks[..used]);
     }
     layout
+}
+
+/// Of the sequences with several rows: what is seen before a tile, its sequence, its first row. The heaviest first.
+fn tiles(batch: &StepBatch) -> Vec<(usize, u32, u32)> {
+    let spans = batch.sequences.iter().enumerate();
+    let mut tiles: Vec<(usize, u32, u32)> = spans
+        .filter(|(_, span)| span.rows.len() > 1)
+        .flat_map(|(index, span)| {
+            let firsts = (0..span.rows.len()).step_by(TILE_ROWS);
+            firsts.map(move |first| (span.past_len + first, word(index), word(first)))
+        })
+        .collect();
+    tiles.sort_by_key(|&(seen, ..)| std::cmp::Reverse(seen));
+    tiles
 }
 
 /// `Draw` in `choose.cu`.
