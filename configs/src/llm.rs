@@ -44,9 +44,41 @@ impl Choices for ComputeDtype {
         ("float16", Choice::Is(Self::Float16)),
         ("bfloat16", Choice::Is(Self::Bfloat16)),
         ("half", Choice::Is(Self::Float16)),
-        ("fp8", Choice::NotServed("arithmetic or KV in 8 bits")),
-        ("nvfp4", Choice::NotServed("arithmetic or KV in 4 bits")),
-        ("int8", Choice::NotServed("arithmetic or KV in 8 bits")),
+        (
+            "fp8",
+            Choice::NotServed("arithmetic in 8 bits beyond what the checkpoint has so"),
+        ),
+        ("nvfp4", Choice::NotServed("arithmetic in 4 bits")),
+        ("int8", Choice::NotServed("arithmetic in whole numbers")),
+    ];
+}
+
+/// Type of the cached keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheDtype {
+    /// That of the computation, in 16 bits where that is not said.
+    #[default]
+    Auto,
+    /// 32-bit float.
+    Float32,
+    /// IEEE half precision.
+    Float16,
+    /// bfloat16.
+    Bfloat16,
+    /// Floats of 8 bits (e4m3).
+    Fp8,
+}
+
+impl Choices for KvCacheDtype {
+    const TABLE: &'static [(&'static str, Choice<Self>)] = &[
+        ("auto", Choice::Is(Self::Auto)),
+        ("float32", Choice::Is(Self::Float32)),
+        ("float16", Choice::Is(Self::Float16)),
+        ("bfloat16", Choice::Is(Self::Bfloat16)),
+        ("half", Choice::Is(Self::Float16)),
+        ("fp8", Choice::Is(Self::Fp8)),
+        ("nvfp4", Choice::NotServed("KV in 4 bits")),
+        ("int8", Choice::NotServed("KV in whole numbers of 8 bits")),
     ];
 }
 
@@ -98,7 +130,7 @@ pub struct KvCacheConfig {
     /// Share of free memory the pool may take when `max_tokens` is not given, 0 to 1.
     pub free_memory_fraction: f64,
     /// Type of the cached values; `Auto` follows [`LlmOptions::dtype`].
-    pub dtype: ComputeDtype,
+    pub dtype: KvCacheDtype,
     /// Tokens per block; a power of two.
     pub tokens_per_block: u32,
     /// Ring size of KV cache events; 0 keeps none.
@@ -111,7 +143,7 @@ impl Default for KvCacheConfig {
             enable_block_reuse: true,
             max_tokens: None,
             free_memory_fraction: 0.9,
-            dtype: ComputeDtype::Auto,
+            dtype: KvCacheDtype::Auto,
             tokens_per_block: 32,
             event_buffer_max_size: 0,
         }
@@ -137,6 +169,8 @@ pub struct LlmOptions {
     pub max_seq_len: Option<u32>,
     /// Split long prompts over steps.
     pub enable_chunked_prefill: bool,
+    /// Read a step's results before the next step begins, on a device where that would not be needed.
+    pub disable_overlap_scheduler: bool,
     /// Tensor-parallel ranks.
     pub tensor_parallel_size: u32,
     /// Pipeline-parallel ranks.
@@ -172,6 +206,7 @@ impl Default for LlmOptions {
             max_num_tokens: 8192,
             max_seq_len: None,
             enable_chunked_prefill: false,
+            disable_overlap_scheduler: false,
             tensor_parallel_size: 1,
             pipeline_parallel_size: 1,
             kv_cache: KvCacheConfig::default(),
@@ -241,6 +276,8 @@ fn resolve_raw(raw: RawLlm, findings: &mut Findings) -> LlmOptions {
         max_seq_len: given(raw.max_seq_len),
         enable_chunked_prefill: given(raw.enable_chunked_prefill)
             .unwrap_or(defaults.enable_chunked_prefill),
+        disable_overlap_scheduler: given(raw.disable_overlap_scheduler)
+            .unwrap_or(defaults.disable_overlap_scheduler),
         tensor_parallel_size: given(raw.tensor_parallel_size)
             .unwrap_or(defaults.tensor_parallel_size),
         pipeline_parallel_size: given(raw.pipeline_parallel_size)

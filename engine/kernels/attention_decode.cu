@@ -6,7 +6,7 @@
 // bytes a lane: the products' inner dimension may be summed in any order, so each lane's 16 bytes are used as they come,
 // and values are paired by byte permutations. Each KV byte is read once for all heads of the group. Parts are put together
 // by attention_combine. KV past the end of a sequence is read as zero, whatever the page holds.
-// Bound: 4 K D bytes of KV a seen position (2-byte KV).
+// KV in 8 bits takes 8 bytes a lane, which become f16 in registers. Bound: 4 K D bytes of KV a seen position (2-byte KV).
 
 #define WARPS 4
 #define HEADS 16
@@ -17,9 +17,6 @@ struct Parts {
     const int *sequences;
 };
 
-__device__ __forceinline__ uint4 load_kv(const kv_t *from, bool valid) {
-    return valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
-}
 __device__ __forceinline__ u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // Tokens of a split: whole rounds of all warps. The last splits may have none, and write nothing.
@@ -29,6 +26,7 @@ __device__ __forceinline__ int split_tokens(int tokens, int splits) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(Attention a, Parts parts) {
+    a.scale *= KV_UNDO;
     __shared__ float shared_sums[WARPS][HEADS][D];
     __shared__ float shared_stats[WARPS][HEADS][2];
     int sequence = parts.sequences[blockIdx.z], splits = gridDim.y, split = blockIdx.y;
@@ -170,10 +168,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
             value += keep * shared_sums[w][head][d];
         }
         if (splits == 1) {
-            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_bf16(value / sum);
+            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_bf16(value * KV_UNDO / sum);
         } else {
             i64 part = ((i64)blockIdx.z * all_heads + head_base + head) * splits + split;
-            parts.sums[part * D + d] = value;
+            parts.sums[part * D + d] = value * KV_UNDO;
             if (d == 0) parts.stats[2 * part] = most, parts.stats[2 * part + 1] = sum;
         }
     }
@@ -181,6 +179,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
 
 // Puts the splits of a (sequence, head) together: a block each, threads over D.
 extern "C" __global__ void attention_combine_bf16(Attention a, Parts parts, int splits) {
+    a.scale *= KV_UNDO;
     int sequence = parts.sequences[blockIdx.y], head = blockIdx.x;
     if (sequence < 0) return;
     i64 part = ((i64)blockIdx.y * gridDim.x + head) * splits;

@@ -42,9 +42,24 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 addres
 // Rows that all threads copy at once, where a row's chunks divide them.
 #define PASS_ROWS (THREADS / CHUNKS)
 
+#if KV == 3
+__device__ __forceinline__ void store_shared(u32 to, const uint4 &v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+#endif
+
 // Begins to copy TOKENS rows of one side from `token` on, which is a multiple of TOKENS.
 __device__ __forceinline__ void fetch(u32 to, const kv_t *pages, i64 page_len, const int *blocks, int token, int end) {
-#if THREADS % (D / 8) == 0 && TOKENS % P == 0 && P % PASS_ROWS == 0
+#if KV == 3
+    // What has to be widened goes through registers: nothing of it is left to arrive later.
+#pragma unroll 8
+    for (int i = threadIdx.x; i < TOKENS * CHUNKS; i += THREADS) {
+        int row = i / CHUNKS, chunk = i % CHUNKS, at = token + row;
+        bool valid = at < end;
+        int block = valid ? blocks[at / P] : 0;
+        store_shared(to + (row * STRIDE + chunk * 8) * 2, load_kv(pages + block * page_len + at % P * D + chunk * 8, valid));
+    }
+#elif THREADS % (D / 8) == 0 && TOKENS % P == 0 && P % PASS_ROWS == 0
     // Pages and passes fit each other: which page a pass reads is known beforehand.
     int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     to += (first * STRIDE + chunk * 8) * 2;
@@ -70,6 +85,7 @@ __device__ __forceinline__ void fetch(u32 to, const kv_t *pages, i64 page_len, c
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16(Attention a, const int *tiles) {
+    a.scale *= KV_UNDO;
     extern __shared__ __align__(16) u16 shared[];
     u16 *shared_q = shared, *shared_k = shared_q + ROWS * STRIDE, *shared_v = shared_k + TOKENS * STRIDE;
     int sequence = tiles[2 * blockIdx.x], first = tiles[2 * blockIdx.x + 1], head = blockIdx.y;
@@ -199,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16
             float sum = total[m][half];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            float scale = 1.0f / sum;
+            float scale = KV_UNDO / sum;
             int row = warp * 16 * M + m * 16 + half * 8 + lane / 4;
             if (row >= rows) continue;
             u16 *out = a.out + (row_base + row) * a.ld_out + head * D + lane % 4 * 2;

@@ -50,7 +50,35 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     return pair;
 }
 
-// === the element type of the kv pages: KV is 0 for f32, 1 for f16, 2 for bf16 ===
+// === e4m3: 8 bits, the greatest value is 448 ===
+
+// Two, rounded to nearest even; what is greater than the greatest becomes that.
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+#else
+__device__ __forceinline__ u32 float_to_e4m3(float value) {
+    u32 sign = __float_as_uint(value) >> 24 & 0x80;
+    if (value != value) return sign | 0x7f;
+    float size = fminf(fabsf(value), 448.0f);
+    if (size < 0.015625f) return sign | (u32)__float2int_rn(size * 512.0f);
+    u32 bits = __float_as_uint(size);
+    return sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+}
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) { return (u16)(float_to_e4m3(low) | float_to_e4m3(high) << 8); }
+#endif
+
+// Four as two pairs of f16, each 2^-8 of its value: the bits of exponent and fraction in their places. NaN becomes 480.
+__device__ __forceinline__ void e4m3_to_f16(u32 four, u32 &first, u32 &second) {
+    u32 a = __byte_perm(four, 0, 0x1404), b = __byte_perm(four, 0, 0x3424);
+    first = (a & 0x80008000u) | (a & 0x7f007f00u) >> 1;
+    second = (b & 0x80008000u) | (b & 0x7f007f00u) >> 1;
+}
+
+// === the element type of the kv pages: KV is 0 for f32, 1 for f16, 2 for bf16, 3 for e4m3 ===
 
 #ifdef KV
 #if KV == 0
@@ -65,6 +93,17 @@ __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(
 // A pair of bf16 activations as a pair of kv elements.
 __device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
 #define MMA_TYPE "f16"
+#elif KV == 3
+// The tensor cores get them as f16, 2^-8 of their value: KV_UNDO is what their products are multiplied with.
+typedef u8 kv_t;
+#define KV_UNDO 256.0f
+__device__ __forceinline__ float kv_to_float(kv_t value) {
+    return f16_to_float((u16)((value & 0x80) << 8 | (value & 0x7f) << 7)) * KV_UNDO;
+}
+__device__ __forceinline__ kv_t float_to_kv(float value) { return (kv_t)pack_e4m3(value, 0.0f); }
+__device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(low, high); }
+__device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
+#define MMA_TYPE "f16"
 #else
 typedef u16 kv_t;
 __device__ __forceinline__ float kv_to_float(kv_t value) { return bf16_to_float(value); }
@@ -72,6 +111,24 @@ __device__ __forceinline__ kv_t float_to_kv(float value) { return float_to_bf16(
 __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_bf16(low, high); }
 __device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pair; }
 #define MMA_TYPE "bf16"
+#endif
+#ifndef KV_UNDO
+#define KV_UNDO 1.0f
+#endif
+
+#if KV != 0
+// Eight elements as the tensor cores take them: 16 bytes, or 8 that are widened.
+__device__ __forceinline__ uint4 load_kv(const kv_t *from, bool valid) {
+#if KV == 3
+    uint2 narrow = valid ? *(const uint2 *)from : make_uint2(0, 0);
+    uint4 wide;
+    e4m3_to_f16(narrow.x, wide.x, wide.y);
+    e4m3_to_f16(narrow.y, wide.z, wide.w);
+    return wide;
+#else
+    return valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+#endif
+}
 #endif
 #endif
 

@@ -12,6 +12,7 @@
 pub(crate) mod conformance;
 pub mod cpu;
 pub mod cuda;
+pub(crate) mod e4m3;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -52,7 +53,8 @@ pub struct StepBatch {
     pub logit_rows: Vec<usize>,
 }
 
-/// Element type of a stored weight: plain floats, or one of GGML's block formats as the GGUF file holds them.
+/// Element type of a stored weight: plain floats, floats of 8 bits with scales beside them, or one of GGML's block formats as
+/// the GGUF file holds them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the names are GGML's own")]
 #[expect(non_camel_case_types, reason = "the names are GGML's own")]
@@ -60,6 +62,7 @@ pub enum WeightDtype {
     F32,
     F16,
     Bf16,
+    F8E4m3,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -79,6 +82,7 @@ impl WeightDtype {
         match self {
             Self::F32 => (1, 4),
             Self::F16 | Self::Bf16 => (1, 2),
+            Self::F8E4m3 => (1, 1),
             Self::Q4_0 => (32, 18),
             Self::Q4_1 => (32, 20),
             Self::Q5_0 => (32, 22),
@@ -92,12 +96,14 @@ impl WeightDtype {
         }
     }
 
-    /// The same type by the name of the library whose decoders are the reference.
+    /// The same type by the name of the library whose decoders are the reference. It has none for 8-bit floats, which have no
+    /// blocks to be decoded.
     pub(crate) const fn ggml(self) -> GgmlDType {
         match self {
             Self::F32 => GgmlDType::F32,
             Self::F16 => GgmlDType::F16,
             Self::Bf16 => GgmlDType::BF16,
+            Self::F8E4m3 => unreachable!(),
             Self::Q4_0 => GgmlDType::Q4_0,
             Self::Q4_1 => GgmlDType::Q4_1,
             Self::Q5_0 => GgmlDType::Q5_0,
@@ -156,6 +162,8 @@ pub struct WeightSource {
     pub dtype: WeightDtype,
     /// `rows × cols` elements.
     pub bytes: WeightBytes,
+    /// What 8-bit elements are multiplied with: one for all, or one a row. `None` for other types.
+    pub scales: Option<Arc<[f32]>>,
 }
 
 /// Rotary embedding tables, computed once a model.
@@ -200,6 +208,8 @@ pub struct BackendCapability {
     pub host_pages: bool,
     /// Whether a row's bits do not depend on the rows that are computed with it.
     pub batch_invariant: bool,
+    /// Whether a step that was begun goes on by itself, so that something is gained by beginning the next one meanwhile.
+    pub runs_by_itself: bool,
     /// Type of the activations, and of weights where they are converted.
     pub activations: ActivationDtype,
     /// Prompt rows that a step should have.
@@ -232,6 +242,18 @@ pub struct StepWish<'a> {
     pub repeatable: bool,
     /// What is wanted of each of the `logit_rows`; empty when it is the logits of all.
     pub rows: &'a [RowWish],
+    /// Rows whose token is not known yet, because the step that was begun before chooses it.
+    pub carried: &'a [Carried],
+}
+
+/// A row that computes a token which the step begun before chooses. Where that chose none, because its logits are not finite,
+/// it is any token of the vocabulary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    /// Row of this batch.
+    pub row: usize,
+    /// Which of the `logit_rows` of the step before, counted from 0.
+    pub from: usize,
 }
 
 /// What is wanted of a row. A device that cannot choose gives logits in any case.
@@ -265,7 +287,8 @@ pub struct Draw {
 /// What a step gave.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutput {
-    /// Values of the rows that have no token in [`StepOutput::chosen`], in order.
+    /// Values of the rows that have no token in [`StepOutput::chosen`], in order. Of a row for which a token was wished and that
+    /// was not finite they may be any that are not finite.
     pub values: Vec<f32>,
     /// For each of the `logit_rows` its token, where the device chose one; empty for none.
     pub chosen: Vec<Option<TokenId>>,
@@ -297,6 +320,8 @@ pub struct PatternSource {
     pub first: usize,
     /// From a row to the next.
     pub stride: usize,
+    /// That of 8-bit elements, whose values it is meant for; 1 for other types.
+    pub scale: f32,
 }
 
 /// Why a backend refused.
@@ -368,7 +393,7 @@ pub trait Backend: Debug + Send + 'static {
         None
     }
 
-    /// Says how many elements the matrices have that will be loaded, before the first of them.
+    /// Says how many elements the matrices have that will be loaded, before the first of them. Two of 8 bits count as one.
     ///
     /// # Errors
     /// When memory is short.
@@ -429,6 +454,51 @@ pub trait Backend: Debug + Send + 'static {
         Ok(StepOutput {
             values: out.map_or_else(Vec::new, |out| self.to_host(&out)),
             chosen: Vec::new(),
+        })
+    }
+
+    /// Makes ready what steps of up to so many sequences with a row each need, so that no step has to; called once there are pages.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    fn warm_up(
+        &mut self,
+        sequences_max: usize,
+        pass: StepPass<'_, Self, Self::Tensor>,
+    ) -> Result<(), BackendError>
+    where
+        Self: Sized,
+    {
+        let _ = (sequences_max, pass);
+        Ok(())
+    }
+
+    /// Begins a step as [`Backend::step`] makes it. `None` when it goes on by itself: then [`Backend::finish_step`] gives what it
+    /// gave. Two steps may be under way; those whose wishes are all for tokens may be overtaken by the beginning of the next.
+    /// A backend that is done at once is never given [`StepWish::carried`]: its tokens are known.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    fn begin_step(
+        &mut self,
+        batch: &StepBatch,
+        wish: StepWish<'_>,
+        pass: StepPass<'_, Self, Self::Tensor>,
+    ) -> Result<Option<StepOutput>, BackendError>
+    where
+        Self: Sized,
+    {
+        self.step(batch, wish, pass).map(Some)
+    }
+
+    /// Waits for the oldest step that is under way.
+    ///
+    /// # Errors
+    /// What failed on the device, or that there is none.
+    fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
+        Err(BackendError::Device {
+            what: "reading a step".to_owned(),
+            reason: "none is under way".to_owned(),
         })
     }
 

@@ -3,7 +3,8 @@
 //! A block is *used* (referred to by sequences or leases), *cached* (full, findable by its prefix, nobody refers to
 //! it), *quarantined* (given up while a transport may still write its page) or *free*. This module moves no
 //! bytes; whether a page still has a reader is asked of the caller. Invariant: a block is handed out for
-//! writing only when it was free or cached, its page is here, and the page has no other reader.
+//! writing only when it was free or cached, its page is here, and the page has no other reader. What is given up while a
+//! step is under way, which may write it, stays used until that step has ended.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -68,6 +69,10 @@ pub(crate) struct BlockPool {
     counts: BlockCounts,
     totals: BlockTotals,
     skipped_shared: bool,
+    /// Steps begun and ended so far.
+    steps: (u64, u64),
+    /// References given up during steps, with the number of the last one begun by then.
+    given_up: VecDeque<(u64, BlockId)>,
 }
 
 impl BlockPool {
@@ -93,6 +98,8 @@ impl BlockPool {
             },
             totals: BlockTotals::default(),
             skipped_shared: false,
+            steps: (0, 0),
+            given_up: VecDeque::new(),
         }
     }
 
@@ -222,15 +229,46 @@ impl BlockPool {
         block
     }
 
+    /// A step that uses blocks has begun.
+    pub(crate) fn begin_step(&mut self) {
+        self.steps.0 += 1;
+    }
+
+    /// The oldest step that was under way has ended: what was given up before a later one began is really free.
+    pub(crate) fn end_step(&mut self) {
+        self.steps.1 += 1;
+        assert!(self.steps.1 <= self.steps.0, "a step ends once");
+        while let Some((_, block)) = self
+            .given_up
+            .pop_front_if(|&mut (step, _)| step <= self.steps.1)
+        {
+            self.drop_reference(block);
+        }
+    }
+
+    /// Whether steps are under way.
+    pub(crate) fn has_step_under_way(&self) -> bool {
+        self.steps.0 > self.steps.1
+    }
+
     /// Gives up one reference to each block. The last block goes first, so that a prefix outlives what follows it.
     pub(crate) fn release(&mut self, blocks: &[BlockId]) {
+        let waits = self.has_step_under_way();
         for &block in blocks.iter().rev() {
-            let slot = &mut self.slots[block as usize];
-            assert!(slot.refs > slot.pins, "block {block} is released twice");
-            slot.refs -= 1;
-            if slot.refs == 0 {
-                self.retire(block);
+            if waits {
+                self.given_up.push_back((self.steps.0, block));
+            } else {
+                self.drop_reference(block);
             }
+        }
+    }
+
+    fn drop_reference(&mut self, block: BlockId) {
+        let slot = &mut self.slots[block as usize];
+        assert!(slot.refs > slot.pins, "block {block} is released twice");
+        slot.refs -= 1;
+        if slot.refs == 0 {
+            self.retire(block);
         }
     }
 

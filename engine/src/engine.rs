@@ -8,6 +8,7 @@
 mod clients;
 mod core;
 mod door;
+mod flight;
 mod handle;
 mod handoffs;
 mod inbox;
@@ -51,6 +52,9 @@ pub struct EngineConfig {
     pub block_count: usize,
     /// Element type of the pool.
     pub kv_dtype: KvDtype,
+    /// Begin a step before the results of the one before are read, where they are not needed for it. Gains something only with
+    /// a model that runs by itself.
+    pub overlap: bool,
     /// Reuse KV of equal prefixes.
     pub enable_block_reuse: bool,
     /// The model's end-of-sequence tokens.
@@ -73,6 +77,7 @@ impl Default for EngineConfig {
             tokens_per_block: 32,
             block_count: 256,
             kv_dtype: KvDtype::F16,
+            overlap: false,
             enable_block_reuse: true,
             eos_token_ids: Vec::new(),
             event_buffer_max_size: 0,
@@ -173,6 +178,8 @@ impl Engine {
         model
             .allocate_pages(shape, config.block_count)
             .map_err(EngineError::Pool)?;
+        let warm = model.warm_up(config.max_batch_size);
+        warm.map_err(EngineError::Device)?;
         let limits = EngineLimits::new(&config, model.shape().vocab, handoff.is_some());
         if limits.max_seq_len < config.max_seq_len {
             tracing::warn!(

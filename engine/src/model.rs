@@ -12,6 +12,7 @@ pub mod load;
 mod micro;
 mod mmap;
 pub(crate) mod peers;
+mod quantization;
 mod safetensors;
 pub(crate) mod shard;
 mod source;
@@ -25,7 +26,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::backend::{BackendError, BlockId, PrefillRows, RowWish, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, Carried, PrefillRows, RowWish, StepBatch, TokenId};
 use crate::handoff::RankOrder;
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
@@ -120,6 +121,15 @@ pub trait Model: Debug + Send {
     /// When memory is short.
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError>;
 
+    /// Makes ready what steps of up to so many sequences need; see [`crate::backend::Backend::warm_up`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    fn warm_up(&mut self, sequences_max: usize) -> Result<(), BackendError> {
+        let _ = sequences_max;
+        Ok(())
+    }
+
     /// Runs one step: writes the rows' KV and returns the wanted logits.
     ///
     /// # Errors
@@ -138,6 +148,37 @@ pub trait Model: Debug + Send {
     ) -> Result<Logits, BackendError> {
         let _ = wishes;
         self.forward(batch)
+    }
+
+    /// Whether a step that was begun goes on by itself; see [`crate::backend::BackendCapability::runs_by_itself`].
+    fn runs_by_itself(&self) -> bool {
+        false
+    }
+
+    /// Begins a step as [`Model::forward_choosing`] makes it. `None` when it goes on by itself: then [`Model::finish`] gives what
+    /// it gave. See [`crate::backend::Backend::begin_step`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    fn begin(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+        carried: &[Carried],
+    ) -> Result<Option<Logits>, BackendError> {
+        assert!(carried.is_empty(), "what is done at once has its tokens");
+        self.forward_choosing(batch, wishes).map(Some)
+    }
+
+    /// Waits for the oldest step that is under way.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], or that there is none.
+    fn finish(&mut self) -> Result<Logits, BackendError> {
+        Err(BackendError::Device {
+            what: "reading a step".to_owned(),
+            reason: "none is under way".to_owned(),
+        })
     }
 
     /// Another reader of this rank's page of each block, for a hand-off; see [`crate::backend::Backend::share_page`].

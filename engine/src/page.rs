@@ -24,6 +24,8 @@ pub enum KvDtype {
     F16,
     /// bfloat16.
     Bf16,
+    /// Floats of 8 bits: e4m3, as they are, without a scale.
+    Fp8,
 }
 
 impl KvDtype {
@@ -33,6 +35,7 @@ impl KvDtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Fp8 => 1,
         }
     }
 
@@ -43,6 +46,7 @@ impl KvDtype {
             Self::F32 => "float32",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
+            Self::Fp8 => "fp8",
         }
     }
 }

@@ -91,10 +91,27 @@ impl Sampler {
             best: best_logit,
             temperature: input.params.temperature,
         };
-        filter::keep(&weights, input.params, &mut self.order, &mut self.kept);
-        let uniform = uniform(input.params.seed, input.answer.len());
-        Ok(draw(&self.kept, uniform))
+        let how = draw_of(input.params, input.answer.len());
+        filter::keep(&weights, &how, &mut self.order, &mut self.kept);
+        Ok(draw(&self.kept, how.uniform))
     }
+}
+
+/// The token that a row's wish is for: what a device that chooses must match.
+pub(crate) fn choose(logits: &[f32], wish: &RowWish) -> Result<TokenId, SampleError> {
+    check_finite(logits)?;
+    let best = argmax(logits);
+    let RowWish::Draw(how) = wish else {
+        return Ok(best);
+    };
+    let weights = filter::Weights {
+        logits,
+        best: logits[best as usize],
+        temperature: how.temperature,
+    };
+    let (mut order, mut kept) = (Vec::new(), Vec::new());
+    filter::keep(&weights, how, &mut order, &mut kept);
+    Ok(draw(&kept, how.uniform))
 }
 
 /// How likely a prompt's token was after those before it.
@@ -144,13 +161,17 @@ pub(crate) fn wish(params: &SamplingParams, answer_len: usize) -> RowWish {
     } else if params.temperature <= 0.0 {
         RowWish::Best
     } else {
-        RowWish::Draw(Draw {
-            temperature: params.temperature,
-            top_k: params.top_k,
-            top_p: params.top_p,
-            min_p: params.min_p,
-            uniform: uniform(params.seed, answer_len),
-        })
+        RowWish::Draw(draw_of(params, answer_len))
+    }
+}
+
+fn draw_of(params: &SamplingParams, answer_len: usize) -> Draw {
+    Draw {
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        uniform: uniform(params.seed, answer_len),
     }
 }
 

@@ -54,6 +54,8 @@ pub(crate) struct Plan {
     pub(crate) cached_tokens: usize,
     /// Sequences that lost their blocks.
     pub(crate) preempted: usize,
+    /// Whether somebody was left out for want of a block that a step under way may still use: nobody is pre-empted meanwhile.
+    pub(crate) is_short: bool,
 }
 
 impl Plan {
@@ -200,17 +202,34 @@ impl Scheduler {
         plan
     }
 
-    /// Notes that a span was computed, and makes the blocks it filled findable.
-    pub(crate) fn computed(&mut self, span: PlannedSpan) {
+    /// Notes that a span is being computed. `row` is that of the step's logits by which the next token is chosen.
+    pub(crate) fn begun(&mut self, span: PlannedSpan, row: Option<usize>) {
         let sequence = &mut self.running[span.index];
         sequence.computed += span.rows;
-        cache_full_blocks(&mut self.pool, sequence);
+        if let Some(row) = row {
+            sequence.ahead += 1;
+            sequence.ahead_row = row;
+        }
+    }
+
+    /// Notes that a sequence is computed up to a position, and makes the blocks that are full by then findable.
+    pub(crate) fn computed(&mut self, index: usize, up_to: usize) {
+        cache_full_blocks(&mut self.pool, &mut self.running[index], up_to);
+    }
+
+    /// Where in the batch a request is, if it is.
+    pub(crate) fn index_of(&self, id: RequestId) -> Option<usize> {
+        let by_age = self
+            .running
+            .binary_search_by_key(&id, |sequence| sequence.id);
+        by_age.ok()
     }
 
     /// Makes the full blocks of fetched KV findable.
     pub(crate) fn cache_fetched(&mut self, id: RequestId) {
         if let Some(sequence) = self.fetching.get_mut(&id) {
-            cache_full_blocks(&mut self.pool, sequence);
+            let up_to = sequence.computed;
+            cache_full_blocks(&mut self.pool, sequence, up_to);
         }
     }
 
@@ -218,7 +237,8 @@ impl Scheduler {
     fn plan_running(&mut self, plan: &mut Plan, decode: bool, writable: Writable<'_>) {
         let mut index = 0;
         while index < self.running.len() {
-            if self.running[index].is_decoding() == decode {
+            let sequence = &self.running[index];
+            if sequence.is_decoding() == decode && !sequence.awaits_results() {
                 let rows = if decode {
                     1
                 } else {
@@ -285,6 +305,10 @@ impl Scheduler {
                 sequence.blocks.extend(blocks);
                 return Growth::Done;
             }
+            if self.pool.has_step_under_way() {
+                plan.is_short = true;
+                return Growth::Stalled;
+            }
             if self.running.len() == 1 && self.ready.is_empty() {
                 // Only leases, fetches and quarantine hold the rest; they end by themselves.
                 return Growth::Stalled;
@@ -325,9 +349,9 @@ enum Growth {
     Stalled,
 }
 
-fn cache_full_blocks(pool: &mut BlockPool, sequence: &mut Sequence) {
+fn cache_full_blocks(pool: &mut BlockPool, sequence: &mut Sequence, up_to: usize) {
     let size = pool.tokens_per_block();
-    let full = sequence.computed / size;
+    let full = up_to / size;
     while sequence.cached_blocks < full {
         let index = sequence.cached_blocks;
         let parent = match index {

@@ -4,15 +4,17 @@
 //! left the next token is chosen. So a long prompt, a pre-empted answer and a handed-off prompt are the same thing.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{BlockId, TokenId};
+use crate::backend::{BlockId, RowWish, TokenId};
 use crate::handoff::{HandoffStats, HandoffTicket};
 use crate::request::{
     FinishReason, GenerateRequest, RequestCosts, RequestId, RequestKind, SamplingParams,
     TokenLogprobs,
 };
+use crate::sampler::wish;
 
 /// Most prompt rows per step whose logits are asked for: they are `V` wide and live on the host.
 const PROMPT_LOGPROB_ROWS: usize = 64;
@@ -42,6 +44,21 @@ pub(crate) struct PromptLogprobs {
     pub(crate) published: bool,
 }
 
+/// Positions whose logits are wanted, ascending.
+#[derive(Debug, Clone)]
+pub(crate) struct LogitPositions {
+    /// For the prompt's log-probabilities.
+    pub(crate) prompt: Range<usize>,
+    /// For the next token.
+    pub(crate) last: Option<usize>,
+}
+
+impl LogitPositions {
+    pub(crate) fn count(&self) -> usize {
+        self.prompt.len() + usize::from(self.last.is_some())
+    }
+}
+
 /// When things happened.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Times {
@@ -64,8 +81,12 @@ pub(crate) struct Sequence {
     pub(crate) role: Role,
     /// Blocks held, in order.
     pub(crate) blocks: Vec<BlockId>,
-    /// Tokens whose KV is in `blocks`.
+    /// Tokens whose KV is in `blocks`, or will be once the steps that are under way are done.
     pub(crate) computed: usize,
+    /// Tokens that steps under way choose; not in `tokens` yet.
+    pub(crate) ahead: usize,
+    /// Which of its step's rows of logits the last of them comes from.
+    pub(crate) ahead_row: usize,
     /// Leading blocks that the prefix cache knows.
     pub(crate) cached_blocks: usize,
     /// Tokens that another server chose and that are not in `tokens` yet.
@@ -110,6 +131,8 @@ impl Sequence {
             role,
             blocks: Vec::new(),
             computed: 0,
+            ahead: 0,
+            ahead_row: 0,
             cached_blocks: 0,
             forced,
             prompt_logprobs: request.sampling.prompt_logprobs.map(|top| PromptLogprobs {
@@ -142,14 +165,27 @@ impl Sequence {
         &self.tokens[self.prompt_len..]
     }
 
+    /// Tokens of prompt and answer, those included that are not known yet.
+    pub(crate) fn len_ahead(&self) -> usize {
+        self.tokens.len() + self.ahead
+    }
+
     /// Tokens to compute before the next one can be chosen.
     pub(crate) fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.len_ahead() - self.computed
     }
 
     /// Whether the next step computes one token of a begun answer.
     pub(crate) fn is_decoding(&self) -> bool {
-        self.remaining() == 1 && self.tokens.len() > self.prompt_len
+        self.remaining() == 1 && self.len_ahead() > self.prompt_len
+    }
+
+    /// Whether there is nothing to compute until the steps that are under way are done: they compute all there is, or end the
+    /// answer, whatever token they choose.
+    pub(crate) fn awaits_results(&self) -> bool {
+        let ends =
+            || self.len_ahead() >= self.token_limit || matches!(self.role, Role::Context { .. });
+        self.remaining() == 0 || (self.ahead > 0 && ends())
     }
 
     pub(crate) fn needs_fetch(&self) -> bool {
@@ -186,14 +222,19 @@ impl Sequence {
     }
 
     /// Positions among the next `rows` whose logits are wanted.
-    pub(crate) fn logit_positions(&self, rows: usize) -> impl Iterator<Item = usize> + use<> {
+    pub(crate) fn logit_positions(&self, rows: usize) -> LogitPositions {
         let end = self.computed + rows;
         let prompt = match &self.prompt_logprobs {
             Some(wanted) => wanted.count.max(self.computed)..(self.prompt_len - 1).min(end),
             None => 0..0,
         };
-        let last = (end == self.tokens.len() && self.forced.is_empty()).then(|| end - 1);
-        prompt.chain(last)
+        let last = (end == self.len_ahead() && self.forced.is_empty()).then(|| end - 1);
+        LogitPositions { prompt, last }
+    }
+
+    /// What is wanted of the logits by which the next token is chosen.
+    pub(crate) fn wish(&self) -> RowWish {
+        wish(&self.sampling, self.len_ahead() - self.prompt_len)
     }
 
     /// Appends a token to the answer. Returns why the answer ends with it, if it does.
@@ -230,6 +271,7 @@ impl Sequence {
     pub(crate) fn restart(&mut self) {
         self.blocks.clear();
         self.computed = 0;
+        self.ahead = 0;
         self.cached_blocks = 0;
     }
 

@@ -34,6 +34,7 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/backend/cpu/team.rs",
     "engine/src/backend/cuda/compiler.rs",
     "engine/src/backend/cuda/driver.rs",
+    "engine/src/backend/cuda/event.rs",
     "engine/src/backend/cuda/linear.rs",
     "engine/src/backend/cuda/ops.rs",
     "engine/src/collective/mpi/plugin.rs",

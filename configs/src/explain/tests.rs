@@ -139,7 +139,7 @@ fn one_key_is_documented_in_every_document_that_has_it() {
     assert!(everywhere.contains("context_servers.kv_cache_config.tokens_per_block (disagg)"));
     assert!(everywhere.contains("router(conversation).tokens_per_block (disagg)"));
     assert!(everywhere.contains("engine.kv_cache_config.tokens_per_block (layout)"));
-    let quiet = explain_key("disable_overlap_scheduler", Some(Kind::Llm)).expect("known");
+    let quiet = explain_key("backend", Some(Kind::Llm)).expect("known");
     assert!(quiet.contains("accepted without effect"), "{quiet}");
     let refused = explain_key("speculative_config", None).expect("known");
     assert!(refused.contains("not served by this version"), "{refused}");

@@ -87,12 +87,14 @@ fn roles_cover_the_shared_engine_options_key_by_key() {
 #[test]
 fn mistakes_stand_where_they_were_written() {
     assert_eq!(
-        errors("engine:\n  max_batch_size: 0\n  kv_cache_config: {dtype: fp8}\ncontext: {instance: 2}\ngeneration: []\n"),
+        errors(
+            "engine:\n  max_batch_size: 0\n  kv_cache_config: {dtype: nvfp4}\ncontext: {instance: 2}\ngeneration: []\n"
+        ),
         "\
 layout.yaml: model: missing, expected a GGUF file, a Hugging Face directory or a model id
 layout.yaml:2:19: engine.max_batch_size: found 0, expected a whole number from 1
-layout.yaml:3:28: engine.kv_cache_config.dtype: `fp8` is not served by this version: arithmetic or KV in 8 bits
-  hint: served: `auto`, `float32`, `float16`, `bfloat16`, `half`
+layout.yaml:3:28: engine.kv_cache_config.dtype: `nvfp4` is not served by this version: KV in 4 bits
+  hint: served: `auto`, `float32`, `float16`, `bfloat16`, `half`, `fp8`
 layout.yaml:4:11: context.instance: unknown key `instance`
   hint: did you mean `instances`?
 layout.yaml:5:13: generation: found list [], expected a mapping, `role`"

@@ -1,7 +1,7 @@
 //! The keys of the LLM options file and of its `kv_cache_config`.
 
 use crate::cluster::RawCluster;
-use crate::llm::{ComputeDtype, Device, LoadFormat};
+use crate::llm::{ComputeDtype, Device, KvCacheDtype, LoadFormat};
 use crate::section::kind::{
     Anything, Choice, Choices, Count, Flag, Later, OneOf, Share, Size, Sub, Text, Whole,
 };
@@ -60,9 +60,9 @@ section! {
         /// Share of free memory that the pool may take when `max_tokens` is not given: of the GPU, or of
         /// the machine where there is none.
         free_gpu_memory_fraction: Share = "0.9";
-        /// Type of the cached values: `auto`, `float32`, `float16` or `bfloat16`. `auto` follows the
+        /// Type of the cached values: `auto`, `float32`, `float16`, `bfloat16` or `fp8`. `auto` follows the
         /// engine's `dtype`. Context and generation instances must agree.
-        dtype: OneOf<ComputeDtype> = "auto";
+        dtype: OneOf<KvCacheDtype> = "auto";
         /// Tokens per block, a power of two.
         tokens_per_block: Whole<u32, 1, 1024> = "32";
         /// How many KV cache events are kept for `/kv_cache_events`; 0 keeps none.
@@ -136,6 +136,9 @@ section! {
         cache_transceiver_config: Sub<RawTransceiver> = "null";
         /// Older spelling of a `cache_transceiver_config` with `backend: DEFAULT`.
         enable_cache_transceiver: Flag = "null";
+        /// Read a step's results before the next step begins. Otherwise a GPU computes one while the next is scheduled; on
+        /// the CPU they never overlap, and context servers need no setting.
+        disable_overlap_scheduler: Flag = "false";
         /// Keep timings of each request for `/perf_metrics`.
         return_perf_metrics: Flag = "false";
         /// For how many requests those timings are kept; 0 keeps none.
@@ -154,9 +157,6 @@ section! {
     unserved {
         /// Which of the original's engines runs: only `pytorch` is known here, and means this engine.
         backend: OneOf<EngineBackend> = "pytorch", Quiet "there is one engine";
-        /// Run scheduling and computation one after the other.
-        disable_overlap_scheduler: Flag = "false",
-            Quiet "the CPU engine never overlaps them; context servers need no setting";
         /// Ranks among which one sequence is split.
         context_parallel_size: Count = "1", Refused "splitting one sequence over ranks";
         /// Beams of a search.

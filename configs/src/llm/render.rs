@@ -28,6 +28,10 @@ pub fn to_yaml(options: &LlmOptions) -> String {
             options.enable_chunked_prefill.to_string(),
         ),
         (
+            "disable_overlap_scheduler",
+            options.disable_overlap_scheduler.to_string(),
+        ),
+        (
             "tensor_parallel_size",
             options.tensor_parallel_size.to_string(),
         ),

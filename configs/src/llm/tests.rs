@@ -191,7 +191,7 @@ llm.yaml:2:17: max_num_tokens: found text \"8192\", expected a whole number from
 llm.yaml:3:14: max_seq_len: found text \"many\", expected a whole number from 1
 llm.yaml:4:1: enable_chunked_prefil: unknown key `enable_chunked_prefil`
   hint: did you mean `enable_chunked_prefill`?
-llm.yaml:5:8: dtype: `fp8` is not served by this version: arithmetic or KV in 8 bits
+llm.yaml:5:8: dtype: `fp8` is not served by this version: arithmetic in 8 bits beyond what the checkpoint has so
   hint: served: `auto`, `float32`, `float16`, `bfloat16`, `half`
 llm.yaml:6:14: load_format: found text \"dumy\", expected one of `auto`, `dummy`
   hint: did you mean `dummy`?
@@ -218,6 +218,7 @@ fn tuning_options_of_existing_files_are_listed_once() {
          speculative_config: null\nenable_lora: false\nmax_batch_size: 3\nkv_cache_config: {use_uvm: true, onboard_blocks: true}\n",
     );
     assert_eq!(options.max_batch_size, 3);
+    assert!(options.disable_overlap_scheduler);
     let texts: Vec<String> = warnings.iter().map(ToString::to_string).collect();
     assert_eq!(
         texts,

@@ -56,8 +56,10 @@ macro_rules! conformance_tests {
             embed_decodes_every_dtype_exactly,
             linear_matches_the_reference,
             linear_of_stored_formats_matches_the_reference,
+            linear_of_8_bit_weights_matches_the_reference,
             linear_rows_are_bit_equal_in_any_batch,
             weights_of_the_wrong_size_are_refused,
+            eight_bit_weights_of_the_wrong_size_are_refused,
             rms_norm_matches_the_reference,
             head_norm_matches_the_reference,
             add_and_silu_mul_match_the_reference,
@@ -155,6 +157,7 @@ pub(crate) fn plain<B: Backend>(backend: &mut B, cols: usize, values: &[f32]) ->
         cols,
         dtype: WeightDtype::F32,
         bytes: WeightBytes::Owned(bytes.into()),
+        scales: None,
     };
     backend.load_weight(source).expect("sizes fit")
 }
@@ -186,6 +189,7 @@ pub(crate) fn stored(
         cols,
         dtype,
         bytes: WeightBytes::Owned(stored.data().expect("data is on the host").to_vec().into()),
+        scales: None,
     };
     (source, decoded(&stored))
 }
@@ -204,6 +208,7 @@ pub(crate) fn decoded(stored: &QTensor) -> Vec<f32> {
 pub(crate) const fn columns(dtype: WeightDtype) -> usize {
     match dtype {
         WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => 37,
+        WeightDtype::F8E4m3 => 16,
         WeightDtype::Q4_0
         | WeightDtype::Q4_1
         | WeightDtype::Q5_0

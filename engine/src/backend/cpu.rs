@@ -101,6 +101,7 @@ impl Backend for CpuBackend {
             description: format!("cpu ({}, {threads} {noun})", self.isa.name()),
             host_pages: true,
             batch_invariant: true,
+            runs_by_itself: false,
             activations: ActivationDtype::F32,
             prefill_rows: PrefillRows::default(),
         }

@@ -6,12 +6,17 @@
 //! An operation that fails is remembered, those after it do nothing, and the step says so. Must match `backend/cpu` within
 //! the tolerances of the conformance suite; rows are not bit-equal across batches, because the library's algorithm depends on the shape.
 //!
-//! Absent: several devices in one process, peers that reach into device memory, weights in 8 bits.
+//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of few rows read them beside bf16 activations, larger ones
+//! round the activations to 8 bits too, with a scale a row; elsewhere they become bf16 when they are loaded.
+//!
+//! Absent: several devices in one process, peers that reach into device memory.
 
 mod calls;
 mod compiler;
 mod driver;
 mod error;
+mod event;
+mod flights;
 mod graphs;
 mod kernels;
 mod linear;
@@ -32,23 +37,26 @@ pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
 use self::calls::are_one;
-use self::driver::{Gpu, PinnedMemory};
+use self::driver::{DevicePtr, Gpu, PinnedMemory};
+use self::flights::Flights;
 use self::graphs::Graphs;
 use self::linear::{Linear, Product, ProductShape};
 use self::memory::{Buffer, Pool};
 use self::ops::{AttentionCall, Ops, Parts, Rotation};
 use self::pages::Pages;
 use self::upload::{OnDevice, Staging};
-use self::weight::WeightStore;
+use self::weight::{WeightStore, takes_8_bits};
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, PrefillRows, RopePairing, RopeTable, RowWish, StepBatch, StepOutput, StepPass,
-    StepWish, TokenId, WeightSource,
+    PatternSource, PrefillRows, RopePairing, RopeTable, StepBatch, StepOutput, StepPass, StepWish,
+    TokenId, WeightDtype, WeightSource, e4m3,
 };
 use crate::page::{Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
 const FEW_TOKENS_MAX: usize = 2;
+/// The same where weights are in 8 bits.
+const FEW_TOKENS_MAX_8_BIT: usize = 4;
 /// A step of fewer rows leaves multiprocessors idle; beside decoding, 2,048 rows take some 50 ms of an 8B model.
 const PREFILL_ROWS: PrefillRows = PrefillRows {
     alone: 8192,
@@ -76,6 +84,8 @@ pub struct CudaBackend {
     /// Inverse frequencies of the last table.
     frequencies: RefCell<Option<(RopeTable, Arc<Buffer>)>>,
     staging: Staging,
+    /// Steps whose results have not been read.
+    flights: Flights,
     /// Tokens of a step's rows.
     tokens: Buffer,
     /// What wide tensors lie in: there is one at a time, a step's result.
@@ -95,6 +105,7 @@ impl Backend for CudaBackend {
             description: format!("cuda ({}, bfloat16)", self.gpu.name),
             host_pages: false,
             batch_invariant: false,
+            runs_by_itself: true,
             activations: ActivationDtype::Bf16,
             prefill_rows: PREFILL_ROWS,
         }
@@ -119,9 +130,25 @@ impl Backend for CudaBackend {
             .iter()
             .map(|&value| half::bf16::from_f32(value))
             .collect();
+        let narrow: Vec<u8> = match source.dtype {
+            WeightDtype::F8E4m3 if takes_8_bits(&self.gpu, source.cols) => {
+                let values = source.values.iter();
+                values
+                    .map(|&value| e4m3::encode(value / source.scale))
+                    .collect()
+            }
+            _ => Vec::new(),
+        };
         let mut made = || {
-            let weight = self.store.place(&self.gpu, source.rows, source.cols)?;
-            let bytes = bytemuck::cast_slice(&values);
+            let (weight, bytes) = if narrow.is_empty() {
+                let weight = self.store.place(&self.gpu, source.rows, source.cols)?;
+                (weight, bytemuck::cast_slice(&values))
+            } else {
+                let shape = (source.rows, source.cols);
+                let store = &mut self.store;
+                let weight = store.place_8_bit(&self.gpu, shape, &[source.scale])?;
+                (weight, narrow.as_slice())
+            };
             let pattern = self.pool.take(bytes.len())?;
             self.gpu.upload(pattern.memory(), 0, bytes)?;
             let place = (source.first, source.stride);
@@ -172,17 +199,36 @@ impl Backend for CudaBackend {
         wish: StepWish<'_>,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<StepOutput, BackendError> {
+        assert!(self.flights.is_empty(), "steps end in their order");
+        self.begin_step(batch, wish, pass)?;
+        self.finish_step()
+    }
+
+    fn begin_step(
+        &mut self,
+        batch: &StepBatch,
+        wish: StepWish<'_>,
+        pass: StepPass<'_, Self, CudaTensor>,
+    ) -> Result<Option<StepOutput>, BackendError> {
         let out = graphs::run(self, batch, wish, pass)?;
-        let mut output = StepOutput::default();
-        if let Some(out) = &out {
-            self.attempt("reading results", || {
-                output = self.results(out, batch.logit_rows.len(), wish.rows)?;
-                self.staging.passed();
-                Ok(())
-            });
-        }
+        // What failed meanwhile comes first.
         self.check()?;
-        Ok(output)
+        let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
+        begun.map_err(|error| error.of("beginning a step"))?;
+        Ok(None)
+    }
+
+    fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
+        let landed = self.land_step();
+        landed.map_err(|error| error.of("reading results"))
+    }
+
+    fn warm_up(
+        &mut self,
+        sequences_max: usize,
+        pass: StepPass<'_, Self, CudaTensor>,
+    ) -> Result<(), BackendError> {
+        graphs::warm_up(self, sequences_max, pass)
     }
 
     fn embed(&self, table: &CudaWeight, tokens: &[TokenId], out: &mut CudaTensor) {

@@ -16,6 +16,7 @@ use crate::sequence::Sequence;
 
 use super::EngineConfig;
 use super::clients::{Client, End, Publisher};
+use super::flight::Flight;
 use super::handle::Shared;
 use super::inbox::Submission;
 use super::leases::Leases;
@@ -32,6 +33,10 @@ pub(super) struct Core {
     pub(super) leases: Leases,
     pub(super) stats: EngineStats,
     pub(super) shared: Arc<Shared>,
+    /// The step whose results have not been taken over.
+    pub(super) flight: Option<Flight>,
+    /// When the last one's were.
+    pub(super) landed: Instant,
     /// What failed between two steps, so that there will be no other.
     pub(super) broken: Option<BackendError>,
     /// Longest prompt and answer together.
@@ -67,6 +72,8 @@ impl Core {
             clients: HashMap::new(),
             leases: Leases::new(),
             stats: EngineStats::default(),
+            flight: None,
+            landed: Instant::now(),
             broken: None,
             max_len: shared.limits().max_seq_len,
             shared,
@@ -77,7 +84,7 @@ impl Core {
 
     /// Whether nothing is held for anybody.
     pub(super) fn is_idle(&self) -> bool {
-        self.scheduler.is_empty() && self.leases.len() == 0
+        self.scheduler.is_empty() && self.leases.len() == 0 && self.flight.is_none()
     }
 
     /// Takes a request over.
@@ -141,6 +148,7 @@ impl Core {
 
     /// Fails everybody and gives up every lease.
     pub(super) fn abort(&mut self, failure: &RequestFailure) {
+        self.give_up_flight();
         for id in self.scheduler.ids() {
             self.fail(id, failure.clone());
         }

@@ -1,17 +1,19 @@
-//! One turn of the loop: schedule → run → sample → publish.
+//! One turn of the loop: schedule → run → sample → publish; where steps overlap, the next one is scheduled and begun before
+//! this one's results are read.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::backend::{BackendError, RowWish, SequenceSpan, StepBatch};
+use crate::backend::BackendError;
 use crate::metrics::{InflightBatchingStats, IterationStats, KvCacheStats};
 use crate::model::{Logits, Outcome};
 use crate::request::{RequestFailure, RequestId};
-use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs, wish};
-use crate::scheduler::{Plan, PlannedSpan};
+use crate::sampler::{SampleError, SampleInput, Sampled, prompt_logprobs};
+use crate::scheduler::Plan;
 use crate::sequence::Sequence;
 
 use super::clients::{End, Publisher};
 use super::core::Core;
+use super::flight::{Flight, Part};
 
 impl Core {
     /// Does what there is to do. False when nothing could be done: then only a command changes that.
@@ -19,73 +21,24 @@ impl Core {
         if let Some(error) = self.broken.take() {
             return Err(error);
         }
-        let started = Instant::now();
-        let model = &self.model;
-        let writable = |block| model.page_is_unshared(block);
-        let plan = self.scheduler.schedule(&writable, started);
-        self.stats.preemptions_total += plan.preempted as u64;
-        self.stats.prompt_tokens_cached_total += plan.cached_tokens as u64;
-        for id in &plan.started {
-            if let Some(client) = self.clients.get_mut(id) {
-                client.place = None;
-            }
+        let overtaken = self.flight.as_ref().is_none_or(Flight::may_be_overtaken);
+        let mut progress = !overtaken && self.land()?;
+        let (flight, planned) = self.take_off()?;
+        progress |= self.land()?;
+        self.flight = flight;
+        if !self.config.overlap {
+            self.land()?;
         }
-        for &id in &plan.fetches {
-            self.begin_fetch(id);
-        }
-        if plan.spans.is_empty() {
-            return Ok(!plan.fetches.is_empty() || plan.preempted > 0);
-        }
-        let (batch, wishes) = self.batch(&plan);
-        let logits = self.model.forward_choosing(&batch, &wishes)?;
-        assert_eq!(
-            logits.rows(),
-            batch.logit_rows.len(),
-            "the model gives the rows it was asked for"
-        );
-        let ended = self.settle_all(&plan, &logits);
-        self.record(&plan, started, ended);
-        self.publish_stats();
-        Ok(true)
-    }
-
-    /// What the model is to compute, and what is wanted of each row of the logits.
-    fn batch(&self, plan: &Plan) -> (StepBatch, Vec<RowWish>) {
-        let (mut batch, mut wishes) = (StepBatch::default(), Vec::new());
-        for span in &plan.spans {
-            let sequence = self.scheduler.running(span.index);
-            let first = batch.tokens.len();
-            let end = sequence.computed + span.rows;
-            batch
-                .tokens
-                .extend_from_slice(&sequence.tokens[sequence.computed..end]);
-            batch
-                .positions
-                .extend((sequence.computed..end).map(position));
-            for at in sequence.logit_positions(span.rows) {
-                batch.logit_rows.push(first + at - sequence.computed);
-                wishes.push(if at + 1 == sequence.tokens.len() {
-                    wish(&sequence.sampling, sequence.answer().len())
-                } else {
-                    RowWish::Logits
-                });
-            }
-            batch.sequences.push(SequenceSpan {
-                rows: first..first + span.rows,
-                past_len: sequence.computed,
-                blocks: sequence.blocks.clone(),
-            });
-        }
-        (batch, wishes)
+        Ok(progress || planned)
     }
 
     /// Takes the step's results over. Returns how many requests ended.
-    fn settle_all(&mut self, plan: &Plan, logits: &Logits) -> usize {
+    pub(super) fn settle_all(&mut self, parts: &[Part], logits: &Logits) -> usize {
         let mut ends = Vec::new();
         let mut outcomes = logits.outcomes();
-        for &span in &plan.spans {
-            if let Some(end) = self.settle(span, &mut outcomes) {
-                ends.push((self.scheduler.running(span.index).id, end));
+        for part in parts {
+            if let Some(end) = self.settle(part, &mut outcomes) {
+                ends.push((part.id, end));
             }
         }
         let count = ends.len();
@@ -98,31 +51,31 @@ impl Core {
     /// Takes one sequence's results over, which come next.
     fn settle<'a>(
         &mut self,
-        span: PlannedSpan,
+        part: &Part,
         outcomes: &mut impl Iterator<Item = Outcome<'a>>,
     ) -> Option<End> {
-        let positions = self
-            .scheduler
-            .running(span.index)
-            .logit_positions(span.rows);
-        self.scheduler.computed(span);
-        let sequence = self.scheduler.running_mut(span.index);
-        let mut last = None;
+        let Some(index) = self.scheduler.index_of(part.id) else {
+            // It ended meanwhile.
+            outcomes.take(part.positions.count()).for_each(drop);
+            return None;
+        };
+        self.scheduler.computed(index, part.end);
+        let sequence = self.scheduler.running_mut(index);
+        let mut next = || outcomes.next().expect("the model gives every row");
         let mut broken = None;
-        for position in positions {
-            let outcome = outcomes.next().expect("the model gives every row");
-            if position + 1 == sequence.tokens.len() {
-                last = Some(outcome);
-            } else if let Outcome::Values(values) = outcome
+        for position in part.positions.prompt.clone() {
+            if let Outcome::Values(values) = next()
                 && let Err(error) = collect_prompt_logprobs(sequence, position, values)
             {
                 broken = Some(error);
             }
         }
+        let last = part.positions.last.map(|_| next());
+        sequence.ahead -= usize::from(last.is_some());
         if let Some(error) = broken {
             return Some(failed(sequence.id, &error));
         }
-        if sequence.remaining() > 0 {
+        if !part.completes {
             return None;
         }
         let client = self.clients.get(&sequence.id)?;
@@ -150,7 +103,7 @@ impl Core {
         }
     }
 
-    fn record(&mut self, plan: &Plan, started: Instant, ended: usize) {
+    pub(super) fn record(&mut self, plan: &Plan, took: Duration, ended: usize) {
         self.stats.iterations_total += 1;
         let counts = self.scheduler.pool.counts();
         let totals = self.scheduler.pool.totals();
@@ -161,7 +114,7 @@ impl Core {
         let available = self.scheduler.pool.available();
         self.shared.push_iteration(IterationStats {
             iter: self.stats.iterations_total,
-            iter_latency_ms: started.elapsed().as_secs_f64() * 1e3,
+            iter_latency_ms: took.as_secs_f64() * 1e3,
             num_active_requests: self.scheduler.running_count() + self.scheduler.fetching_count(),
             num_queued_requests: self.scheduler.waiting_count(),
             num_new_active_requests: plan.started.len(),
@@ -208,10 +161,6 @@ fn collect_prompt_logprobs(
 fn failed(id: RequestId, error: &SampleError) -> End {
     tracing::error!(request_id = id.0, %error, "no token can be chosen");
     End::Failed(RequestFailure::Engine(error.to_string()))
-}
-
-fn position(index: usize) -> u32 {
-    u32::try_from(index).expect("sequences are shorter than 2^32 tokens")
 }
 
 #[expect(

@@ -4,6 +4,7 @@ mod answers;
 mod fakes;
 mod hands;
 mod life;
+mod overlap;
 mod random;
 
 use std::sync::mpsc::Receiver;
@@ -51,7 +52,11 @@ impl Rig {
     }
 
     fn with_capacity(config: EngineConfig, capacity: usize) -> Self {
-        let mut model: Box<dyn Model> = Box::new(FakeModel::new());
+        Self::of(FakeModel::new(), config, capacity)
+    }
+
+    fn of(model: FakeModel, config: EngineConfig, capacity: usize) -> Self {
+        let mut model: Box<dyn Model> = Box::new(model);
         model
             .allocate_pages(page_shape(model.as_ref(), &config), config.block_count)
             .expect("memory");

@@ -1,6 +1,8 @@
 //! Where a decoder's weights come from: a GGUF file, safetensors shards, or random numbers. Whatever a file says
 //! is held against the configuration here, before a backend sees it. What a rank does not hold is not read.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -18,6 +20,8 @@ pub(crate) struct RawTensor {
     pub(crate) dims: Vec<usize>,
     pub(crate) dtype: WeightDtype,
     pub(crate) bytes: WeightBytes,
+    /// See [`WeightSource::scales`].
+    pub(crate) scales: Option<Arc<[f32]>>,
 }
 
 /// Where weights come from.
@@ -25,8 +29,11 @@ pub(crate) struct RawTensor {
 pub(crate) enum Checkpoint<'a> {
     Gguf(&'a GgufFile),
     Safetensors(Shards),
-    /// Random weights in this float type.
-    Dummy(WeightDtype),
+    /// Random weights in this float type; projections in 8 bits where the checkpoint has them so.
+    Dummy {
+        dtype: WeightDtype,
+        in_8_bits: bool,
+    },
 }
 
 impl Checkpoint<'_> {
@@ -35,24 +42,39 @@ impl Checkpoint<'_> {
         match self {
             Self::Gguf(file) => file.path().display().to_string(),
             Self::Safetensors(shards) => shards.directory().display().to_string(),
-            Self::Dummy(_) => "dummy weights".to_owned(),
+            Self::Dummy { .. } => "dummy weights".to_owned(),
         }
     }
 
     /// The size of a slot's part. Everything that a file can be wrong about is found here.
     pub(crate) fn bytes(&self, slot: &Slot) -> Result<u64, ModelError> {
+        let dtype = self.dtype(slot)?;
         let bytes = match self {
-            Self::Gguf(file) => cut::bytes(slot, of_gguf(file, slot)?.dtype),
-            Self::Safetensors(shards) => cut::bytes(slot, of_shards(shards, slot)?.dtype),
-            Self::Dummy(dtype) => dummy::bytes(slot, *dtype),
+            Self::Gguf(_) | Self::Safetensors(_) => cut::bytes(slot, dtype),
+            Self::Dummy { .. } => dummy::bytes(slot, dtype),
         };
         Ok(bytes as u64)
+    }
+
+    /// The type of a slot's tensor.
+    pub(crate) fn dtype(&self, slot: &Slot) -> Result<WeightDtype, ModelError> {
+        match self {
+            Self::Gguf(file) => Ok(of_gguf(file, slot)?.dtype),
+            Self::Safetensors(shards) => Ok(of_shards(shards, slot)?.dtype),
+            Self::Dummy { in_8_bits, .. } if *in_8_bits && slot.is_projection() => {
+                Ok(WeightDtype::F8E4m3)
+            }
+            Self::Dummy { dtype, .. } => Ok(*dtype),
+        }
     }
 
     /// A slot's part as repeated values, where it is that.
     pub(crate) fn pattern(&self, slot: &Slot) -> Option<PatternSource> {
         match self {
-            Self::Dummy(dtype) => Some(dummy::pattern(slot.hugging_face_name(), slot, *dtype)),
+            Self::Dummy { .. } => {
+                let dtype = self.dtype(slot).ok()?;
+                Some(dummy::pattern(slot.hugging_face_name(), slot, dtype))
+            }
             Self::Gguf(_) | Self::Safetensors(_) => None,
         }
     }
@@ -61,12 +83,12 @@ impl Checkpoint<'_> {
     pub(crate) fn source(&self, slot: &Slot) -> Result<WeightSource, ModelError> {
         let name = match self {
             Self::Gguf(_) => slot.gguf_name(),
-            Self::Safetensors(_) | Self::Dummy(_) => slot.hugging_face_name(),
+            Self::Safetensors(_) | Self::Dummy { .. } => slot.hugging_face_name(),
         };
         let part = match self {
             Self::Gguf(file) => cut::cut(&name, slot, of_gguf(file, slot)?),
             Self::Safetensors(shards) => cut::cut(&name, slot, of_shards(shards, slot)?),
-            Self::Dummy(dtype) => dummy::tensor(&name, slot, *dtype),
+            Self::Dummy { .. } => dummy::tensor(&name, slot, self.dtype(slot)?),
         };
         let part = part.map_err(|kind| kind.of(self.subject()))?;
         let shape = slot.cut_shape();
@@ -76,6 +98,7 @@ impl Checkpoint<'_> {
             cols: shape.cols(),
             dtype: part.dtype,
             bytes: part.bytes,
+            scales: part.scales,
         })
     }
 
@@ -85,7 +108,10 @@ impl Checkpoint<'_> {
         match self {
             Self::Gguf(file) => identity.add(file.as_bytes()),
             Self::Safetensors(shards) => shards.files().for_each(|file| identity.add(file)),
-            Self::Dummy(dtype) => identity.add(format!("{dtype:?} noise").as_bytes()),
+            Self::Dummy { dtype, in_8_bits } => {
+                let width = if *in_8_bits { "8-bit" } else { "whole" };
+                identity.add(format!("{width} {dtype:?} noise").as_bytes());
+            }
         }
         identity
     }
@@ -102,7 +128,20 @@ fn of_gguf(file: &GgufFile, slot: &Slot) -> Result<RawTensor, ModelError> {
 /// The same in safetensors files.
 fn of_shards(shards: &Shards, slot: &Slot) -> Result<RawTensor, ModelError> {
     let name = slot.hugging_face_name();
-    check_dims(&name, slot, shards.tensor(&name)?).map_err(|kind| kind.at(shards.directory()))
+    let mut tensor = check_dims(&name, slot, shards.tensor(&name)?)
+        .map_err(|kind| kind.at(shards.directory()))?;
+    if tensor.dtype == WeightDtype::F8E4m3 {
+        if !slot.is_projection() {
+            let kind = ModelErrorKind::Dtype {
+                tensor: name,
+                dtype: "F8_E4M3".to_owned(),
+                served: &["F32", "F16", "BF16"],
+            };
+            return Err(kind.at(shards.directory()));
+        }
+        tensor.scales = Some(shards.scales(&name, slot.shape.rows())?);
+    }
+    Ok(tensor)
 }
 
 /// Two ranks whose weights have the same identity have, as far as can be told without reading them, the same weights.

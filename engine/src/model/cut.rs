@@ -38,6 +38,10 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
         return Ok(RawTensor {
             dims,
             bytes: narrowed(tensor.bytes, rows.start * row_bytes..rows.end * row_bytes),
+            scales: tensor.scales.map(|scales| match scales.len() {
+                1 => scales,
+                _ => scales[rows.clone()].into(),
+            }),
             ..tensor
         });
     };
@@ -51,6 +55,7 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
             dims,
             dtype: tensor.dtype,
             bytes: WeightBytes::Owned(taken.into()),
+            scales: tensor.scales,
         });
     }
     tracing::debug!(
@@ -71,6 +76,7 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
         dims,
         dtype: WeightDtype::F32,
         bytes: WeightBytes::Owned(kept.collect()),
+        scales: None,
     })
 }
 

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
-    AttentionSpec, Backend, BackendError, BlockId, PrefillRows, RowWish, StepBatch, StepOutput,
-    StepWish,
+    AttentionSpec, Backend, BackendError, BlockId, Carried, PrefillRows, RowWish, StepBatch,
+    StepOutput, StepWish, WeightDtype,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -64,7 +64,11 @@ impl<B: Backend> Decoder<B> {
         plan.try_map(|slot| {
             bytes_total += checkpoint.bytes(slot)?;
             let shape = slot.cut_shape();
-            elements += shape.rows() * shape.cols();
+            let count = shape.rows() * shape.cols();
+            elements += match checkpoint.dtype(slot)? {
+                WeightDtype::F8E4m3 => count.div_ceil(2),
+                _ => count,
+            };
             Ok::<_, ModelError>(())
         })?;
         let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());
@@ -128,8 +132,18 @@ impl<B: Backend> Decoder<B> {
             // Talk with other ranks is not the same from step to step.
             repeatable: part.peers.is_none(),
             rows,
+            carried: &[],
         };
         backend.step(batch, wish, &mut |backend, batch| part.pass(backend, batch))
+    }
+
+    /// What a step gave on a rank that is alone.
+    fn whole_logits(&self, out: StepOutput) -> Logits {
+        Logits {
+            values: out.values,
+            vocab: self.shape.vocab,
+            chosen: out.chosen,
+        }
     }
 }
 
@@ -472,6 +486,44 @@ impl<B: Backend> Model for Decoder<B> {
             vocab,
             chosen: out.chosen,
         })
+    }
+
+    fn warm_up(&mut self, sequences_max: usize) -> Result<(), BackendError> {
+        if self.part.peers.is_some() {
+            return Ok(());
+        }
+        let Self { backend, part, .. } = self;
+        let pass = &mut |backend: &mut B, batch: &StepBatch| part.pass(backend, batch);
+        backend.warm_up(sequences_max, pass)
+    }
+
+    fn runs_by_itself(&self) -> bool {
+        self.part.peers.is_none() && self.backend.capability().runs_by_itself
+    }
+
+    fn begin(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+        carried: &[Carried],
+    ) -> Result<Option<Logits>, BackendError> {
+        if self.part.peers.is_some() || batch.tokens.is_empty() {
+            return self.forward_choosing(batch, wishes).map(Some);
+        }
+        let Self { backend, part, .. } = self;
+        let wish = StepWish {
+            repeatable: true,
+            rows: wishes,
+            carried,
+        };
+        let pass = &mut |backend: &mut B, batch: &StepBatch| part.pass(backend, batch);
+        let done = backend.begin_step(batch, wish, pass)?;
+        Ok(done.map(|out| self.whole_logits(out)))
+    }
+
+    fn finish(&mut self) -> Result<Logits, BackendError> {
+        let out = self.backend.finish_step()?;
+        Ok(self.whole_logits(out))
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {

@@ -8,7 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::backend::{PatternSource, WeightBytes, WeightDtype};
+use crate::backend::{PatternSource, WeightBytes, WeightDtype, e4m3};
 use crate::model::checkpoint::RawTensor;
 use crate::model::error::ModelErrorKind;
 use crate::model::weights::{Cut, Part, Slot, SlotShape};
@@ -27,7 +27,7 @@ pub(super) fn bytes(slot: &Slot, dtype: WeightDtype) -> usize {
 }
 
 fn float_bytes(dtype: WeightDtype) -> usize {
-    if dtype == WeightDtype::F32 { 4 } else { 2 }
+    dtype.block().1
 }
 
 /// A slot's part of a tensor of noise; norms are ones. A part equals the same part of the whole.
@@ -64,6 +64,7 @@ pub(super) fn tensor(
             buffer: Arc::new(buffer),
             range: 0..bytes,
         },
+        scales: (dtype == WeightDtype::F8E4m3).then(|| Arc::from([scale(dtype)])),
     })
 }
 
@@ -84,6 +85,15 @@ pub(super) fn pattern(name: String, slot: &Slot, dtype: WeightDtype) -> PatternS
         values,
         first,
         stride,
+        scale: scale(dtype),
+    }
+}
+
+/// What 8-bit values are multiplied with: the greatest of them is the spread.
+fn scale(dtype: WeightDtype) -> f32 {
+    match dtype {
+        WeightDtype::F8E4m3 => DUMMY_SPREAD / e4m3::MAX,
+        _ => 1.0,
     }
 }
 
@@ -118,6 +128,7 @@ impl Pattern {
             match dtype {
                 WeightDtype::F32 => bytes.extend_from_slice(&value.to_le_bytes()),
                 WeightDtype::F16 => bytes.extend_from_slice(&f16::from_f32(value).to_le_bytes()),
+                WeightDtype::F8E4m3 => bytes.push(e4m3::encode(value / scale(dtype))),
                 _ => bytes.extend_from_slice(&bf16::from_f32(value).to_le_bytes()),
             }
         }

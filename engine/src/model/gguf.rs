@@ -104,6 +104,7 @@ impl GgufFile {
         let len =
             usize::try_from(bytes).expect("the tensor lies within the map, which usize measures");
         Ok(RawTensor {
+            scales: None,
             dims: info.shape.dims().to_vec(),
             dtype,
             bytes: WeightBytes::Shared {

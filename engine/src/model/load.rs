@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::path::{Path, PathBuf};
 
-use baton_configs::llm::{ComputeDtype, LlmOptions, LoadFormat};
+use baton_configs::llm::{ComputeDtype, KvCacheDtype, LlmOptions, LoadFormat};
 use candle_core::quantized::gguf_file::Value;
 
 use crate::backend::{Backend, WeightDtype};
@@ -15,6 +15,7 @@ use crate::model::config::{DecoderConfig, HuggingFaceConfig, from_gguf};
 use crate::model::decoder::Decoder;
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::gguf::GgufFile;
+use crate::model::quantization;
 use crate::model::safetensors::Shards;
 use crate::model::shard::{self, Grid, Place, Shard};
 use crate::model::source::{self, HubCache, ModelFiles};
@@ -124,6 +125,8 @@ enum Origin {
     HuggingFace {
         directory: PathBuf,
         weight_dtype: WeightDtype,
+        /// Whether its projections are in 8 bits.
+        in_8_bits: bool,
     },
 }
 
@@ -173,6 +176,8 @@ impl ModelHeader {
         let text =
             std::fs::read_to_string(&path).map_err(|error| ModelErrorKind::Io(error).at(&path))?;
         let raw = HuggingFaceConfig::parse(&text).map_err(|kind| kind.at(&path))?;
+        let in_8_bits = raw.in_8_bits().map_err(|kind| kind.at(&path))?
+            | quantization::of_directory(&directory)?;
         let (tokens, generation) = special_tokens::from_directory(&directory)?;
         Ok(Self {
             config: raw.decoder().map_err(|kind| kind.at(&path))?,
@@ -182,6 +187,7 @@ impl ModelHeader {
             generation,
             origin: Origin::HuggingFace {
                 weight_dtype: raw.weight_dtype(),
+                in_8_bits,
                 directory,
             },
         })
@@ -202,13 +208,24 @@ impl ModelHeader {
         let checkpoint = match (&self.origin, self.load_format) {
             (Origin::Gguf(file), LoadFormat::Auto) => Checkpoint::Gguf(file),
             // Random blocks of a quantised format would mean random scales; half precision says what it is.
-            (Origin::Gguf(_), LoadFormat::Dummy) => Checkpoint::Dummy(WeightDtype::F16),
+            (Origin::Gguf(_), LoadFormat::Dummy) => Checkpoint::Dummy {
+                dtype: WeightDtype::F16,
+                in_8_bits: false,
+            },
             (Origin::HuggingFace { directory, .. }, LoadFormat::Auto) => {
                 Checkpoint::Safetensors(Shards::open(directory)?)
             }
-            (Origin::HuggingFace { weight_dtype, .. }, LoadFormat::Dummy) => {
-                Checkpoint::Dummy(*weight_dtype)
-            }
+            (
+                Origin::HuggingFace {
+                    weight_dtype,
+                    in_8_bits,
+                    ..
+                },
+                LoadFormat::Dummy,
+            ) => Checkpoint::Dummy {
+                dtype: *weight_dtype,
+                in_8_bits: *in_8_bits,
+            },
         };
         let part = Shard::new(&self.config, place);
         Ok(LoadedShard {
@@ -235,14 +252,12 @@ impl ModelHeader {
 /// The element type of the KV cache: what the options say, else 16 bits.
 #[must_use]
 pub fn kv_dtype(options: &LlmOptions) -> KvDtype {
-    let chosen = match options.kv_cache.dtype {
-        ComputeDtype::Auto => options.dtype,
-        explicit => explicit,
-    };
-    match chosen {
-        ComputeDtype::Auto | ComputeDtype::Float16 => KvDtype::F16,
-        ComputeDtype::Float32 => KvDtype::F32,
-        ComputeDtype::Bfloat16 => KvDtype::Bf16,
+    match (options.kv_cache.dtype, options.dtype) {
+        (KvCacheDtype::Fp8, _) => KvDtype::Fp8,
+        (KvCacheDtype::Float16, _)
+        | (KvCacheDtype::Auto, ComputeDtype::Auto | ComputeDtype::Float16) => KvDtype::F16,
+        (KvCacheDtype::Float32, _) | (KvCacheDtype::Auto, ComputeDtype::Float32) => KvDtype::F32,
+        (KvCacheDtype::Bfloat16, _) | (KvCacheDtype::Auto, ComputeDtype::Bfloat16) => KvDtype::Bf16,
     }
 }
 

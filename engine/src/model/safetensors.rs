@@ -87,6 +87,54 @@ impl Shards {
     }
 }
 
+/// What stands beside the weights of a checkpoint in 8 bits.
+impl Shards {
+    /// The scales of a weight: one, or one for each of its rows.
+    pub(crate) fn scales(&self, weight: &str, rows: usize) -> Result<Arc<[f32]>, ModelError> {
+        let name = format!("{weight}_scale");
+        let tensor = self.tensor(&name)?;
+        let bytes = tensor.bytes.as_slice();
+        let scales: Arc<[f32]> = match tensor.dtype {
+            WeightDtype::F32 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&bytes| f32::from_le_bytes(bytes))
+                .collect(),
+            WeightDtype::Bf16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32())
+                .collect(),
+            other => {
+                let kind = ModelErrorKind::Dtype {
+                    tensor: name,
+                    dtype: format!("{other:?}"),
+                    served: &["F32", "BF16"],
+                };
+                return Err(kind.at(&self.directory));
+            }
+        };
+        let fits = scales.len() == 1 || scales.len() == rows;
+        let positive = scales.iter().all(|scale| scale.is_finite() && *scale > 0.0);
+        if !fits {
+            let kind = ModelErrorKind::Shape {
+                tensor: name,
+                found: tensor.dims,
+                expected: vec![rows],
+            };
+            return Err(kind.at(&self.directory));
+        }
+        if !positive {
+            let reason = format!("tensor `{name}` has a scale that is no positive number");
+            let format = "safetensors";
+            return Err(ModelErrorKind::Header { format, reason }.at(&self.directory));
+        }
+        Ok(scales)
+    }
+}
+
 impl Shard {
     fn open(path: &Path) -> Result<Self, ModelError> {
         let map = mmap::map(path).map_err(|error| ModelErrorKind::Io(error).at(path))?;
@@ -111,11 +159,12 @@ impl Shard {
             Dtype::F32 => WeightDtype::F32,
             Dtype::F16 => WeightDtype::F16,
             Dtype::BF16 => WeightDtype::Bf16,
+            Dtype::F8_E4M3 => WeightDtype::F8E4m3,
             other => {
                 return Err(ModelErrorKind::Dtype {
                     tensor: name.to_owned(),
                     dtype: format!("{other:?}"),
-                    served: &["F32", "F16", "BF16"],
+                    served: &["F32", "F16", "BF16", "F8_E4M3"],
                 });
             }
         };
@@ -136,6 +185,7 @@ impl Shard {
                 buffer: Arc::<Mmap>::clone(&self.map),
                 range: self.data_start + start..self.data_start + end,
             },
+            scales: None,
         })
     }
 }

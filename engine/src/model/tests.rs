@@ -1,5 +1,6 @@
 //! The model half against independent implementations: golden log-probabilities, both file formats, hostile files.
 
+mod eight_bits;
 mod golden;
 mod hostile_gguf;
 mod hostile_safetensors;

@@ -98,6 +98,11 @@ impl Slot {
         }
     }
 
+    /// Whether it is the matrix of a layer's projection: what checkpoints in 8 bits have in 8 bits.
+    pub(crate) fn is_projection(&self) -> bool {
+        self.layer.is_some() && matches!(self.shape, SlotShape::Matrix { .. })
+    }
+
     /// Its name in a GGUF file.
     pub(crate) fn gguf_name(&self) -> String {
         let stem = match self.part {

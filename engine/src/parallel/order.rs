@@ -221,6 +221,7 @@ impl Writer {
             KvDtype::F32 => 0,
             KvDtype::F16 => 1,
             KvDtype::Bf16 => 2,
+            KvDtype::Fp8 => 3,
         });
     }
 }
@@ -365,6 +366,7 @@ impl Reader<'_> {
                 0 => KvDtype::F32,
                 1 => KvDtype::F16,
                 2 => KvDtype::Bf16,
+                3 => KvDtype::Fp8,
                 _ => return Err(OrderError("its element type is unknown")),
             },
         })

@@ -2,8 +2,7 @@
 
 use std::cmp::Ordering;
 
-use crate::backend::TokenId;
-use crate::request::SamplingParams;
+use crate::backend::{Draw, TokenId};
 
 /// Unnormalised probabilities `exp((logit - best) / temperature)`: the best token weighs 1.
 #[derive(Debug)]
@@ -33,13 +32,13 @@ impl Weights<'_> {
 /// Fills `kept` with the tokens that may be drawn. `order` is a buffer.
 pub(super) fn keep(
     weights: &Weights<'_>,
-    params: &SamplingParams,
+    how: &Draw,
     order: &mut Vec<TokenId>,
     kept: &mut Vec<(TokenId, f32)>,
 ) {
     kept.clear();
     let vocab = weights.logits.len();
-    let top_k = match params.top_k as usize {
+    let top_k = match how.top_k as usize {
         0 => vocab,
         k => k.min(vocab),
     };
@@ -47,14 +46,14 @@ pub(super) fn keep(
         best_tokens(weights.logits, top_k, order);
         kept.extend(order.iter().map(|&token| (token, weights.of(token))));
         let total = kept.iter().map(|&(_, weight)| f64::from(weight)).sum();
-        truncate_to_mass(kept, params.top_p, total);
-    } else if params.top_p < 1.0 {
-        keep_mass(weights, params.top_p, order, kept);
+        truncate_to_mass(kept, how.top_p, total);
+    } else if how.top_p < 1.0 {
+        keep_mass(weights, how.top_p, order, kept);
     } else {
         kept.extend((0..).zip(weights.logits.iter().map(|&logit| weights.of_logit(logit))));
     }
-    if params.min_p > 0.0 {
-        kept.retain(|&(_, weight)| weight >= params.min_p.min(1.0));
+    if how.min_p > 0.0 {
+        kept.retain(|&(_, weight)| weight >= how.min_p.min(1.0));
     }
 }
 

@@ -66,7 +66,9 @@ impl Rig {
         let plan = self.scheduler.schedule(ANY, self.now);
         let mut ran = Vec::new();
         for &span in &plan.spans {
-            self.scheduler.computed(span);
+            self.scheduler.begun(span, None);
+            let computed = self.scheduler.running(span.index).computed;
+            self.scheduler.computed(span.index, computed);
             let sequence = self.scheduler.running_mut(span.index);
             ran.push((sequence.id.0, span.rows));
             if sequence.remaining() == 0 {

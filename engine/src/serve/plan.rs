@@ -68,6 +68,7 @@ impl Plan {
                 tokens_per_block: page.tokens_per_block,
                 block_count,
                 kv_dtype: kv_dtype(llm),
+                overlap: !llm.disable_overlap_scheduler && model.runs_by_itself(),
                 enable_block_reuse: llm.kv_cache.enable_block_reuse,
                 eos_token_ids,
                 event_buffer_max_size: llm.kv_cache.event_buffer_max_size as usize,

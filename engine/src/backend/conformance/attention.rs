@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::*;
-use crate::backend::{AttentionSpec, SequenceSpan, StepBatch};
+use crate::backend::{AttentionSpec, SequenceSpan, StepBatch, e4m3};
 use crate::page::{KvDtype, PageShape};
 
 /// Softmax and sums of at most some hundred values below 1 in `f32`.
@@ -81,6 +81,7 @@ impl Case {
             KvDtype::F32 => value,
             KvDtype::F16 => f16::from_f32(value).to_f32(),
             KvDtype::Bf16 => bf16::from_f32(value).to_f32(),
+            KvDtype::Fp8 => e4m3::decode(e4m3::encode(value)),
         })
     }
 
@@ -221,7 +222,7 @@ pub(crate) fn attention_matches_the_reference<B: Backend>(backend: &mut B) {
         (Case::new(7, 2, 24, 64), 130),
     ];
     for (case, len) in cases {
-        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
+        for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8] {
             for window in [None, Some(1), Some(33), Some(1000)] {
                 let case = case.with(dtype, window);
                 let sequences = [1, len].map(|len| case.sequence(backend, len as u64, len));
@@ -242,6 +243,7 @@ pub(crate) fn attention_is_bit_equal_alone_batched_and_chunked<B: Backend>(backe
         (KvDtype::F32, None),
         (KvDtype::F16, Some(40)),
         (KvDtype::Bf16, None),
+        (KvDtype::Fp8, None),
     ] {
         let case = Case::new(3, 2, 64, 16).with(dtype, window);
         let lens = [100, 37, 64];
@@ -294,7 +296,7 @@ pub(crate) fn large_heads_match_the_reference<B: Backend>(backend: &mut B) {
         (Case::new(1, 2, 128, 64), 129),
     ];
     for (case, len) in cases {
-        for dtype in [KvDtype::F16, KvDtype::Bf16] {
+        for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8] {
             for window in [None, Some(100)] {
                 let case = case.with(dtype, window);
                 let sequences = [len, 40].map(|len| case.sequence(backend, len as u64, len));
@@ -324,6 +326,7 @@ pub(crate) fn attention_ignores_what_pages_held_before<B: Backend>(backend: &mut
         (Case::new(2, 1, 16, 16), KvDtype::F32),
         (Case::new(4, 2, 64, 16), KvDtype::F16),
         (Case::new(4, 1, 128, 32), KvDtype::Bf16),
+        (Case::new(4, 1, 64, 32), KvDtype::Fp8),
     ] {
         let case = case.with(dtype, None);
         let sequence = [case.sequence(backend, 1, 60)];
@@ -373,7 +376,7 @@ pub(crate) fn written_kv_is_rounded_to_nearest_even<B: Backend>(backend: &mut B)
         -0.0,
         1e-40,
     ];
-    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16] {
+    for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8] {
         let case = Case::new(1, 2, 4, 2).with(dtype, None);
         backend.allocate_pages(case.shape, 2).expect("a small pool");
         let (k, v) = (upload(backend, 8, &values), upload(backend, 8, &[2.0; 8]));
@@ -400,6 +403,11 @@ pub(crate) fn written_kv_is_rounded_to_nearest_even<B: Backend>(backend: &mut B)
                 .as_bf16()
                 .iter()
                 .map(|x| f64::from(x.to_f32()))
+                .collect(),
+            KvDtype::Fp8 => page
+                .as_bytes()
+                .iter()
+                .map(|&bits| f64::from(e4m3::decode(bits)))
                 .collect(),
         };
         let mut expected = vec![0.0; case.shape.len()];

@@ -1,7 +1,7 @@
 //! Weights and products with them.
 
 use super::*;
-use crate::backend::BackendError;
+use crate::backend::{ActivationDtype, BackendError, e4m3};
 
 /// `f32` sums of some hundred products of numbers below 1, relative to the largest result.
 const TOLERANCE: f64 = 2e-5;
@@ -97,6 +97,64 @@ pub(crate) fn linear_of_stored_formats_matches_the_reference<B: Backend>(backend
                 assert_close(&found, &expected, tolerance(backend, TOLERANCE), &what);
             }
         }
+    }
+}
+
+/// A backend with narrow activations may round them to 8 bits for such weights: each element by 1/32 at most, some 2 % of a
+/// sum, and that is relative to the largest.
+const TOLERANCE_8_BIT: f64 = 0.06;
+
+pub(crate) fn linear_of_8_bit_weights_matches_the_reference<B: Backend>(backend: &mut B) {
+    let exact = backend.capability().activations == ActivationDtype::F32;
+    let allowed = if exact { TOLERANCE } else { TOLERANCE_8_BIT };
+    backend.expect_weights(1 << 22).expect("little memory");
+    for (rows, cols) in [(2, 16), (33, 48), (96, 512), (64, 4096)] {
+        for each_row in [false, true] {
+            let scales: Vec<f32> = (0..if each_row { rows } else { 1 })
+                .map(|row| 0.01 + 0.001 * (row % 7) as f32)
+                .collect();
+            let noise = noise(9, rows * cols);
+            let bytes: Vec<u8> = noise
+                .iter()
+                .map(|value| e4m3::encode(value * 400.0))
+                .collect();
+            let values = e4m3::decode_rows(&bytes, rows, &scales);
+            let source = WeightSource {
+                name: "narrow".to_owned(),
+                rows,
+                cols,
+                dtype: WeightDtype::F8E4m3,
+                bytes: WeightBytes::Owned(bytes.into()),
+                scales: Some(scales.into()),
+            };
+            let weight = backend.load_weight(source).expect("sizes fit");
+            let bias_values = noise_of(backend, 3, rows);
+            let bias = plain(backend, rows, &bias_values);
+            for tokens in [1, 2, 4, 5, 17, 66] {
+                let x = noise_of(backend, tokens as u64, tokens * cols);
+                let what = format!("[{rows}, {cols}] with {tokens} tokens");
+                let found = run(backend, (&x, cols), &weight, None, rows);
+                assert_close(&found, &product(&x, &values, None, cols), allowed, &what);
+                let found = run(backend, (&x, cols), &weight, Some(&bias), rows);
+                let expected = product(&x, &values, Some(&bias_values), cols);
+                assert_close(&found, &expected, allowed, &what);
+            }
+        }
+    }
+}
+
+pub(crate) fn eight_bit_weights_of_the_wrong_size_are_refused<B: Backend>(backend: &mut B) {
+    for (count, scales) in [(31, vec![1.0]), (32, vec![1.0; 3]), (32, vec![])] {
+        let source = WeightSource {
+            name: "narrow".to_owned(),
+            rows: 2,
+            cols: 16,
+            dtype: WeightDtype::F8E4m3,
+            bytes: WeightBytes::Owned(vec![0; count].into()),
+            scales: Some(scales.into()),
+        };
+        let refused = backend.load_weight(source).expect_err("it does not fit");
+        assert!(matches!(refused, BackendError::Weight { .. }), "{refused}");
     }
 }
 

@@ -11,7 +11,7 @@ use half::slice::HalfFloatSliceExt;
 use super::quant::{self, decode_blocks as decode_row};
 use super::simd::Lanes;
 use super::tensor::CpuTensor;
-use crate::backend::{BackendError, BlockId, StepBatch};
+use crate::backend::{BackendError, BlockId, StepBatch, e4m3};
 use crate::page::{KvDtype, Page, PageShape};
 
 /// The pages, by block.
@@ -149,6 +149,14 @@ impl Pages {
                     decode_row::<quant::Bf16, _, L>(lanes, from, to);
                 }
             }
+            KvDtype::Fp8 => {
+                for (from, to) in rows {
+                    for (value, &bits) in to.iter_mut().zip(from) {
+                        *value = e4m3::decode(bits);
+                    }
+                    to[from.len()..].fill(0.0);
+                }
+            }
         }
     }
 }
@@ -178,6 +186,11 @@ fn write_rows(page: &mut Page, (layer, side): (usize, usize), slot: usize, from:
                 KvDtype::F32 => page.as_f32_mut()[to].copy_from_slice(from),
                 KvDtype::F16 => page.as_f16_mut()[to].convert_from_f32_slice(from),
                 KvDtype::Bf16 => page.as_bf16_mut()[to].convert_from_f32_slice(from),
+                KvDtype::Fp8 => {
+                    for (bits, &value) in page.as_bytes_mut()[to].iter_mut().zip(from) {
+                        *bits = e4m3::encode(value);
+                    }
+                }
             }
         }
     }

@@ -35,6 +35,7 @@ macro_rules! with_format {
             Dtype::F32 => with_format!(@ $format = quant::F32 => $body),
             Dtype::F16 => with_format!(@ $format = quant::F16 => $body),
             Dtype::Bf16 => with_format!(@ $format = quant::Bf16 => $body),
+            Dtype::F8E4m3 => unreachable!("8-bit weights are decoded when they are loaded"),
             Dtype::Q4_0 => with_format!(@ $format = quant::Q4_0 => $body),
             Dtype::Q4_1 => with_format!(@ $format = quant::Q4_1 => $body),
             Dtype::Q5_0 => with_format!(@ $format = quant::Q5_0 => $body),

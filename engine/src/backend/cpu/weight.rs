@@ -1,8 +1,9 @@
-//! A weight on the CPU: the bytes as the file holds them, decoded row by row when they are used.
+//! A weight on the CPU: the bytes as the file holds them, decoded row by row when they are used. Those of 8-bit floats with
+//! their scales are decoded when they are loaded: here they are a specification, not a saving.
 
 use super::quant::{DecodeRow, PART};
 use super::simd::Isa;
-use crate::backend::{BackendError, WeightBytes, WeightDtype, WeightSource};
+use crate::backend::{BackendError, WeightBytes, WeightDtype, WeightSource, e4m3};
 
 /// A weight `[rows, cols]` as the file holds it. Vectors (one row) are also kept as `f32`.
 #[derive(Debug)]
@@ -19,6 +20,11 @@ pub struct CpuWeight {
 impl CpuWeight {
     /// Checks that the bytes are exactly `rows × cols` elements.
     pub(super) fn new(source: WeightSource, isa: Isa) -> Result<Self, BackendError> {
+        let source = if source.dtype == WeightDtype::F8E4m3 {
+            of_8_bits(source)?
+        } else {
+            source
+        };
         let refuse = |reason: String| BackendError::Weight {
             name: source.name.clone(),
             reason,
@@ -111,4 +117,30 @@ impl CpuWeight {
         assert_eq!(self.rows, 1, "`{}` is used as a vector", self.name);
         self.vector.as_deref().unwrap_or_default()
     }
+}
+
+/// The same weight in `f32`.
+fn of_8_bits(source: WeightSource) -> Result<WeightSource, BackendError> {
+    let (rows, bytes) = (source.rows, source.bytes.as_slice());
+    let scales = source.scales.as_deref().unwrap_or(&[]);
+    let fits = rows.checked_mul(source.cols) == Some(bytes.len());
+    if !fits || (scales.len() != 1 && scales.len() != rows) {
+        return Err(BackendError::Weight {
+            name: source.name.clone(),
+            reason: format!(
+                "[{rows}, {}] in 8 bits has {} bytes and {} scales",
+                source.cols,
+                bytes.len(),
+                scales.len()
+            ),
+        });
+    }
+    let values = e4m3::decode_rows(bytes, rows, scales);
+    let bytes: &[u8] = bytemuck::cast_slice(&values);
+    Ok(WeightSource {
+        dtype: WeightDtype::F32,
+        bytes: WeightBytes::Owned(bytes.into()),
+        scales: None,
+        ..source
+    })
 }

@@ -22,6 +22,7 @@ impl CudaBackend {
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,
             tokens: pool.take(ROWS_MAX * 4)?,
+            flights: Flights::default(),
             wide: RefCell::default(),
             landing: RefCell::default(),
             pool,
@@ -129,6 +130,7 @@ impl CudaBackend {
             weight: weight.address(),
             bias: bias.map(CudaWeight::address),
             out: out.address(),
+            scales: None,
             shape: ProductShape {
                 tokens: x.rows,
                 cols: x.cols,
@@ -138,6 +140,9 @@ impl CudaBackend {
                 wide: out.wide,
             },
         };
+        if let Some(scales) = weight.scales() {
+            return self.product_8_bit(x, product, scales);
+        }
         let few = x.rows <= FEW_TOKENS_MAX;
         if !few && self.linear.borrow_mut().run(&product)? {
             return Ok(());
@@ -145,36 +150,41 @@ impl CudaBackend {
         self.ops.borrow_mut().linear(&product)
     }
 
-    /// What is wanted of a step's wide result, of whose rows the tokens have been chosen.
-    pub(super) fn results(
+    /// The same with a weight in 8 bits. The library wants x in 8 bits as well.
+    fn product_8_bit(
         &self,
-        out: &CudaTensor,
-        rows: usize,
-        wishes: &[RowWish],
-    ) -> Result<StepOutput, CudaError> {
-        let mut output = StepOutput::default();
-        let mut tokens = Vec::new();
-        if wishes.iter().any(|wish| *wish != RowWish::Logits) {
-            tokens.resize(rows, 0_u32);
-            let bytes = bytemuck::cast_slice_mut(&mut tokens);
-            self.gpu.download(self.tokens.memory(), 0, bytes)?;
-            let chosen = tokens.iter().zip(wishes).map(|(&token, wish)| {
-                (*wish != RowWish::Logits && token != NOT_FINITE).then_some(token)
-            });
-            output.chosen = chosen.collect();
-        }
-        let missing = |row: usize| output.chosen.get(row).is_none_or(Option::is_none);
-        let mut row = 0;
-        while row < rows {
-            let count = (row..rows).take_while(|&row| missing(row)).count();
-            if count > 0 {
-                self.land(out, row..row + count, |landed| {
-                    output.values.extend_from_slice(landed);
-                })?;
+        x: &CudaTensor,
+        product: Product,
+        scales: DevicePtr,
+    ) -> Result<(), CudaError> {
+        if x.rows > FEW_TOKENS_MAX_8_BIT {
+            let narrow = self.pool.take(x.rows * x.cols)?;
+            let row_scales = self.pool.take(x.rows * 4)?;
+            let (to, to_scales) = (narrow.address(), row_scales.address());
+            self.ops.borrow_mut().quantize(x, to, to_scales)?;
+            let narrow = Product {
+                x: to,
+                scales: Some([scales, to_scales]),
+                shape: ProductShape {
+                    ld_x: x.cols,
+                    ..product.shape
+                },
+                ..product
+            };
+            if self.linear.borrow_mut().run(&narrow)? {
+                return Ok(());
             }
-            row += count.max(1);
         }
-        Ok(output)
+        self.ops.borrow_mut().linear_e4m3(&product, scales)
+    }
+
+    /// Puts the tokens that the step before chose where this step's rows go on with them.
+    pub(super) fn carry(&self, rows: usize) {
+        self.attempt("carrying tokens", || {
+            let (carried, tokens) = self.staging.carried();
+            let mut ops = self.ops.borrow_mut();
+            ops.carry(carried, self.tokens.address(), tokens, rows)
+        });
     }
 
     /// Chooses a token for each row of a step's result, as its wishes were uploaded.

@@ -25,7 +25,7 @@ thread_local! {
     static BOUND: Cell<usize> = const { Cell::new(0) };
 }
 
-fn check(call: &'static str, status: CUresult) -> Result<(), CudaError> {
+pub(super) fn check(call: &'static str, status: CUresult) -> Result<(), CudaError> {
     match status {
         CUresult::CUDA_SUCCESS => Ok(()),
         status => Err(CudaError::Call {
@@ -207,6 +207,25 @@ impl Gpu {
             sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), self.stream)
         })?;
         self.synchronize()
+    }
+
+    /// Puts a copy from the device's first bytes to pinned memory on the stream. The target may be read when the stream has
+    /// passed, and not before.
+    pub(super) fn download_later(
+        &self,
+        source: &DeviceMemory,
+        target: &mut PinnedMemory,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        assert!(
+            bytes <= source.bytes && bytes <= target.bytes,
+            "a download fits both sides"
+        );
+        self.bind()?;
+        // SAFETY: both ranges were checked, and pinned memory is freed only when the stream has passed.
+        check("cuMemcpyDtoHAsync", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(target.start.cast(), source.address, bytes, self.stream)
+        })
     }
 
     /// Puts a kernel on the stream.

@@ -1,7 +1,8 @@
 //! Recorded decode steps: a step of hundreds of small kernels as one call.
 //!
 //! Steps of single rows are padded to one of few sizes. The first of a size runs as it comes, which compiles, loads and
-//! allocates what it needs; the second is recorded; later ones replay. The kernels find everything that differs from step to
+//! allocates what it needs; the second is recorded; later ones replay. An engine has all sizes that it may need recorded when
+//! it starts, with steps of nothing but padding. The kernels find everything that differs from step to
 //! step in the uploaded lists, whose places are the same for all steps of a size. Rows of padding have no block, hence
 //! write no KV and attend to nothing; nobody reads what they give. Recordings hold addresses of lists and pages, so they
 //! are dropped when either moves.
@@ -43,19 +44,54 @@ pub(super) fn run(
     let size = size_of_step(batch).filter(|_| wish.repeatable);
     let padded = size.map(|rows| pad(batch, rows));
     let batch = padded.as_ref().unwrap_or(batch);
-    let per_block = backend.pages().shape().tokens_per_block;
-    let begun = backend.staging.begin(batch, wish.rows, per_block);
-    match begun {
-        Ok(true) => backend.graphs = Graphs::default(),
-        Ok(false) => {}
-        Err(error) => return Err(error.of("uploading a step")),
-    }
+    upload(backend, batch, wish)?;
     let out = match size {
         Some(rows) => replay(backend, (batch, rows), pass),
         None => pass_and_choose(backend, batch, pass),
     };
     backend.staging.end();
     out
+}
+
+/// Records all sizes up to that of so many sequences.
+pub(super) fn warm_up(
+    backend: &mut CudaBackend,
+    sequences_max: usize,
+    pass: &mut Pass<'_>,
+) -> Result<(), BackendError> {
+    let mut rows = padded_rows(sequences_max.clamp(1, ROWS_MAX));
+    // The largest first: the others find its result's memory.
+    while rows > 0 {
+        let batch = pad(&StepBatch::default(), rows);
+        while !matches!(
+            backend.graphs.by_rows.get(&rows),
+            Some(Recording::Recorded { .. })
+        ) {
+            upload(backend, &batch, StepWish::default())?;
+            let out = replay(backend, (&batch, rows), pass);
+            backend.staging.end();
+            out?;
+            backend.check()?;
+        }
+        rows = size_below(rows);
+    }
+    let waited = backend.gpu.synchronize();
+    waited.map_err(|error| error.of("recording steps"))
+}
+
+/// Uploads a step's lists. Recordings that would look for them elsewhere are dropped.
+fn upload(
+    backend: &mut CudaBackend,
+    batch: &StepBatch,
+    wish: StepWish<'_>,
+) -> Result<(), BackendError> {
+    let per_block = backend.pages().shape().tokens_per_block;
+    match backend.staging.begin(batch, wish, per_block) {
+        Ok(true) => backend.graphs = Graphs::default(),
+        Ok(false) => {}
+        Err(error) => return Err(error.of("uploading a step")),
+    }
+    Ok(())
 }
 
 fn replay(
@@ -80,12 +116,13 @@ fn replay(
     Ok(Some(out.again()))
 }
 
-/// Runs a pass, and chooses tokens by what it gives.
+/// Runs a pass over tokens of which some may come from the step before, and chooses tokens by what it gives.
 fn pass_and_choose(
     backend: &mut CudaBackend,
     batch: &StepBatch,
     pass: &mut Pass<'_>,
 ) -> Result<Option<CudaTensor>, BackendError> {
+    backend.carry(batch.tokens.len());
     let out = pass(backend, batch)?;
     if let Some(out) = &out {
         backend.choose(out);
@@ -127,6 +164,16 @@ const fn padded_rows(rows: usize) -> usize {
     }
 }
 
+/// The size before; 0 before the first.
+const fn size_below(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows / 2,
+        9..=64 => rows - 8,
+        65..=256 => rows - 16,
+        _ => rows - 32,
+    }
+}
+
 fn pad(batch: &StepBatch, rows: usize) -> StepBatch {
     let mut padded = batch.clone();
     padded.tokens.resize(rows, 0);
@@ -147,6 +194,8 @@ mod tests {
         assert!(sizes.is_sorted());
         let mut distinct = sizes;
         distinct.dedup();
+        let below = distinct.iter().map(|&size| size_below(size));
+        assert!(below.eq([0].into_iter().chain(distinct.iter().copied().take(30))));
         assert_eq!(distinct.len(), 31);
         assert_eq!(distinct.last(), Some(&ROWS_MAX));
     }

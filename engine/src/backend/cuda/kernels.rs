@@ -23,6 +23,7 @@ const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Source {
     Choose,
+    Carry,
     Embed,
     SelectRows,
     Convert,
@@ -30,6 +31,8 @@ pub(super) enum Source {
     RmsNorm,
     Elementwise,
     Linear,
+    LinearE4m3,
+    Quantize,
     Rope,
     AttentionAny,
     AttentionPrefill,
@@ -38,8 +41,9 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Choose,
+        Self::Carry,
         Self::Embed,
         Self::SelectRows,
         Self::Convert,
@@ -47,6 +51,8 @@ impl Source {
         Self::RmsNorm,
         Self::Elementwise,
         Self::Linear,
+        Self::LinearE4m3,
+        Self::Quantize,
         Self::Rope,
         Self::AttentionAny,
         Self::AttentionPrefill,
@@ -62,6 +68,7 @@ impl Source {
         }
         match self {
             Self::Choose => kernel!("choose.cu"),
+            Self::Carry => kernel!("carry.cu"),
             Self::Embed => kernel!("embed.cu"),
             Self::SelectRows => kernel!("select_rows.cu"),
             Self::Convert => kernel!("convert.cu"),
@@ -69,6 +76,8 @@ impl Source {
             Self::RmsNorm => kernel!("rms_norm.cu"),
             Self::Elementwise => kernel!("elementwise.cu"),
             Self::Linear => kernel!("linear.cu"),
+            Self::LinearE4m3 => kernel!("linear_e4m3.cu"),
+            Self::Quantize => kernel!("quantize.cu"),
             Self::Rope => kernel!("rope.cu"),
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
@@ -123,6 +132,7 @@ impl Variant {
                 KvDtype::F32 => 0,
                 KvDtype::F16 => 1,
                 KvDtype::Bf16 => 2,
+                KvDtype::Fp8 => 3,
             };
             defines.push(format!("P={tokens_per_block}"));
             defines.push(format!("KV={kv}"));

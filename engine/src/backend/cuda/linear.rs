@@ -24,6 +24,8 @@ pub(super) struct Product {
     pub(super) weight: DevicePtr,
     pub(super) bias: Option<DevicePtr>,
     pub(super) out: DevicePtr,
+    /// Of the weight's rows and of x's, `[rows]` and `[tokens]` f32, where both are in 8 bits.
+    pub(super) scales: Option<[DevicePtr; 2]>,
     pub(super) shape: ProductShape,
 }
 
@@ -46,6 +48,7 @@ pub(super) struct ProductShape {
 struct Key {
     shape: ProductShape,
     biased: bool,
+    in_8_bits: bool,
     /// Of x, weight and out, in bytes.
     alignments: [u32; 3],
 }
@@ -100,12 +103,13 @@ impl Linear {
         self.gpu.bind()?;
         let key = Key::of(product);
         if !self.plans.contains_key(&key) {
-            let plan = Plan::new(self.handle, &key)?;
+            let plan = Plan::new(self.handle, &key, product)?;
             self.plans.insert(key, plan);
         }
         let Some(Some(plan)) = self.plans.get(&key) else {
             return Ok(false);
         };
+        plan.describe_scales(product)?;
         if let Some(bias) = product.bias {
             plan.describe(
                 sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
@@ -157,6 +161,7 @@ impl Key {
         Self {
             shape: product.shape,
             biased: product.bias.is_some(),
+            in_8_bits: product.scales.is_some(),
             alignments: [product.x, product.weight, product.out].map(alignment),
         }
     }
@@ -171,14 +176,23 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Option<Self>, CudaError> {
+    fn new(
+        handle: sys::cublasLtHandle_t,
+        key: &Key,
+        product: &Product,
+    ) -> Result<Option<Self>, CudaError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        use sys::cudaDataType::{CUDA_R_16BF, CUDA_R_32F};
+        use sys::cudaDataType::{CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F};
         let shape = &key.shape;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let operation = result::create_matmul_desc(compute, CUDA_R_32F)
             .map_err(failed("cublasLtMatmulDescCreate"))?;
         let out_type = if shape.wide { CUDA_R_32F } else { CUDA_R_16BF };
+        let in_type = if key.in_8_bits {
+            CUDA_R_8F_E4M3
+        } else {
+            CUDA_R_16BF
+        };
         let layout = |kind, rows: usize, cols: usize, ld: usize| {
             let ld = i64::try_from(ld).expect("rows are shorter than 2^63");
             result::create_matrix_layout(kind, rows as u64, cols as u64, ld)
@@ -187,14 +201,15 @@ impl Plan {
         let mut plan = Self {
             operation,
             layouts: [
-                layout(CUDA_R_16BF, shape.cols, shape.rows, shape.cols)?,
-                layout(CUDA_R_16BF, shape.cols, shape.tokens, shape.ld_x)?,
+                layout(in_type, shape.cols, shape.rows, shape.cols)?,
+                layout(in_type, shape.cols, shape.tokens, shape.ld_x)?,
                 layout(out_type, shape.rows, shape.tokens, shape.ld_out)?,
             ],
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         let transposed = 1_i32;
         plan.describe(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
+        plan.describe_scales(product)?;
         if key.biased {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             plan.describe(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
@@ -208,6 +223,22 @@ impl Plan {
                 Ok(Some(plan))
             }
         }
+    }
+
+    /// Says where the scales are, if there are any.
+    fn describe_scales(&self, product: &Product) -> Result<(), CudaError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Some([weight, x]) = product.scales else {
+            return Ok(());
+        };
+        // One for each row of a and each column of b: `CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F` of version 12.9.
+        let outer = 3_i32;
+        self.describe(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &outer)?;
+        self.describe(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &outer)?;
+        self.describe(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+        self.describe(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)?;
+        // Sums of 128 products are added up in f32, and within these with fewer bits: what others do as well.
+        self.describe(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &1_i8)
     }
 
     /// Sets an attribute of the operation.

@@ -157,6 +157,23 @@ impl Ops {
         self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
     }
 
+    /// Tokens that the step before chose, in the places of those rows that go on with them; lists of `rows` each.
+    pub(super) fn carry(
+        &mut self,
+        carried: DevicePtr,
+        chosen: DevicePtr,
+        tokens: DevicePtr,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let args = Args::default()
+            .with(carried)
+            .with(chosen)
+            .with(tokens)
+            .with(int(rows));
+        let blocks = [grid(rows.div_ceil(THREADS as usize)), 1, 1];
+        self.launch(&plain(Source::Carry, "carry_u32"), (blocks, THREADS), args)
+    }
+
     /// Activations as dense f32; `values` has room for all.
     pub(super) fn widen(&mut self, x: &CudaTensor, values: DevicePtr) -> Result<(), CudaError> {
         let count = x.rows * x.cols;
@@ -202,7 +219,11 @@ impl Ops {
             .with(long(stride))
             .with(int(weight.cols))
             .with(long(count));
-        let kernel = plain(Source::Pattern, "pattern_bf16");
+        let name = match weight.scales() {
+            Some(_) => "pattern_e4m3",
+            None => "pattern_bf16",
+        };
+        let kernel = plain(Source::Pattern, name);
         let grid = self.stride_grid(count);
         self.launch(&kernel, (grid, THREADS), args)
     }
@@ -298,6 +319,64 @@ impl Ops {
         let blocks = (x.cols / each).div_ceil(THREADS as usize);
         let shape = [grid(blocks), grid(x.rows.min(ROW_BLOCKS_MAX)), 1];
         self.launch(&plain(Source::Elementwise, name), (shape, THREADS), args)
+    }
+
+    /// `to = x / scales`, a scale a row: what the library multiplies with weights in 8 bits. `to` and `scales` have room for all.
+    pub(super) fn quantize(
+        &mut self,
+        x: &CudaTensor,
+        to: DevicePtr,
+        scales: DevicePtr,
+    ) -> Result<(), CudaError> {
+        assert!(
+            x.cols.is_multiple_of(16) && x.ld.is_multiple_of(8),
+            "alignment of x"
+        );
+        assert!(x.address().is_multiple_of(16), "alignment of x");
+        let args = Args::default()
+            .with(x.address())
+            .with(int(x.ld))
+            .with(to)
+            .with(scales)
+            .with(int(x.cols));
+        let kernel = plain(Source::Quantize, "quantize_e4m3");
+        let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
+        self.launch(&kernel, shape, args)
+    }
+
+    /// As [`Self::linear`], of a weight in 8 bits and activations that are not.
+    pub(super) fn linear_e4m3(
+        &mut self,
+        product: &Product,
+        scales: DevicePtr,
+    ) -> Result<(), CudaError> {
+        let shape = &product.shape;
+        assert!(
+            shape.cols.is_multiple_of(16)
+                && shape.ld_x.is_multiple_of(8)
+                && product.x.is_multiple_of(16),
+            "alignment of x"
+        );
+        let name = if shape.wide {
+            "linear_e4m3_f32"
+        } else {
+            "linear_e4m3_bf16"
+        };
+        let args = Args::default()
+            .with(product.x)
+            .with(int(shape.ld_x))
+            .with(product.weight)
+            .with(scales)
+            .with(product.bias.unwrap_or(0))
+            .with(product.out)
+            .with(int(shape.ld_out))
+            .with(int(shape.tokens))
+            .with(int(shape.rows))
+            .with(int(shape.cols));
+        let warps = shape.rows.div_ceil(LINEAR_ROWS);
+        let blocks = warps.div_ceil((THREADS / WARP) as usize);
+        let grid = [grid(blocks), grid(shape.tokens.div_ceil(LINEAR_TOKENS)), 1];
+        self.launch(&plain(Source::LinearE4m3, name), (grid, THREADS), args)
     }
 
     /// A product for few tokens, or of a shape that the library does not take.

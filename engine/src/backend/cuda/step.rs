@@ -4,7 +4,7 @@
 //! rows, the heaviest first, so that no long one is left for the end. Rows behind those of the last sequence are padding:
 //! each counts as a sequence of its own that has no block. Pure; the upload is the caller's.
 
-use crate::backend::{RowWish, StepBatch};
+use crate::backend::{RowWish, StepBatch, StepWish};
 
 /// Rows of a prefill tile; `ROWS` in `attention_prefill.cu`.
 pub(super) const TILE_ROWS: usize = 128;
@@ -21,6 +21,8 @@ pub(super) struct StepLayout {
     pub(super) tokens: usize,
     /// `[T]`.
     pub(super) positions: usize,
+    /// `[T]`: the row of the step before's logits that chooses a row's token, where one does.
+    pub(super) carried: usize,
     /// `[T]`: the block of a row's KV.
     pub(super) row_blocks: usize,
     /// `[R]`.
@@ -54,7 +56,7 @@ fn word(value: usize) -> u32 {
 /// `P`.
 pub(super) fn encode(
     batch: &StepBatch,
-    wishes: &[RowWish],
+    wish: StepWish<'_>,
     per_block: usize,
     words: &mut Vec<u32>,
 ) -> StepLayout {
@@ -68,12 +70,19 @@ pub(super) fn encode(
             .iter()
             .map(|span| span.rows.len())
             .max()
-            .unwrap_or(0),
+            .unwrap_or(0)
+            // A recording of padding alone launches what one of a sequence launches.
+            .max(usize::from(padding > 0)),
         ..StepLayout::default()
     };
     words.extend_from_slice(&batch.tokens);
     layout.positions = words.len();
     words.extend_from_slice(&batch.positions);
+    layout.carried = words.len();
+    words.resize(words.len() + batch.tokens.len(), NONE);
+    for carried in wish.carried {
+        words[layout.carried + carried.row] = word(carried.from);
+    }
     layout.row_blocks = words.len();
     for span in &batch.sequences {
         let positions = span.past_len..span.past_len + span.rows.len();
@@ -85,7 +94,7 @@ pub(super) fn encode(
     words.extend(batch.logit_rows.iter().map(|&row| word(row)));
     words.resize(words.len().next_multiple_of(2), 0);
     layout.draws = words.len();
-    words.extend(wishes.iter().flat_map(draw_words));
+    words.extend(wish.rows.iter().flat_map(draw_words));
     words.resize(layout.draws + batch.logit_rows.len() * DRAW_WORDS, 0);
     layout.first_rows = words.len();
     words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
@@ -105,19 +114,12 @@ pub(super) fn encode(
     pad(words, 0);
     layout.decodes = words.len();
     let spans = batch.sequences.iter().enumerate();
-    let decodes = spans.clone().filter(|(_, span)| span.rows.len() == 1);
+    let decodes = spans.filter(|(_, span)| span.rows.len() == 1);
     words.extend(decodes.map(|(index, _)| word(index)));
     pad(words, NONE);
     layout.tiles = words.len();
     layout.decode_count = layout.tiles - layout.decodes;
-    let mut tiles: Vec<(usize, u32, u32)> = spans
-        .filter(|(_, span)| span.rows.len() > 1)
-        .flat_map(|(index, span)| {
-            let firsts = (0..span.rows.len()).step_by(TILE_ROWS);
-            firsts.map(move |first| (span.past_len + first, word(index), word(first)))
-        })
-        .collect();
-    tiles.sort_by_key(|&(seen, ..)| std::cmp::Reverse(seen));
+    let tiles = tiles(batch);
     layout.tile_count = tiles.len();
     words.extend(tiles.iter().flat_map(|&(_, index, first)| [index, first]));
     layout.blocks = words.len();
@@ -126,6 +128,20 @@ pub(super) fn encode(
         words.extend_from_slice(&span.blocks[..used]);
     }
     layout
+}
+
+/// Of the sequences with several rows: what is seen before a tile, its sequence, its first row. The heaviest first.
+fn tiles(batch: &StepBatch) -> Vec<(usize, u32, u32)> {
+    let spans = batch.sequences.iter().enumerate();
+    let mut tiles: Vec<(usize, u32, u32)> = spans
+        .filter(|(_, span)| span.rows.len() > 1)
+        .flat_map(|(index, span)| {
+            let firsts = (0..span.rows.len()).step_by(TILE_ROWS);
+            firsts.map(move |first| (span.past_len + first, word(index), word(first)))
+        })
+        .collect();
+    tiles.sort_by_key(|&(seen, ..)| std::cmp::Reverse(seen));
+    tiles
 }
 
 /// `Draw` in `choose.cu`.
@@ -148,7 +164,7 @@ fn used_blocks(tokens: usize, per_block: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::SequenceSpan;
+    use crate::backend::{Carried, SequenceSpan};
 
     #[test]
     fn a_step_is_laid_out_as_the_kernels_read_it() {
@@ -168,10 +184,15 @@ mod tests {
             logit_rows: vec![0, 131, 132],
         };
         let mut words = vec![1, 2, 3];
-        let layout = encode(&batch, &[], 4, &mut words);
+        let wish = StepWish {
+            carried: &[Carried { row: 132, from: 2 }],
+            ..StepWish::default()
+        };
+        let layout = encode(&batch, wish, 4, &mut words);
         let at = |start: usize, len: usize| words[start..start + len].to_vec();
         assert_eq!(at(layout.tokens, 133), batch.tokens);
         assert_eq!(at(layout.positions, 133), batch.positions);
+        assert_eq!(at(layout.carried + 131, 2), [NONE, 2]);
         assert_eq!(at(layout.row_blocks, 4), [8, 20, 21, 21]);
         assert_eq!(at(layout.row_blocks + 132, 1), [3]);
         assert_eq!(at(layout.logit_rows, 3), [0, 131, 132]);
@@ -205,11 +226,19 @@ mod tests {
             logit_rows: vec![0, 1, 2],
         };
         let mut words = Vec::new();
-        let layout = encode(&batch, &[], 4, &mut words);
+        let layout = encode(&batch, StepWish::default(), 4, &mut words);
         assert_eq!(words[layout.row_blocks..][..3], [3, NONE, NONE]);
         assert_eq!(words[layout.decodes..][..3], [0, NONE, NONE]);
         assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));
         assert_eq!(words[layout.row_counts..][..3], [1, 0, 0]);
         assert_eq!(words[layout.blocks..], [1, 2, 3]);
+        let nothing = StepBatch {
+            sequences: Vec::new(),
+            ..batch
+        };
+        let alone = encode(&nothing, StepWish::default(), 4, &mut words);
+        let places = |layout: StepLayout| (layout.decodes, layout.tiles, layout.blocks);
+        assert_eq!(places(alone), places(layout));
+        assert_eq!((alone.decode_count, alone.rows_max), (3, 1));
     }
 }

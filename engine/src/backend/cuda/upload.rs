@@ -2,18 +2,19 @@
 //! operation is called outside of one.
 //!
 //! Within a step, operations are handed the very batch that was uploaded, so where a list is on the device is told by
-//! its address on the host. Invariant: pinned memory is written only when the copy before has passed.
+//! its address on the host. Invariant: pinned memory is written only when the copy from it has passed.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::ptr;
 use std::sync::Arc;
 
 use super::driver::{DeviceMemory, DevicePtr, Gpu, PinnedMemory};
 use super::error::CudaError;
+use super::event::Event;
 use super::memory::{Buffer, Pool};
 use super::ops::StepAddresses;
 use super::step::{StepLayout, encode};
-use crate::backend::{RowWish, StepBatch};
+use crate::backend::{StepBatch, StepWish};
 
 /// Room for a step's lists at first, in words.
 const WORDS_MIN: usize = 1 << 20;
@@ -50,11 +51,27 @@ struct Current {
 pub(super) struct Staging {
     gpu: Arc<Gpu>,
     words: RefCell<Vec<u32>>,
-    pinned: PinnedMemory,
+    /// Used in turn: the copy of one may be under way while the other is written.
+    pinned: [Pinned; 2],
+    turn: usize,
     target: DeviceMemory,
     current: Option<Current>,
-    /// Whether a copy from the pinned memory may be under way.
-    under_way: Cell<bool>,
+}
+
+#[derive(Debug)]
+struct Pinned {
+    memory: PinnedMemory,
+    /// Set behind the last copy from it.
+    copied: Event,
+}
+
+impl Pinned {
+    fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self, CudaError> {
+        Ok(Self {
+            memory: PinnedMemory::new(gpu, bytes)?,
+            copied: Event::new(gpu)?,
+        })
+    }
 }
 
 impl Staging {
@@ -62,10 +79,13 @@ impl Staging {
         Ok(Self {
             gpu: Arc::clone(gpu),
             words: RefCell::default(),
-            pinned: PinnedMemory::new(gpu, WORDS_MIN * 4)?,
+            pinned: [
+                Pinned::new(gpu, WORDS_MIN * 4)?,
+                Pinned::new(gpu, WORDS_MIN * 4)?,
+            ],
+            turn: 0,
             target: DeviceMemory::new(gpu, WORDS_MIN * 4)?,
             current: None,
-            under_way: Cell::new(false),
         })
     }
 
@@ -73,25 +93,26 @@ impl Staging {
     pub(super) fn begin(
         &mut self,
         batch: &StepBatch,
-        wishes: &[RowWish],
+        wish: StepWish<'_>,
         per_block: usize,
     ) -> Result<bool, CudaError> {
-        if self.under_way.get() {
-            self.gpu.synchronize()?;
-        }
         let words = self.words.get_mut();
-        let layout = encode(batch, wishes, per_block, words);
+        let layout = encode(batch, wish, per_block, words);
         let bytes: &[u8] = bytemuck::cast_slice(words);
         let moved = bytes.len() > self.target.bytes();
         if moved {
             let more = bytes.len().next_power_of_two();
-            self.pinned = PinnedMemory::new(&self.gpu, more)?;
+            self.pinned = [Pinned::new(&self.gpu, more)?, Pinned::new(&self.gpu, more)?];
             self.target = DeviceMemory::new(&self.gpu, more)?;
         }
-        let staged = &mut self.pinned.as_mut_slice()[..bytes.len()];
+        self.turn = 1 - self.turn;
+        let pinned = &mut self.pinned[self.turn];
+        // It was the step before the last one's.
+        pinned.copied.wait()?;
+        let staged = &mut pinned.memory.as_mut_slice()[..bytes.len()];
         staged.copy_from_slice(bytes);
         self.gpu.upload(&self.target, 0, staged)?;
-        self.under_way.set(true);
+        pinned.copied.set()?;
         self.current = Some(Current {
             batch: ptr::from_ref(batch).addr(),
             tokens: batch.tokens.as_ptr().addr(),
@@ -107,15 +128,17 @@ impl Staging {
         self.current = None;
     }
 
+    /// Of the current step: which rows go on with a token of the step before, and where tokens are.
+    pub(super) fn carried(&self) -> (DevicePtr, DevicePtr) {
+        let current = self.current.expect("tokens are carried within a step");
+        let place = |offset| at(self.target.address(), offset);
+        (place(current.layout.carried), place(current.layout.tokens))
+    }
+
     /// How to choose a token for each of the current step's rows.
     pub(super) fn draws(&self) -> DevicePtr {
         let current = self.current.expect("tokens are chosen within a step");
         at(self.target.address(), current.layout.draws)
-    }
-
-    /// The stream has been waited for.
-    pub(super) fn passed(&self) {
-        self.under_way.set(false);
     }
 
     /// A batch's lists.
@@ -134,7 +157,7 @@ impl Staging {
             });
         }
         let mut words = self.words.borrow_mut();
-        let layout = encode(batch, &[], per_block, &mut words);
+        let layout = encode(batch, StepWish::default(), per_block, &mut words);
         let buffer = self.upload(pool, &words)?;
         Ok(OnDevice {
             addresses: addresses(buffer.address(), &layout),

@@ -1,4 +1,4 @@
-//! Weights on the device, in bf16 whatever the file has.
+//! Weights on the device: in bf16 whatever the file has, but for matrices in 8 bits on a device that multiplies such.
 //!
 //! Matrices lie one after the other in the order in which they are loaded, and so do vectors in a place of their own. Hence
 //! those that a step multiplies with the same activations are one matrix, and one product. Decoding uses the CPU backend's
@@ -21,29 +21,56 @@ use crate::backend::{BackendError, WeightBytes, WeightDtype, WeightSource};
 const ALIGNMENT: usize = 256;
 /// Elements that are decoded and uploaded at a time.
 const CHUNK_ELEMENTS: usize = 16 << 20;
-/// Memory set aside for vectors: norms and biases.
-const VECTOR_BYTES: usize = 16 << 20;
+/// Memory set aside for vectors: norms, biases, and scales of rows.
+const VECTOR_BYTES: usize = 32 << 20;
+/// What scales of the rows of one matrix and the next are aligned to, in bytes: no more, so that they may be one list.
+const SCALE_ALIGNMENT: usize = 16;
 
-/// A weight `[rows, cols]` in bf16, dense.
+/// A weight `[rows, cols]`, dense: in bf16, or in e4m3 with a scale a row.
 pub struct CudaWeight {
     pub(super) rows: usize,
     pub(super) cols: usize,
-    offset: usize,
+    place: Range,
+    /// `[rows]` f32, of a weight in 8 bits.
+    scales: Option<Range>,
+}
+
+/// Bytes of an allocation.
+#[derive(Debug, Clone)]
+struct Range {
     memory: Arc<DeviceMemory>,
+    offset: usize,
+    bytes: usize,
+}
+
+impl Range {
+    fn address(&self) -> DevicePtr {
+        self.memory.address() + self.offset as u64
+    }
+
+    fn is_before(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.memory, &other.memory) && self.offset + self.bytes == other.offset
+    }
 }
 
 impl CudaWeight {
     pub(super) fn address(&self) -> DevicePtr {
-        self.memory.address() + self.offset as u64
+        self.place.address()
     }
 
-    const fn bytes(&self) -> usize {
-        self.rows * self.cols * 2
+    /// Where the scales of its rows are, if it is in 8 bits.
+    pub(super) fn scales(&self) -> Option<DevicePtr> {
+        self.scales.as_ref().map(Range::address)
     }
 
-    /// Whether the other begins where this one ends.
+    /// Whether the other begins where this one ends, scales included.
     pub(super) fn is_before(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.memory, &other.memory) && self.offset + self.bytes() == other.offset
+        let scales = match (&self.scales, &other.scales) {
+            (None, None) => true,
+            (Some(own), Some(others)) => own.is_before(others),
+            _ => false,
+        };
+        scales && self.place.is_before(&other.place)
     }
 }
 
@@ -67,6 +94,19 @@ impl Slab {
             used: 0,
         })
     }
+
+    fn take(&mut self, bytes: usize, alignment: usize) -> Option<Range> {
+        let offset = self.used.next_multiple_of(alignment);
+        if offset + bytes > self.memory.bytes() {
+            return None;
+        }
+        self.used = offset + bytes;
+        Some(Range {
+            memory: Arc::clone(&self.memory),
+            offset,
+            bytes,
+        })
+    }
 }
 
 /// Where weights are put.
@@ -74,6 +114,7 @@ impl Slab {
 pub(super) struct WeightStore {
     matrices: Option<Slab>,
     vectors: Option<Slab>,
+    scales: Option<Slab>,
 }
 
 impl WeightStore {
@@ -83,6 +124,7 @@ impl WeightStore {
         let bytes = elements.saturating_mul(2).saturating_add(1 << 20);
         self.matrices = Some(Slab::new(gpu, bytes)?);
         self.vectors = Some(Slab::new(gpu, VECTOR_BYTES)?);
+        self.scales = Some(Slab::new(gpu, VECTOR_BYTES)?);
         Ok(())
     }
 
@@ -98,24 +140,35 @@ impl WeightStore {
         } else {
             &mut self.matrices
         };
-        let bytes = rows * cols * 2;
-        if let Some(slab) = slab {
-            let offset = slab.used.next_multiple_of(ALIGNMENT);
-            if offset + bytes <= slab.memory.bytes() {
-                slab.used = offset + bytes;
-                return Ok(CudaWeight {
-                    rows,
-                    cols,
-                    offset,
-                    memory: Arc::clone(&slab.memory),
-                });
-            }
-        }
         Ok(CudaWeight {
             rows,
             cols,
-            offset: 0,
-            memory: Arc::new(DeviceMemory::new(gpu, bytes)?),
+            place: room(gpu, slab.as_mut(), (rows * cols * 2, ALIGNMENT))?,
+            scales: None,
+        })
+    }
+
+    /// Room for one in 8 bits, and its scales, which are put there: one for all rows, or one for each.
+    pub(super) fn place_8_bit(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        (rows, cols): (usize, usize),
+        scales: &[f32],
+    ) -> Result<CudaWeight, CudaError> {
+        let place = room(gpu, self.matrices.as_mut(), (rows * cols, ALIGNMENT))?;
+        let row_scales = room(gpu, self.scales.as_mut(), (rows * 4, SCALE_ALIGNMENT))?;
+        let each: Vec<f32> = match scales {
+            [scale] => vec![*scale; rows],
+            scales => scales.to_vec(),
+        };
+        assert_eq!(each.len(), rows, "a scale a row");
+        let bytes = bytemuck::cast_slice(&each);
+        gpu.upload(&row_scales.memory, row_scales.offset, bytes)?;
+        Ok(CudaWeight {
+            rows,
+            cols,
+            place,
+            scales: Some(row_scales),
         })
     }
 
@@ -126,6 +179,9 @@ impl WeightStore {
         source: WeightSource,
     ) -> Result<CudaWeight, BackendError> {
         let (name, dtype, bytes) = (source.name.clone(), source.dtype, source.bytes.clone());
+        if dtype == WeightDtype::F8E4m3 && in_8_bits(gpu, &source) {
+            return self.load_8_bit(gpu, &source);
+        }
         let checked = CpuWeight::decodable(source)?;
         let (rows, cols) = checked.shape();
         let failed = |error: CudaError| error.of(format!("weight `{name}`"));
@@ -137,10 +193,56 @@ impl WeightStore {
         }
         Ok(weight)
     }
+
+    fn load_8_bit(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        source: &WeightSource,
+    ) -> Result<CudaWeight, BackendError> {
+        let scales = source.scales.as_deref().unwrap_or(&[]);
+        let shape = (source.rows, source.cols);
+        let fits = source.rows.checked_mul(source.cols) == Some(source.bytes.as_slice().len());
+        if !fits || (scales.len() != 1 && scales.len() != source.rows) {
+            return Err(BackendError::Weight {
+                name: source.name.clone(),
+                reason: format!("{shape:?} in 8 bits has {} scales", scales.len()),
+            });
+        }
+        let made = self.place_8_bit(gpu, shape, scales).and_then(|weight| {
+            upload_as_is(gpu, &weight, &source.bytes)?;
+            Ok(weight)
+        });
+        made.map_err(|error| error.of(format!("weight `{}`", source.name)))
+    }
+}
+
+/// Whether a matrix in 8 bits stays so: kernels take its rows 16 bytes at a time, and the library's products of this kind
+/// with a scale a row are for Hopper. Elsewhere it is kept in bf16.
+pub(super) fn takes_8_bits(gpu: &Gpu, cols: usize) -> bool {
+    gpu.capability == (9, 0) && cols.is_multiple_of(16)
+}
+
+fn in_8_bits(gpu: &Gpu, source: &WeightSource) -> bool {
+    source.rows > 1 && takes_8_bits(gpu, source.cols)
+}
+
+fn room(
+    gpu: &Arc<Gpu>,
+    slab: Option<&mut Slab>,
+    (bytes, alignment): (usize, usize),
+) -> Result<Range, CudaError> {
+    if let Some(range) = slab.and_then(|slab| slab.take(bytes, alignment)) {
+        return Ok(range);
+    }
+    Ok(Range {
+        memory: Arc::new(DeviceMemory::new(gpu, bytes)?),
+        offset: 0,
+        bytes,
+    })
 }
 
 fn upload_as_is(gpu: &Gpu, weight: &CudaWeight, bytes: &WeightBytes) -> Result<(), CudaError> {
-    gpu.upload(&weight.memory, weight.offset, bytes.as_slice())
+    gpu.upload(&weight.place.memory, weight.place.offset, bytes.as_slice())
 }
 
 fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<(), CudaError> {
@@ -167,8 +269,8 @@ fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<
         });
         let bytes = bytemuck::cast_slice(part);
         gpu.upload(
-            &weight.memory,
-            weight.offset + first * weight.cols * 2,
+            &weight.place.memory,
+            weight.place.offset + first * weight.cols * 2,
             bytes,
         )?;
     }

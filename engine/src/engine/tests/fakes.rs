@@ -1,13 +1,14 @@
 //! A model that remembers in its pages what it read, and a transceiver that does what the test says.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::backend::{BackendError, BlockId, RowWish, StepBatch, TokenId};
+use crate::backend::{BackendError, BlockId, Carried, RowWish, StepBatch, TokenId};
 use crate::handoff::{Fetch, Handoff, HandoffError, HandoffTicket, Offer};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
 use crate::request::RequestId;
+use crate::sampler::choose;
 
 pub(super) const VOCAB: usize = 48;
 
@@ -52,6 +53,29 @@ pub(super) struct FakeModel {
     pub(super) mishap: Option<Mishap>,
     /// Steps before the mishap.
     pub(super) steps_left: usize,
+    /// Steps under way, where they run by themselves: each is computed as late as it can be.
+    flights: Option<VecDeque<Flying>>,
+    /// Whether it draws, too.
+    chooses_all: bool,
+    /// What the last computed step chose.
+    chosen: Vec<TokenId>,
+    pub(super) counts: Arc<Mutex<StepCounts>>,
+}
+
+/// What a model that runs by itself saw.
+#[derive(Debug, Default)]
+pub(super) struct StepCounts {
+    pub(super) begun: usize,
+    /// Steps that were finished while no other had begun: the device was idle afterwards.
+    pub(super) alone: usize,
+}
+
+#[derive(Debug)]
+struct Flying {
+    batch: StepBatch,
+    wishes: Vec<RowWish>,
+    carried: Vec<Carried>,
+    done: Option<Logits>,
 }
 
 impl FakeModel {
@@ -72,7 +96,42 @@ impl FakeModel {
             size: 0,
             mishap: None,
             steps_left: 0,
+            flights: None,
+            chooses_all: false,
+            chosen: Vec::new(),
+            counts: Arc::default(),
         }
+    }
+
+    /// One whose steps run by themselves, and which chooses every token that is wished.
+    pub(super) fn by_itself() -> Self {
+        Self {
+            flights: Some(VecDeque::new()),
+            chooses_all: true,
+            ..Self::new()
+        }
+    }
+
+    /// Computes the steps that are under way.
+    fn catch_up(&mut self) -> Result<(), BackendError> {
+        let mut flights = self.flights.take().unwrap_or_default();
+        for flight in &mut flights {
+            if flight.done.is_some() {
+                continue;
+            }
+            for &Carried { row, from } in &flight.carried {
+                flight.batch.tokens[row] = self.chosen[from];
+            }
+            let logits = self.forward_choosing(&flight.batch, &flight.wishes)?;
+            self.chosen = logits
+                .chosen
+                .iter()
+                .map(|token| token.unwrap_or(0))
+                .collect();
+            flight.done = Some(logits);
+        }
+        self.flights = Some(flights);
+        Ok(())
     }
 
     fn write(&mut self, block: BlockId, at: usize, token: TokenId, position: u32) {
@@ -220,7 +279,54 @@ impl Model for FakeModel {
         })
     }
 
-    /// Chooses like a device; draws, and rows that are not finite, are left to the host.
+    fn runs_by_itself(&self) -> bool {
+        self.flights.is_some()
+    }
+
+    fn begin(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+        carried: &[Carried],
+    ) -> Result<Option<Logits>, BackendError> {
+        let Some(flights) = &mut self.flights else {
+            assert!(carried.is_empty(), "tokens are known");
+            return self.forward_choosing(batch, wishes).map(Some);
+        };
+        assert!(flights.len() < 2, "two steps are under way at most");
+        let overtaken = flights.iter().flat_map(|flight| &flight.wishes);
+        assert!(
+            overtaken.clone().all(|wish| *wish != RowWish::Logits),
+            "logits that the host needs are not overtaken"
+        );
+        flights.push_back(Flying {
+            batch: batch.clone(),
+            wishes: wishes.to_vec(),
+            carried: carried.to_vec(),
+            done: None,
+        });
+        self.counts.lock().expect("no test panics with it").begun += 1;
+        Ok(None)
+    }
+
+    fn finish(&mut self) -> Result<Logits, BackendError> {
+        // Only the oldest, so that the others stay late.
+        let mut later = self
+            .flights
+            .as_mut()
+            .expect("steps run by themselves")
+            .split_off(1);
+        if later.is_empty() {
+            self.counts.lock().expect("no test panics with it").alone += 1;
+        }
+        self.catch_up()?;
+        let flights = self.flights.as_mut().expect("caught up");
+        let first = flights.pop_front().expect("a step is under way");
+        flights.append(&mut later);
+        Ok(first.done.expect("computed"))
+    }
+
+    /// Chooses like a device; draws, and rows that are not finite, are left to the host, unless steps run by themselves.
     fn forward_choosing(
         &mut self,
         batch: &StepBatch,
@@ -234,21 +340,24 @@ impl Model for FakeModel {
             chosen: Vec::new(),
         };
         for (row, wish) in whole.values.chunks_exact(VOCAB).zip(wishes) {
-            if *wish == RowWish::Best && row.iter().all(|logit| logit.is_finite()) {
-                let greatest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let token = row.iter().position(|&logit| logit == greatest);
-                let token = token.and_then(|token| TokenId::try_from(token).ok());
-                logits.chosen.push(token);
-            } else {
+            let chosen = match wish {
+                RowWish::Best => choose(row, wish).ok(),
+                RowWish::Draw(_) if self.chooses_all => choose(row, wish).ok(),
+                RowWish::Draw(_) | RowWish::Logits => None,
+            };
+            if chosen.is_none() {
                 logits.values.extend_from_slice(row);
-                logits.chosen.push(None);
             }
+            logits.chosen.push(chosen);
         }
         Ok(logits)
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
         self.check_ranks()?;
+        if self.flights.is_some() {
+            self.catch_up()?;
+        }
         let pages = blocks
             .iter()
             .map(|&block| Arc::clone(self.pages[block as usize].as_ref().expect("not lent")));
@@ -261,6 +370,17 @@ impl Model for FakeModel {
     }
 
     fn lend_page(&mut self, block: BlockId) -> Page {
+        let late = self
+            .flights
+            .iter()
+            .flatten()
+            .filter(|flight| flight.done.is_none());
+        for span in late.flat_map(|flight| &flight.batch.sequences) {
+            assert!(
+                !span.blocks.contains(&block),
+                "a step may still write this page"
+            );
+        }
         let page = self.pages[block as usize].take().expect("not lent twice");
         Arc::into_inner(page).expect("a lent page has no reader")
     }

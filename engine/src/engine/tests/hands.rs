@@ -5,7 +5,7 @@ use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats, LeaseEnd};
 use crate::request::RequestId;
 
 impl Rig {
-    fn end_lease(&mut self, ctx_request_id: u64, end: LeaseEnd) {
+    pub(super) fn end_lease(&mut self, ctx_request_id: u64, end: LeaseEnd) {
         self.wire.lock().offers.remove(&ctx_request_id);
         (self.sink)(HandoffEvent::LeaseEnded {
             ctx_request_id,

@@ -259,10 +259,12 @@ proptest! {
     #[test]
     fn whatever_happens_answers_are_right_and_nothing_leaks(
         config in config(),
+        (overlap, by_itself) in (any::<bool>(), any::<bool>()),
         acts in prop::collection::vec(act(), 1..60),
     ) {
+        let model = if by_itself { FakeModel::by_itself() } else { FakeModel::new() };
         let mut case = Case {
-            rig: Rig::new(config),
+            rig: Rig::of(model, EngineConfig { overlap, ..config }, 100),
             readers: Vec::new(),
             prompts: HashMap::new(),
             late: Vec::new(),

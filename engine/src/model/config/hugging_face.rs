@@ -7,6 +7,7 @@ use super::rope::{Llama3, RopeParameters, RopeScaling, Yarn};
 use super::{Architecture, DecoderConfig, Dimensions, epsilon};
 use crate::backend::{RopePairing, WeightDtype};
 use crate::model::error::ModelErrorKind;
+use crate::model::quantization;
 
 const SERVED: &[&str] = &[
     "LlamaForCausalLM",
@@ -117,6 +118,24 @@ impl HuggingFaceConfig {
         }
     }
 
+    /// Whether projections are in 8 bits, by what a newer export says here too.
+    pub(crate) fn in_8_bits(&self) -> Result<bool, ModelErrorKind> {
+        let Some(quantization) = &self.quantization_config else {
+            return Ok(false);
+        };
+        let text = |key| quantization.get(key).and_then(Value::as_str);
+        if text("quant_method") == Some("modelopt") {
+            return quantization::is_8_bit(text("quant_algo"));
+        }
+        Err(ModelErrorKind::Unsupported {
+            what: format!(
+                "`quantization_config` {}",
+                text("quant_method").unwrap_or("of an unnamed method")
+            ),
+            hint: "served are ModelOpt's FP8 exports, unquantised safetensors, and GGUF files",
+        })
+    }
+
     fn architecture(&self) -> Result<Architecture, ModelErrorKind> {
         let found = self
             .architectures
@@ -136,16 +155,7 @@ impl HuggingFaceConfig {
     }
 
     fn refuse_variants(&self) -> Result<(), ModelErrorKind> {
-        if let Some(quantization) = &self.quantization_config {
-            let method = quantization.get("quant_method").and_then(Value::as_str);
-            return Err(ModelErrorKind::Unsupported {
-                what: format!(
-                    "`quantization_config` {}",
-                    method.unwrap_or("of an unnamed method")
-                ),
-                hint: "serve the unquantised safetensors of this model, or a GGUF file of it",
-            });
-        }
+        self.in_8_bits()?;
         let activation = self.hidden_act.as_deref().unwrap_or("silu");
         if !matches!(activation, "silu" | "swish") {
             return Err(ModelErrorKind::Unsupported {

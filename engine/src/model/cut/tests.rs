@@ -47,6 +47,7 @@ fn tensor(dtype: WeightDtype, dims: Vec<usize>, bytes: Vec<u8>) -> RawTensor {
             buffer: Arc::new(buffer),
             range: 7..7 + len,
         },
+        scales: None,
     }
 }
 
@@ -145,6 +146,7 @@ proptest! {
                 dims: whole.dims.clone(),
                 dtype,
                 bytes: whole.bytes.clone(),
+                scales: whole.scales.clone(),
             };
             let expected = cut("t", &slot, same).expect("it can be cut");
             prop_assert_eq!(&part.dims, &expected.dims);

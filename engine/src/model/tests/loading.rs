@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::path::Path;
 
-use baton_configs::llm::{ComputeDtype, KvCacheConfig, LlmOptions, LoadFormat};
+use baton_configs::llm::{ComputeDtype, KvCacheConfig, KvCacheDtype, LlmOptions, LoadFormat};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -291,7 +291,7 @@ fn variants_are_refused_by_name() {
         (json!({"architectures": []}), "`architectures` is missing"),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),
-            "`quantization_config` gptq is not served\nhint: serve the unquantised",
+            "`quantization_config` gptq is not served\nhint: served are ModelOpt's FP8 exports",
         ),
         (
             json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
@@ -428,11 +428,13 @@ fn fingerprints_tell_what_kv_depends_on() {
 fn kv_dtype_follows_the_options() {
     use ComputeDtype::{Auto, Bfloat16, Float16, Float32};
     for (dtype, kv, expected) in [
-        (Auto, Auto, KvDtype::F16),
-        (Float32, Auto, KvDtype::F32),
-        (Bfloat16, Auto, KvDtype::Bf16),
-        (Float32, Float16, KvDtype::F16),
-        (Auto, Float32, KvDtype::F32),
+        (Auto, KvCacheDtype::Auto, KvDtype::F16),
+        (Float32, KvCacheDtype::Auto, KvDtype::F32),
+        (Bfloat16, KvCacheDtype::Auto, KvDtype::Bf16),
+        (Float16, KvCacheDtype::Auto, KvDtype::F16),
+        (Float32, KvCacheDtype::Float16, KvDtype::F16),
+        (Auto, KvCacheDtype::Float32, KvDtype::F32),
+        (Bfloat16, KvCacheDtype::Fp8, KvDtype::Fp8),
     ] {
         let options = LlmOptions {
             dtype,

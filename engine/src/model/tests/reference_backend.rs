@@ -9,6 +9,7 @@ use candle_core::Device;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use half::{bf16, f16};
 
+use crate::backend::e4m3;
 use crate::backend::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, PrefillRows,
     RopePairing, RopeTable, SequenceSpan, StepBatch, TokenId, WeightSource,
@@ -116,6 +117,10 @@ fn read(page: &Page, at: usize, len: usize) -> Vec<f32> {
             .iter()
             .map(|value| value.to_f32())
             .collect(),
+        KvDtype::Fp8 => page.as_bytes()[at..at + len]
+            .iter()
+            .map(|&bits| e4m3::decode(bits))
+            .collect(),
     }
 }
 
@@ -125,6 +130,7 @@ fn write(page: &mut Page, at: usize, values: &[f32]) {
             KvDtype::F32 => page.as_f32_mut()[at + index] = value,
             KvDtype::F16 => page.as_f16_mut()[at + index] = f16::from_f32(value),
             KvDtype::Bf16 => page.as_bf16_mut()[at + index] = bf16::from_f32(value),
+            KvDtype::Fp8 => page.as_bytes_mut()[at + index] = e4m3::encode(value),
         }
     }
 }
@@ -159,6 +165,7 @@ impl Backend for ReferenceBackend {
             description: "reference".to_owned(),
             host_pages: true,
             batch_invariant: true,
+            runs_by_itself: false,
             activations: ActivationDtype::F32,
             prefill_rows: PrefillRows::default(),
         }

@@ -13,7 +13,7 @@ use crate::backend::conformance::{DTYPES, assert_same_bits, decoded};
 /// Where a block keeps its half-precision numbers.
 fn halves(dtype: WeightDtype) -> &'static [usize] {
     match dtype {
-        WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 => &[],
+        WeightDtype::F32 | WeightDtype::F16 | WeightDtype::Bf16 | WeightDtype::F8E4m3 => &[],
         WeightDtype::Q4_0 | WeightDtype::Q5_0 | WeightDtype::Q8_0 => &[0],
         WeightDtype::Q4_1 | WeightDtype::Q5_1 | WeightDtype::Q4_K | WeightDtype::Q5_K => &[0, 2],
         WeightDtype::Q2_K => &[80, 82],

@@ -18,8 +18,8 @@ fn variants(source: Source) -> Vec<Variant> {
         each.collect()
     };
     let (half, all) = (
-        [KvDtype::F16, KvDtype::Bf16],
-        [KvDtype::F32, KvDtype::F16, KvDtype::Bf16],
+        [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8],
+        [KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8],
     );
     match source {
         Source::Rope => {

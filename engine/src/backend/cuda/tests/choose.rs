@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backend::conformance::noise;
-use crate::backend::{Draw, SequenceSpan};
+use crate::backend::{Draw, RowWish, SequenceSpan};
 
 /// Weights are cut to units of 2^-40 and exponentials are off by some 1e-6.
 const SHARE_TOLERANCE: f64 = 1e-4;
@@ -30,6 +30,7 @@ fn chosen(
     let wish = StepWish {
         repeatable: false,
         rows: wishes,
+        carried: &[],
     };
     let step = backend.step(&batch, wish, &mut |backend, _| {
         let out = backend.wide_tensor(rows, vocab);

@@ -6,8 +6,8 @@ use std::path::Path;
 use baton_configs::llm::{LlmOptions, LoadFormat};
 
 use super::*;
-use crate::backend::SequenceSpan;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::{RowWish, SequenceSpan};
 use crate::model::load::load;
 use crate::model::{Logits, Model, Outcome};
 use crate::page::KvDtype;

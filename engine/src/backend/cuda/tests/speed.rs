@@ -13,6 +13,7 @@ use super::*;
 use crate::backend::conformance::noise;
 use crate::backend::{Draw, RowWish, SequenceSpan, WeightBytes, WeightDtype};
 use crate::engine::{Engine, EngineConfig, Inbox};
+use crate::metrics::IterationStats;
 use crate::model::Model;
 use crate::model::load::load;
 use crate::page::KvDtype;
@@ -54,6 +55,7 @@ fn random_weight(backend: &mut CudaBackend, rows: usize, cols: usize) -> CudaWei
         values: noise(rows as u64, 65_521).into(),
         first: 0,
         stride: cols,
+        scale: 1.0,
     };
     backend.load_pattern(&source).unwrap().unwrap()
 }
@@ -93,6 +95,7 @@ fn products() {
                 weight: weight.address(),
                 bias: None,
                 out: out.address(),
+                scales: None,
                 shape: ProductShape {
                     tokens,
                     cols,
@@ -120,6 +123,51 @@ fn products() {
                 "product [{rows}, {cols}] x {tokens}: library {library:.1} us ({:.0}% of bound), own {own:.1} us ({:.0}%)",
                 100.0 * bound / library,
                 100.0 * bound / own
+            );
+        }
+    }
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn products_8_bit() {
+    let Some(mut backend) = gpu() else { return };
+    for (rows, cols) in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)] {
+        // More copies than the cache holds.
+        let copies = (256_usize << 20).div_ceil(rows * cols).clamp(1, 16);
+        let mut weight = || {
+            let source = PatternSource {
+                name: "w".to_owned(),
+                rows,
+                cols,
+                dtype: WeightDtype::F8E4m3,
+                values: noise(rows as u64, 65_521).into(),
+                first: 0,
+                stride: cols,
+                scale: 1.0 / 448.0,
+            };
+            backend.load_pattern(&source).unwrap().unwrap()
+        };
+        let weights: Vec<_> = (0..copies).map(|_| weight()).collect();
+        for tokens in [1, 2, 3, 4, 5, 8, 16, 64, 256, 2048, 8192] {
+            let x = random(&mut backend, tokens, cols);
+            let mut out = backend.tensor(tokens, rows);
+            let all = micros(&mut backend, |backend, index| {
+                backend.linear(&x, &weights[index % copies], None, &mut out);
+            });
+            let narrow = backend.pool.take(tokens * cols).unwrap();
+            let scales = backend.pool.take(tokens * 4).unwrap();
+            let rounding = micros(&mut backend, |backend, _| {
+                let mut ops = backend.ops.borrow_mut();
+                ops.quantize(&x, narrow.address(), scales.address())
+                    .unwrap();
+            });
+            let bytes = (rows * cols + 2 * tokens * (rows + cols)) as f64;
+            let flops = (2 * rows * cols * tokens) as f64;
+            let bound = (bytes / BYTES_PER_US).max(flops / (2.0 * FLOP_PER_US));
+            eprintln!(
+                "8-bit product [{rows}, {cols}] x {tokens}: {all:.1} us ({:.0}% of bound), of which rounding x {rounding:.1} us",
+                100.0 * bound / all
             );
         }
     }
@@ -178,7 +226,10 @@ fn attention() {
         let mut k = random(&mut backend, tokens, 8 * dim);
         let v = random(&mut backend, tokens, 8 * dim);
         let mut out = backend.tensor(tokens, heads * dim);
-        backend.staging.begin(&batch, &[], 32).unwrap();
+        backend
+            .staging
+            .begin(&batch, StepWish::default(), 32)
+            .unwrap();
         let table = RopeTable {
             inverse_frequencies: noise(1, 64),
             pairing: RopePairing::Halves,
@@ -236,8 +287,14 @@ const LLAMA_8B: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"ll
 "max_position_embeddings":131072,"rms_norm_eps":1e-5,"rope_theta":500000.0,"hidden_act":"silu",
 "tie_word_embeddings":false,"torch_dtype":"bfloat16"}"#;
 
-fn llama_8b(folder: &Path, backend: CudaBackend) -> Box<dyn Model> {
+/// What stands beside a checkpoint whose projections are in 8 bits.
+const IN_8_BITS: &str = r#"{"quantization":{"quant_algo":"FP8"}}"#;
+
+fn llama_8b(folder: &Path, backend: CudaBackend, in_8_bits: bool) -> Box<dyn Model> {
     fs::write(folder.join("config.json"), LLAMA_8B).unwrap();
+    if in_8_bits {
+        fs::write(folder.join("hf_quant_config.json"), IN_8_BITS).unwrap();
+    }
     let options = LlmOptions {
         load_format: LoadFormat::Dummy,
         ..LlmOptions::default()
@@ -270,10 +327,20 @@ fn median_ms(
 #[test]
 #[ignore = "measures; see scripts/gpu/suite"]
 fn model() {
+    steps(false);
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn model_8_bit() {
+    steps(true);
+}
+
+fn steps(in_8_bits: bool) {
     let begun = Instant::now();
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let mut model = llama_8b(folder.path(), backend);
+    let mut model = llama_8b(folder.path(), backend, in_8_bits);
     let page = PageShape { layers: 32, ..PAGE };
     model.allocate_pages(page, 10_000).unwrap();
     model.forward(&spans(1, 0, 128)).unwrap();
@@ -312,7 +379,7 @@ fn model() {
 fn choices() {
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let mut model = llama_8b(folder.path(), backend);
+    let mut model = llama_8b(folder.path(), backend, false);
     let page = PageShape { layers: 32, ..PAGE };
     model.allocate_pages(page, 10_000).unwrap();
     let draw = |top_k, top_p| {
@@ -351,6 +418,7 @@ fn uploads() {
             cols,
             dtype,
             bytes: WeightBytes::Owned(vec![0; bytes].into()),
+            scales: None,
         };
         let started = Instant::now();
         let weight = backend.load_weight(source).unwrap();
@@ -361,8 +429,11 @@ fn uploads() {
 }
 
 /// What is compared with other engines: 256 sequences of up to 16k tokens, nothing reused.
-fn large() -> EngineConfig {
+fn large(overlap: bool, kv_dtype: KvDtype) -> EngineConfig {
     EngineConfig {
+        overlap,
+        kv_dtype,
+        iteration_stats_max: 1 << 16,
         max_batch_size: 256,
         max_seq_len: 16_384,
         enable_chunked_prefill: true,
@@ -374,29 +445,75 @@ fn large() -> EngineConfig {
     }
 }
 
+/// Tokens a second over those steps in which nothing was read and so many wrote.
+fn steady_rate(iterations: &[IterationStats], writers: u32) -> f64 {
+    let steady = iterations.iter().filter(|iteration| {
+        let step = &iteration.inflight_batching_stats;
+        step.num_ctx_tokens == 0 && step.num_gen_requests == writers as usize
+    });
+    let (mut tokens, mut seconds) = (0.0, 0.0);
+    for iteration in steady {
+        tokens += f64::from(writers);
+        seconds += iteration.iter_latency_ms / 1e3;
+    }
+    tokens / seconds
+}
+
 /// Whole answers through the engine: requests in, answers out, in tokens a second.
 #[test]
 #[ignore = "measures; see scripts/gpu/suite"]
 fn engine() {
+    answers(true, (false, KvDtype::F16), &CASES);
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_8_bit() {
+    answers(true, (true, KvDtype::F16), &CASES);
+}
+
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_8_bit_kv() {
+    answers(true, (true, KvDtype::Fp8), &CASES);
+}
+
+/// Requests, tokens of each prompt, tokens of each answer. The first two make what is made once.
+const CASES: [(u32, u32, u32); 11] = [
+    (1, 128, 16),
+    (32, 2048, 1),
+    (1, 128, 128),
+    (1, 2048, 2),
+    (1, 8192, 2),
+    (32, 2048, 1),
+    (16, 128, 256),
+    (64, 128, 256),
+    (256, 128, 256),
+    (64, 2048, 128),
+    (256, 1000, 1000),
+];
+
+/// The same with each step's results read before the next one begins.
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_in_turn() {
+    answers(
+        false,
+        (false, KvDtype::F16),
+        &[(16, 128, 4), (1, 128, 128), (64, 128, 256), (256, 128, 256)],
+    );
+}
+
+fn answers(overlap: bool, (in_8_bits, kv_dtype): (bool, KvDtype), cases: &[(u32, u32, u32)]) {
+    let begun = Instant::now();
     let Some(backend) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let model = llama_8b(folder.path(), backend);
-    let (engine, thread) = Engine::start(model, None, large(), Inbox::new(1024)).unwrap();
-    for (requests, input, output) in [
-        (1, 128, 16),
-        (16, 128, 4),
-        (64, 128, 4),
-        (256, 128, 4),
-        (1, 128, 128),
-        (1, 2048, 2),
-        (1, 8192, 2),
-        (32, 2048, 1),
-        (16, 128, 256),
-        (64, 128, 256),
-        (256, 128, 256),
-        (64, 2048, 128),
-        (256, 1000, 1000),
-    ] {
+    let model = llama_8b(folder.path(), backend, in_8_bits);
+    let (engine, thread) =
+        Engine::start(model, None, large(overlap, kv_dtype), Inbox::new(1024)).unwrap();
+    eprintln!("engine ready after {:.2} s", begun.elapsed().as_secs_f64());
+    for &(requests, input, output) in cases {
+        drop(engine.take_iterations());
         let started = Instant::now();
         let request = |index: u32| GenerateRequest {
             prompt: (0..input)
@@ -428,11 +545,12 @@ fn engine() {
         let all = started.elapsed().as_secs_f64();
         let prompt_rate = f64::from(requests * input) / all;
         eprintln!(
-            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s",
+            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s, while all write {:.0} tok/s",
             first * 1e3,
             all * 1e3,
             f64::from(tokens) / all,
-            f64::from(tokens - requests) / (all - first)
+            f64::from(tokens - requests) / (all - first),
+            steady_rate(&engine.take_iterations(), requests)
         );
     }
     engine.shutdown(Instant::now());
