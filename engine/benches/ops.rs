@@ -47,6 +47,7 @@ fn layout(dtype: WeightDtype) -> (usize, usize, &'static [usize]) {
         WeightDtype::F32 => (1, 4, &[]),
         WeightDtype::F16 => (1, 2, &[0]),
         WeightDtype::Bf16 => (1, 2, &[]),
+        WeightDtype::F8E4m3 => (1, 1, &[]),
         WeightDtype::Q4_0 => (32, 18, &[0]),
         WeightDtype::Q4_1 => (32, 20, &[0, 2]),
         WeightDtype::Q5_0 => (32, 22, &[0]),
@@ -90,6 +91,7 @@ fn weight(backend: &mut CpuBackend, rows: usize, cols: usize, dtype: WeightDtype
         rows,
         cols,
         dtype,
+        scales: (dtype == WeightDtype::F8E4m3).then(|| Arc::from([0.01])),
         bytes: WeightBytes::Owned(Arc::from(bytes)),
     };
     backend.load_weight(source).expect("sizes fit")
