@@ -5,6 +5,7 @@
 //! a whole page is rank 0's copy, which no rank computes with, so a transport that reads or writes one is in nobody's way.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
@@ -97,7 +98,7 @@ pub(super) fn gather<B: Backend>(
 ) -> Result<Vec<Page>, BackendError> {
     let mut gathered: Vec<_> = blocks.iter().map(|_| Page::zeroed(whole)).collect();
     for (page, part) in gathered.iter_mut().zip(decoder.share_pages(blocks)?) {
-        put(page, &shards[0], part.as_bytes());
+        put(page, &shards[0], &part.to_host().map_err(of_device)?);
     }
     let mut message = Vec::new();
     for shard in shards[1..].iter().filter(|shard| shard.first_holder) {
@@ -124,11 +125,13 @@ pub(super) fn scatter<B: Backend>(
         }
     }
     let own = whole.iter().map(|(block, page)| {
-        drop(decoder.lend_page(*block));
-        (*block, take(page, &shards[0]))
+        let part = take(page, &shards[0]);
+        let mut own = decoder.lend_page(*block);
+        own.write(0, part.as_bytes()).map_err(of_device)?;
+        Ok((*block, own))
     });
-    let own = own.collect();
-    decoder.return_pages(own)
+    let own: Result<_, BackendError> = own.collect();
+    decoder.return_pages(own?)
 }
 
 // === the other ranks' side ===
@@ -143,7 +146,8 @@ pub(super) fn send_parts<B: Backend>(
         return Ok(());
     }
     for page in decoder.share_pages(blocks)? {
-        send_bytes(decoder.collective(), 0, page.as_bytes())?;
+        let bytes = page.to_host().map_err(of_device)?;
+        send_bytes(decoder.collective(), 0, &bytes)?;
     }
     Ok(())
 }
@@ -153,14 +157,28 @@ pub(super) fn receive_parts<B: Backend>(
     decoder: &mut Decoder<B>,
     blocks: &[BlockId],
 ) -> Result<(), BackendError> {
-    let mut message = Vec::new();
+    let (mut part, mut message) = (Vec::new(), Vec::new());
     for &block in blocks {
         let mut page = decoder.lend_page(block);
-        let target = (page.as_bytes_mut(), &mut message);
+        part.resize(page.shape().bytes(), 0);
+        let target = (part.as_mut_slice(), &mut message);
         receive_bytes(decoder.collective(), 0, target)?;
+        page.write(0, &part).map_err(of_device)?;
         decoder.return_pages(vec![(block, page)])?;
     }
     Ok(())
+}
+
+/// A page on a device that cannot be reached.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the shape that map_err wants"
+)]
+fn of_device(error: io::Error) -> BackendError {
+    BackendError::Device {
+        what: "a kv page".to_owned(),
+        reason: error.to_string(),
+    }
 }
 
 // === bytes ===

@@ -12,6 +12,7 @@ use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
+use super::checksum::Checksum;
 use super::state::{Nonce, OpaqueState};
 
 /// Events that wait for the desk at most.
@@ -77,7 +78,7 @@ pub(super) enum Happening {
     /// The next checksum.
     Hashed {
         of: SumsOf,
-        checksum: u64,
+        checksum: Checksum,
     },
     /// The checksum threads hold no page for these any more.
     HashingEnded {

@@ -8,6 +8,7 @@ use crate::backend::BlockId;
 use crate::handoff::HandoffError;
 use crate::page::Page;
 use crate::request::RequestId;
+use crate::transceiver::checksum::Checksum;
 use crate::transceiver::message::{Claim, PieceNote, Taker};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
@@ -64,7 +65,7 @@ pub(super) struct Part {
     pub(super) source: usize,
     /// Index among the source's pieces.
     pub(super) piece: usize,
-    pub(super) checksum: u64,
+    pub(super) checksum: Checksum,
 }
 
 /// Where a page of a fetch is.
@@ -216,7 +217,7 @@ impl FetchTask {
     }
 
     /// What lies where in a page, with its checksums.
-    pub(super) fn parts(&self, page: usize) -> Vec<(Runs, u64)> {
+    pub(super) fn parts(&self, page: usize) -> Vec<(Runs, Checksum)> {
         let landed = self.pages[page].landed.iter();
         landed
             .map(|part| {

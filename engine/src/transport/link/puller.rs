@@ -2,11 +2,13 @@
 //!
 //! A region's page is out of the regions while the fabric writes it, as it is with the thread that reads a stream; so
 //! giving it up meanwhile is `Later`, and it comes back when this thread lets go. Everything that is queued is
-//! read in one call, as much as suits the fabric. Stale regions are not read, but acknowledged.
+//! read in one call, as much as suits the fabric. Stale regions are not read, but acknowledged. A page of a device is written
+//! by the fabric where it takes such memory, else by way of the host's.
 //!
 //! Invariant: whatever the fabric says, each page that was taken is put back before anything else happens.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +20,8 @@ use crate::page::Page;
 use crate::transport::fabric::{
     Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena,
 };
-use crate::transport::staging::{Slot, Staging};
-use crate::transport::{RegionId, Runs, RunsError, TransportEvent, TransportSink};
+use crate::transport::staging::{Slot, Staging, plain_shape};
+use crate::transport::{MemoryKind, RegionId, Runs, RunsError, TransportEvent, TransportSink};
 
 /// Arenas of one peer at most.
 const ARENAS_MAX: usize = 1024;
@@ -41,6 +43,8 @@ pub(super) enum PullEnd {
     Occupied(Duration),
     #[error("{0}")]
     Runs(#[from] RunsError),
+    #[error("a page on a device cannot be written: {0}")]
+    Device(#[from] io::Error),
 }
 
 /// What all pullers of a transport share.
@@ -56,6 +60,8 @@ pub(super) struct PullerParts {
 pub(super) struct Puller<'a> {
     parts: &'a PullerParts,
     terms: FabricTerms,
+    /// Whether the fabric takes no memory of devices.
+    host_only: bool,
     tuning: &'a LinkTuning,
     connection: &'a Connection,
     regions: &'a Regions,
@@ -72,9 +78,18 @@ struct Landing {
     from: RemoteArena,
     page: Page,
     /// Where the bytes go first, when their targets do not suit the fabric.
-    slot: Option<Slot>,
+    by: Option<Detour>,
     /// From the arena to the page or the slot.
     runs: Runs,
+}
+
+/// Memory of the host's on the way to a page.
+#[derive(Debug)]
+enum Detour {
+    /// Of the staging memory.
+    Slot(Slot),
+    /// Of its own, for what no slot takes and no fabric writes.
+    Own(Page),
 }
 
 impl Landing {
@@ -82,24 +97,28 @@ impl Landing {
         ReadJob {
             from: self.from,
             runs: &self.runs,
-            page: match &mut self.slot {
-                Some(slot) => slot.page_mut(),
+            page: match &mut self.by {
+                Some(Detour::Slot(slot)) => slot.page_mut(),
+                Some(Detour::Own(page)) => page,
                 None => &mut self.page,
             },
         }
     }
 
-    /// Moves what came into a slot to where it belongs.
-    fn scatter(&mut self) {
-        let Some(slot) = self.slot.take() else {
-            return;
+    /// Moves what went by a detour to where it belongs.
+    fn scatter(&mut self) -> io::Result<()> {
+        let by = self.by.take();
+        let mut rest = match &by {
+            None => return Ok(()),
+            Some(Detour::Slot(slot)) => slot.page().as_bytes(),
+            Some(Detour::Own(page)) => page.as_bytes(),
         };
-        let mut rest = slot.page().as_bytes();
         for (_, target) in self.pull.runs.stretches() {
             let (now, later) = rest.split_at(target.len());
-            self.page.as_bytes_mut()[target].copy_from_slice(now);
+            self.page.write(target.start, now)?;
             rest = later;
         }
+        Ok(())
     }
 }
 
@@ -120,6 +139,11 @@ impl<'a> Puller<'a> {
     ) -> Self {
         Self {
             terms: parts.fabric.terms(),
+            host_only: !parts
+                .fabric
+                .capability()
+                .memory
+                .contains(&MemoryKind::Device),
             parts,
             tuning,
             connection,
@@ -167,9 +191,10 @@ impl<'a> Puller<'a> {
     fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
         let mut ready = Ready::default();
         let taken = self.take(pulls, &mut ready);
-        let read = taken.and_then(|()| self.carry_out(&mut ready.landings));
+        let mut read = taken.and_then(|()| self.carry_out(&mut ready.landings));
         for landing in ready.landings {
-            self.let_go(landing, read.is_ok(), sink);
+            let scattered = self.let_go(landing, read.is_ok(), sink);
+            read = read.and(scattered);
         }
         read?;
         self.connection.acknowledge(&ready.over);
@@ -187,10 +212,14 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    fn let_go(&self, mut landing: Landing, read: bool, sink: &TransportSink) {
-        if read {
-            landing.scatter();
-        }
+    fn let_go(
+        &self,
+        mut landing: Landing,
+        mut read: bool,
+        sink: &TransportSink,
+    ) -> Result<(), PullEnd> {
+        let scattered = if read { landing.scatter() } else { Ok(()) };
+        read &= scattered.is_ok();
         let Landing { pull, page, .. } = landing;
         let region = RegionId(pull.region);
         if let Some(page) = self.regions.put_back(pull.region, page) {
@@ -204,6 +233,7 @@ impl<'a> Puller<'a> {
                 note: pull.note,
             });
         }
+        Ok(scattered?)
     }
 
     /// Takes the pages of as many pulls as can be read at once; the others wait for the next turn.
@@ -230,7 +260,9 @@ impl<'a> Puller<'a> {
         } else {
             Duration::ZERO
         };
-        let may_need_slot = fine || self.terms.target_in_arena;
+        // Where the fabric writes the host's memory only.
+        let abroad = self.host_only && self.regions.is_on_device(pull.region);
+        let may_need_slot = fine || abroad || self.terms.target_in_arena;
         let mut slot = None;
         if may_need_slot && self.parts.staging.fits(source.total_bytes()) {
             slot = if first {
@@ -254,10 +286,19 @@ impl<'a> Puller<'a> {
             Taken::Occupied => return Ok(Some(pull)),
             Taken::OutOfRange { bytes } => return Err(PullEnd::OutOfRange { end, bytes }),
         };
-        if !fine && page.arena().is_some() {
+        let abroad = self.host_only && page.is_on_device();
+        if !fine && !abroad && page.arena().is_some() {
             slot = None;
         }
-        let runs = match slot {
+        let by = match slot {
+            Some(slot) => Some(Detour::Slot(slot)),
+            None if abroad => {
+                let shape = plain_shape(source.total_bytes());
+                Some(Detour::Own(Page::zeroed(shape)))
+            }
+            None => None,
+        };
+        let runs = match by {
             Some(_) => source.packed(),
             None => source,
         };
@@ -266,7 +307,7 @@ impl<'a> Puller<'a> {
             pull,
             from,
             page,
-            slot,
+            by,
             runs,
         });
         Ok(None)

@@ -3,8 +3,10 @@
 //! Nothing a peer says is believed before it is checked: a length buys no memory until the bytes are there, and a
 //! write whose region is gone is read into a scratch buffer and forgotten. Every read has a deadline.
 
+use std::cell::RefCell;
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
@@ -20,6 +22,12 @@ const CHUNK_BYTES: usize = 64 << 10;
 
 /// Stretches of this length are worth a system call each.
 const COARSE_BYTES: usize = 16 << 10;
+
+/// Bytes that are read in advance at most.
+const AHEAD_BYTES: usize = 16 << 10;
+
+/// Bytes that are copied to a device at once.
+const ABROAD_BYTES: usize = 1 << 20;
 
 /// Why a connection's reading ended.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +66,8 @@ pub(super) enum ReadEnd {
     Payload { runs: usize, payload: u64 },
     #[error("region still written by another peer after {0:?}")]
     Occupied(Duration),
+    #[error("a page on a device cannot be written: {0}")]
+    Device(std::io::Error),
     #[error("{0}")]
     Io(std::io::Error),
 }
@@ -97,6 +107,27 @@ pub(super) struct Receiving<'a> {
 pub(super) struct Reader<'a> {
     stream: &'a TcpStream,
     tuning: &'a LinkTuning,
+    /// Read in advance, so that small frames cost no system call each; nothing before the greeting is over, whose reader is
+    /// another one.
+    ahead: RefCell<Ahead>,
+}
+
+/// Bytes that have come and were not asked for yet.
+#[derive(Debug, Default)]
+struct Ahead {
+    bytes: Vec<u8>,
+    ready: Range<usize>,
+}
+
+impl Ahead {
+    /// Moves what there is into the buffer's beginning; returns how much.
+    fn take(&mut self, buffer: &mut [u8]) -> usize {
+        let count = self.ready.len().min(buffer.len());
+        let from = self.ready.start;
+        buffer[..count].copy_from_slice(&self.bytes[from..from + count]);
+        self.ready.start += count;
+        count
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -105,7 +136,11 @@ impl<'a> Reader<'a> {
         stream
             .set_read_timeout(Some(tuning.tick()))
             .map_err(ReadEnd::Io)?;
-        Ok(Self { stream, tuning })
+        Ok(Self {
+            stream,
+            tuning,
+            ahead: RefCell::default(),
+        })
     }
 
     /// The peer's greeting; it has to be of the same kind of transport.
@@ -126,6 +161,7 @@ impl<'a> Reader<'a> {
 
     /// Carries frames until the end.
     pub(super) fn run(&self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+        self.ahead.borrow_mut().bytes = vec![0; AHEAD_BYTES];
         loop {
             let header = self.header(Patience::Idle)?;
             match header.kind {
@@ -205,6 +241,9 @@ impl<'a> Reader<'a> {
 
     /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer.
     fn scatter(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+        if page.is_on_device() {
+            return self.scatter_abroad(runs, page);
+        }
         let bytes = page.as_bytes_mut();
         if runs.is_coarse(COARSE_BYTES) {
             return runs
@@ -227,6 +266,20 @@ impl<'a> Reader<'a> {
                 now.copy_from_slice(&buffer[ready.start..ready.start + count]);
                 ready.start += count;
                 target = later;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same into a page of a device: through a buffer of the host's.
+    fn scatter_abroad(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+        let longest = runs.as_slice().iter().map(|run| run.bytes).max();
+        let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
+        for (_, target) in runs.stretches() {
+            for start in target.clone().step_by(ABROAD_BYTES) {
+                let part = &mut buffer[..ABROAD_BYTES.min(target.end - start)];
+                self.fill(part, Patience::Frame)?;
+                page.write(start, part).map_err(ReadEnd::Device)?;
             }
         }
         Ok(())
@@ -274,11 +327,24 @@ impl<'a> Reader<'a> {
 
     fn fill(&self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
         let mut last_byte = Instant::now();
+        let mut ahead = self.ahead.borrow_mut();
+        let held = ahead.take(buffer);
+        buffer = &mut buffer[held..];
         while !buffer.is_empty() {
             let mut stream = self.stream;
-            match stream.read(buffer) {
+            let direct = buffer.len() >= ahead.bytes.len();
+            let read = if direct {
+                stream.read(buffer)
+            } else {
+                stream.read(&mut ahead.bytes)
+            };
+            match read {
                 Ok(0) => return Err(ReadEnd::Truncated),
-                Ok(count) => {
+                Ok(mut count) => {
+                    if !direct {
+                        ahead.ready = 0..count;
+                        count = ahead.take(buffer);
+                    }
                     buffer = &mut buffer[count..];
                     last_byte = Instant::now();
                 }

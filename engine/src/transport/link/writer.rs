@@ -1,6 +1,6 @@
 //! The sending half of a connection: the queue out, bytes straight from shared pages, completions in.
 //!
-//! Header and payload leave in one system call. A peer that takes no byte for the stall time-out ends the
+//! Header and payload leave in one system call, and so do the descriptions of all writes that are queued. A peer that takes no byte for the stall time-out ends the
 //! connection. Faults of a test's plan happen here, where the wire would make them: in the bytes of a stream; and for
 //! bytes that the peer pulls, in a copy that it pulls instead (flip), or within the frame that describes them (cut, stall).
 
@@ -21,6 +21,12 @@ use crate::transport::{TransferId, TransportSink, WriteOutcome};
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
 const SLICES_MAX: usize = 1024;
 
+/// Bytes of descriptions that wait for more of them.
+const DESCRIBED_BYTES_MAX: usize = 32 << 10;
+
+/// Bytes that are copied from a device at once.
+const ABROAD_BYTES: usize = 1 << 20;
+
 /// Why a connection's writing ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteEnd {
@@ -32,6 +38,8 @@ pub(super) enum WriteEnd {
     StalledByPlan,
     #[error("no spoilt copy for a test's fault plan: {0}")]
     NoCopy(std::io::Error),
+    #[error("a page on a device cannot be read: {0}")]
+    Device(std::io::Error),
     #[error("{0}")]
     Io(std::io::Error),
 }
@@ -59,6 +67,8 @@ pub(super) struct Writer<'a> {
     lender: Option<&'a Lender>,
     /// Arenas that the peer knows.
     told: HashSet<u64>,
+    /// Descriptions that go out together, in one system call.
+    described: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
@@ -78,6 +88,7 @@ impl<'a> Writer<'a> {
             faults,
             lender,
             told: HashSet::new(),
+            described: Vec::new(),
         })
     }
 
@@ -100,33 +111,46 @@ impl<'a> Writer<'a> {
     pub(super) fn run(&mut self, connection: &Arc<Connection>, sink: &TransportSink) {
         let done = |transfer, outcome| complete(connection, sink, transfer, outcome);
         loop {
-            let sent = match connection.next(self.tuning.ping_interval()) {
-                Outgoing::Closed => break,
-                Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
-                Outgoing::Message(message) => {
+            let sent = match self.next(connection) {
+                Err(end) => Err(end),
+                Ok(Outgoing::Closed) => break,
+                Ok(Outgoing::Idle) => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
+                Ok(Outgoing::Message(message)) => {
                     let header = Header::plain(Kind::Message, message.len() as u64);
                     self.send([&header.encode()[..], &message])
                 }
-                Outgoing::Cancelled(transfers) => {
+                Ok(Outgoing::Cancelled(transfers)) => {
                     for transfer in transfers {
                         done(transfer, WriteOutcome::Cancelled);
                     }
                     Ok(())
                 }
-                Outgoing::Pulled(sequences) => {
+                Ok(Outgoing::Pulled(sequences)) => {
                     let frames: Vec<_> = sequences
                         .into_iter()
                         .map(|sequence| Header::numbered(Kind::Pulled, sequence, 0).encode())
                         .collect();
                     self.send(frames.iter().map(|frame| &frame[..]))
                 }
-                Outgoing::Write(write) => self.write(write, connection, sink),
+                Ok(Outgoing::Write(write)) => self.write(write, connection, sink),
             };
             if let Err(end) = sent {
                 connection.close(&end.to_string());
                 break;
             }
         }
+    }
+
+    /// The next thing to do. What was described goes out before this side waits or says something else.
+    fn next(&mut self, connection: &Connection) -> Result<Outgoing, WriteEnd> {
+        if self.described.len() >= DESCRIBED_BYTES_MAX || !connection.has_write() {
+            self.flush()?;
+        }
+        let next = connection.next(self.tuning.ping_interval());
+        if !matches!(next, Outgoing::Write(_)) {
+            self.flush()?;
+        }
+        Ok(next)
     }
 
     fn write(
@@ -141,9 +165,15 @@ impl<'a> Writer<'a> {
                 connection.put_back(write);
                 Ok(())
             }
+            Way::Failed(error) => {
+                // Its completion comes with the end.
+                connection.put_back(write);
+                Err(WriteEnd::Device(error))
+            }
             Way::Pull(lent) => self.describe(write, lent, connection),
             Way::Stream => {
-                let sent = self.piece(&write, connection);
+                let flushed = self.flush();
+                let sent = flushed.and_then(|()| self.piece(&write, connection));
                 let transfer = write.transfer;
                 drop(write);
                 let outcome = match sent {
@@ -189,6 +219,9 @@ impl<'a> Writer<'a> {
                 };
             }
         }
+        if fault.is_some() {
+            self.flush()?;
+        }
         if let Some((_, Fault::Cut)) = fault {
             // What comes before a cut arrives, as it does from a stream.
             connection.wait_pulled(self.tuning.stall_timeout);
@@ -201,7 +234,11 @@ impl<'a> Writer<'a> {
         if self.told.insert(lent.arena.number) {
             let key = &lent.arena.key.0;
             let arena = Header::numbered(Kind::Arena, lent.arena.number, key.len() as u64);
-            self.send([&arena.encode()[..], key])?;
+            self.described.extend_from_slice(&arena.encode());
+            self.described.extend_from_slice(key);
+        }
+        if fault.is_some() {
+            self.flush()?;
         }
         match fault {
             Some((_, Fault::Cut)) => {
@@ -213,16 +250,34 @@ impl<'a> Writer<'a> {
                 connection.wait_closed();
                 Err(WriteEnd::StalledByPlan)
             }
-            Some((_, Fault::Flip)) | None => self.send([&head[..], &descriptor]),
+            Some((_, Fault::Flip)) | None => {
+                self.described.extend_from_slice(&head);
+                self.described.extend_from_slice(&descriptor);
+                Ok(())
+            }
         }
+    }
+
+    /// Sends what was described.
+    fn flush(&mut self) -> Result<(), WriteEnd> {
+        let described = std::mem::take(&mut self.described);
+        let sent = self.send([&described[..]]);
+        self.described = described;
+        self.described.clear();
+        sent
     }
 
     fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {
         let payload_bytes = write.runs.total_bytes();
         let head = head(Kind::Write, write, payload_bytes);
-        let source = write.source.as_bytes();
+        let fault = self.faults.next(write.transfer, payload_bytes);
+        if fault.is_none() && write.source.is_on_device() {
+            self.send([&head[..]])?;
+            return self.send_from_abroad(write);
+        }
+        let source = write.source.to_host().map_err(WriteEnd::Device)?;
         let payload = write.runs.stretches().map(|(range, _)| &source[range]);
-        match self.faults.next(write.transfer, payload_bytes) {
+        match fault {
             None => self.send(std::iter::once(&head[..]).chain(payload)),
             Some((offset, fault)) => {
                 // Rare and only in tests: the payload in one piece is simplest to spoil.
@@ -232,6 +287,21 @@ impl<'a> Writer<'a> {
                 self.fault(fault, write.transfer, after, connection)
             }
         }
+    }
+
+    /// The stretches of a page that lies on a device, through a buffer of the host's.
+    fn send_from_abroad(&self, write: &Write) -> Result<(), WriteEnd> {
+        let longest = write.runs.as_slice().iter().map(|run| run.bytes).max();
+        let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
+        for (range, _) in write.runs.stretches() {
+            for start in range.clone().step_by(ABROAD_BYTES) {
+                let part = &mut buffer[..ABROAD_BYTES.min(range.end - start)];
+                let read = write.source.read(start, part);
+                read.map_err(WriteEnd::Device)?;
+                self.send([&part[..]])?;
+            }
+        }
+        Ok(())
     }
 
     fn fault(
