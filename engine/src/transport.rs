@@ -18,6 +18,7 @@ use crate::page::arena::ForeignAllocator;
 pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
 
+pub mod cuda_ipc;
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;

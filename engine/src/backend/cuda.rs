@@ -6,18 +6,20 @@
 //! An operation that fails is remembered, those after it do nothing, and the step says so. Must match `backend/cpu` within
 //! the tolerances of the conformance suite; rows are not bit-equal across batches, because the library's algorithm depends on the shape.
 //!
-//! Absent: several devices in one process, peers that reach into device memory, weights in 8 bits.
+//! Absent: several devices in one process, weights in 8 bits. Peers reach the pool of pages and nothing else (`handoff.rs`).
 
 mod calls;
 mod compiler;
 mod driver;
 mod error;
 mod graphs;
+mod handoff;
 mod kernels;
 mod linear;
 mod memory;
 mod ops;
 mod pages;
+mod peer;
 mod step;
 mod tensor;
 mod upload;
@@ -28,6 +30,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use error::CudaError;
+pub(crate) use handoff::{Move, Mover, cuda_arena};
+pub use handoff::{device_count, device_pages, peer_copies};
+pub(crate) use peer::HANDLE_BYTES;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
@@ -106,6 +111,10 @@ impl Backend for CudaBackend {
 
     fn free_bytes(&self) -> Option<u64> {
         self.gpu.memory().ok().map(|(free, _)| free as u64)
+    }
+
+    fn page_device(&self) -> Option<usize> {
+        Some(self.gpu.ordinal())
     }
 
     fn expect_weights(&mut self, elements: usize) -> Result<(), BackendError> {
@@ -383,12 +392,20 @@ impl Backend for CudaBackend {
     }
 
     fn lend_page(&mut self, block: BlockId) -> Page {
-        self.pages_mut().lend(block)
+        match self.pages_mut().lend(block) {
+            Ok(page) => page,
+            Err(error) => {
+                // What can't be ordered behind the stream must not be written; the step says what failed.
+                self.attempt("lend_page", || Err(error));
+                Page::zeroed(*self.pages().shape())
+            }
+        }
     }
 
     fn return_page(&mut self, block: BlockId, page: Page) {
-        let given = self.pages_mut().give_back(block, &page);
-        self.attempt("return_page", || given);
+        if self.failure.borrow().is_none() {
+            self.pages_mut().give_back(block, page);
+        }
     }
 }
 

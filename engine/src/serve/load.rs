@@ -74,7 +74,8 @@ fn load_all(
     progress.stage("making the kv pool");
     let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens, &rooms)?;
     let inbox = Inbox::new(QUEUE_MAX);
-    let transceiver = start_transceiver(options, address, &plan, &inbox)?;
+    let device = loaded.model.page_device();
+    let transceiver = start_transceiver(options, (address, device), &plan, &inbox)?;
     let info = transceiver.as_ref().map(Transceiver::info);
     let handoff = transceiver.map(|transceiver| Box::new(transceiver) as Box<dyn Handoff>);
     let mut facts = plan.facts(&loaded, llm, info.as_ref().map(transport_facts));
@@ -176,7 +177,7 @@ fn sampling_defaults(generation: &GenerationDefaults) -> SamplingParams {
 
 fn start_transceiver(
     options: &ServeOptions,
-    address: SocketAddr,
+    (address, device): (SocketAddr, Option<usize>),
     plan: &Plan,
     inbox: &Inbox,
 ) -> Result<Option<Transceiver>, ServeError> {
@@ -191,6 +192,7 @@ fn start_transceiver(
     } else {
         options.instance.clone()
     };
+    params.device = device;
     params.faults = FaultPlan::from_environment()?;
     Ok(Some(Transceiver::start(params, inbox.handoff_sink())?))
 }

@@ -34,11 +34,12 @@ pub(super) enum Source {
     AttentionAny,
     AttentionPrefill,
     AttentionDecode,
+    Handoff,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::Choose,
         Self::Embed,
         Self::SelectRows,
@@ -51,6 +52,7 @@ impl Source {
         Self::AttentionAny,
         Self::AttentionPrefill,
         Self::AttentionDecode,
+        Self::Handoff,
     ];
 
     /// File name and text.
@@ -73,6 +75,7 @@ impl Source {
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
             Self::AttentionDecode => kernel!("attention_decode.cu"),
+            Self::Handoff => kernel!("handoff.cu"),
         }
     }
 
