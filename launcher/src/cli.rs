@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::bench::{
-    BenchCommand, BenchKvArgs, DoctorArgs, DtypeArg, ShapeArgs, TransportArg,
+    BenchCommand, BenchKvArgs, DeviceArg, DoctorArgs, DtypeArg, ShapeArgs, TransportArg,
 };
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;
