@@ -223,6 +223,8 @@ struct Jobs {
     landed: VecDeque<Landed>,
     offered: VecDeque<Summing>,
     stopped: bool,
+    /// Threads that sleep. The others look again by themselves, so nobody need be woken for them.
+    idle: usize,
 }
 
 #[derive(Debug, Default)]
@@ -258,8 +260,13 @@ impl ChecksumThreads {
     }
 
     pub(super) fn check(&self, landed: Landed) {
-        self.queue.lock().landed.push_back(landed);
-        self.queue.wake.notify_one();
+        let mut jobs = self.queue.lock();
+        jobs.landed.push_back(landed);
+        let idle = jobs.idle;
+        drop(jobs);
+        if idle > 0 {
+            self.queue.wake.notify_one();
+        }
     }
 
     pub(super) fn sum(&self, offered: Summing) {
@@ -287,10 +294,13 @@ impl Queue {
 
     fn work(&self, inbox: &Inbox) {
         loop {
-            let waited = self.wake.wait_while(self.lock(), |jobs| {
+            let mut jobs = self.lock();
+            jobs.idle += 1;
+            let waited = self.wake.wait_while(jobs, |jobs| {
                 !jobs.stopped && jobs.landed.is_empty() && jobs.offered.is_empty()
             });
             let mut jobs = waited.unwrap_or_else(|e| e.into_inner());
+            jobs.idle -= 1;
             if jobs.stopped {
                 return;
             }

@@ -99,6 +99,8 @@ struct Lanes {
     commands: VecDeque<Command>,
     happenings: VecDeque<Happening>,
     closed: bool,
+    /// The desk sleeps: waking it costs a system call, which thousands of events a second need not pay each.
+    sleeps: bool,
 }
 
 /// The queue.
@@ -132,8 +134,11 @@ impl Inbox {
             return;
         }
         lanes.happenings.push_back(happening);
+        let sleeps = std::mem::take(&mut lanes.sleeps);
         drop(lanes);
-        self.filled.notify_one();
+        if sleeps {
+            self.filled.notify_one();
+        }
     }
 
     /// The next thing to do, or nothing by the deadline.
@@ -144,10 +149,14 @@ impl Inbox {
                 return Some(Input::Command(command));
             }
             if let Some(happening) = lanes.happenings.pop_front() {
+                let was_full = lanes.happenings.len() + 1 >= EVENTS_MAX;
                 drop(lanes);
-                self.room.notify_one();
+                if was_full {
+                    self.room.notify_all();
+                }
                 return Some(Input::Happening(happening));
             }
+            lanes.sleeps = true;
             let Some(deadline) = deadline else {
                 lanes = self.filled.wait(lanes).unwrap_or_else(|e| e.into_inner());
                 continue;

@@ -38,8 +38,8 @@ pub const CAPABILITY: Capability = Capability {
     note_bytes_max: link::NOTE_BYTES_MAX,
 };
 
-/// Bytes of one read: long enough that the pauses between reads are short beside it, short enough to be waited for.
-const BATCH_BYTES_MAX: usize = 256 << 20;
+/// Bytes of one read: long beside what it takes to begin one, short enough that what has come is summed while the rest comes.
+const BATCH_BYTES_MAX: usize = 64 << 20;
 
 /// Of the boot id and of the probe's content.
 const SECRET_BYTES: usize = 16;
@@ -244,6 +244,7 @@ impl Fabric for CudaFabric {
             stretch_bytes_min: 0,
             target_in_arena: false,
             batch_bytes_max: BATCH_BYTES_MAX,
+            reads_ahead: true,
         }
     }
 
@@ -280,12 +281,14 @@ impl Fabric for CudaFabric {
         let (from, _) = peer.map(&address.probe)?;
         let runs = Runs::whole(SECRET_BYTES);
         let page = &mut found;
-        let read = peer.mover.read(&mut [Move {
+        let begun = peer.mover.begin(&mut [Move {
             from,
             runs: &runs,
             page,
         }]);
-        read.map_err(unreachable)?;
+        begun
+            .and_then(|()| peer.mover.finish())
+            .map_err(unreachable)?;
         let mut content = [0; SECRET_BYTES];
         found.read(0, &mut content).map_err(unreachable)?;
         if content == address.secret {
@@ -339,6 +342,16 @@ impl FabricPeer for CudaPeer {
         deadline: Instant,
         cancelled: &AtomicBool,
     ) -> Result<(), FabricError> {
+        self.begin(jobs, deadline, cancelled)?;
+        self.finish()
+    }
+
+    fn begin(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
         let fabric = CAPABILITY.name;
         if cancelled.load(Ordering::Acquire) || self.closed.load(Ordering::Acquire) {
             return Err(FabricError::Cancelled { fabric });
@@ -355,11 +368,22 @@ impl FabricPeer for CudaPeer {
             })
         });
         let mut moves: Vec<_> = moves.collect::<Result<_, FabricError>>()?;
-        let read = self.mover.read(&mut moves);
-        read.map_err(|error| FabricError::Read {
-            fabric,
-            detail: error.to_string(),
-        })
+        self.mover.begin(&mut moves).map_err(failed)
+    }
+
+    fn finish(&mut self) -> Result<(), FabricError> {
+        self.mover.finish().map_err(failed)
+    }
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the shape that map_err wants"
+)]
+fn failed(error: CudaError) -> FabricError {
+    FabricError::Read {
+        fabric: CAPABILITY.name,
+        detail: error.to_string(),
     }
 }
 

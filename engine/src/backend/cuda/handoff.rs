@@ -17,6 +17,7 @@ use super::driver::{DeviceMemory, Gpu};
 use super::error::CudaError;
 use super::peer::{
     Copies, Event, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of,
+    let_reach,
 };
 use crate::page::arena::Arena;
 use crate::page::device::DeviceArena;
@@ -178,6 +179,9 @@ pub fn peer_copies(bytes: usize, rounds: usize) -> Result<Vec<Duration>, CudaErr
         Ok(Held { gpu, memory })
     };
     let (source, target) = (hold(0)?, hold(device_count()? - 1)?);
+    if source.gpu.ordinal() != target.gpu.ordinal() {
+        let_reach(&source.gpu, &target.gpu)?;
+    }
     let copy = || {
         let began = Instant::now();
         copy_between(&source, &target)?;
@@ -247,11 +251,19 @@ impl Mover {
         (self.lenders.len() - 1, bytes)
     }
 
-    /// Reads all of it; nothing writes the pages any more when it returns.
+    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns.
     ///
     /// # Errors
-    /// When a page is not on this device, an arena is none, or the device fails.
-    pub(crate) fn read(&mut self, moves: &mut [Move<'_>]) -> Result<(), CudaError> {
+    /// When the device fails.
+    pub(crate) fn finish(&mut self) -> Result<(), CudaError> {
+        self.reach.finish()
+    }
+
+    /// Begins to read all of it; two reads may be under way.
+    ///
+    /// # Errors
+    /// When a page is not on this device, an arena is none, or the device fails; then nothing of it is under way.
+    pub(crate) fn begin(&mut self, moves: &mut [Move<'_>]) -> Result<(), CudaError> {
         let mut copies = Copies::default();
         let mut behind: Option<*const CudaArena> = None;
         for piece in moves.iter() {
@@ -274,6 +286,6 @@ impl Mover {
                 copies.add((source, from.start), target, from.len());
             }
         }
-        self.reach.copy(&copies, self.blocks)
+        self.reach.begin(&copies, self.blocks)
     }
 }

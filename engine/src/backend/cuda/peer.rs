@@ -27,6 +27,10 @@ pub(crate) const HANDLE_BYTES: usize = 64;
 /// Threads of a block; `THREADS` in `handoff.cu`.
 const THREADS: u32 = 512;
 
+/// Room for lists and sums to begin with: allocating more waits for all that the device does.
+const LIST_BYTES_MIN: usize = 256 << 10;
+const SUMS_BYTES_MIN: usize = 4 << 10;
+
 /// Blocks of a sum, per multiprocessor.
 const SUM_BLOCKS: usize = 2;
 
@@ -64,6 +68,15 @@ impl Event {
         // SAFETY: event and stream are of the same context and alive.
         check("cuEventRecord", unsafe {
             sys::cuEventRecord(self.event, self.gpu.stream())
+        })
+    }
+
+    /// Waits until the point has passed.
+    pub(super) fn wait(&self) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        // SAFETY: the event is alive.
+        check("cuEventSynchronize", unsafe {
+            sys::cuEventSynchronize(self.event)
         })
     }
 
@@ -145,6 +158,17 @@ impl Drop for Imported {
         drop(check("cuIpcCloseMemHandle", unsafe {
             sys::cuIpcCloseMemHandle(self.address)
         }));
+    }
+}
+
+/// Lets a device reach the other's memory, so that copies need not pass through the host. It may be allowed already.
+pub(super) fn let_reach(from: &Gpu, to: &Gpu) -> Result<(), CudaError> {
+    from.bind()?;
+    // SAFETY: both contexts are alive.
+    let status = unsafe { sys::cuCtxEnablePeerAccess(to.context(), 0) };
+    match status {
+        sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        status => check("cuCtxEnablePeerAccess", status),
     }
 }
 
@@ -309,9 +333,21 @@ pub(super) struct Reach {
     gpu: Arc<Gpu>,
     copy: Function,
     fold: Function,
-    /// Grows to the longest list so far.
-    lists: Option<(PinnedMemory, DeviceMemory)>,
+    /// One for the copies that are under way, and one for those that are begun meanwhile.
+    lists: [Option<List>; 2],
+    /// The list that comes next, and how many are in use.
+    next: usize,
+    begun: usize,
     sums: Option<DeviceMemory>,
+}
+
+/// A kernel's list, here and there. It grows to the longest so far.
+#[derive(Debug)]
+struct List {
+    pinned: PinnedMemory,
+    on_device: DeviceMemory,
+    /// When no kernel uses it any more.
+    done: Event,
 }
 
 impl Reach {
@@ -330,7 +366,9 @@ impl Reach {
         Ok(Self {
             copy: kernel("copy_stretches")?,
             fold: kernel("fold_stretches")?,
-            lists: None,
+            lists: [None, None],
+            next: 0,
+            begun: 0,
             sums: None,
             gpu,
         })
@@ -340,11 +378,41 @@ impl Reach {
         &self.gpu
     }
 
-    /// Makes copies by so many blocks; all are done when it returns. Whoever calls holds the targets.
-    pub(super) fn copy(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+    /// Begins copies by so many blocks; whoever calls holds the targets and keeps the sources until [`Reach::finish`] has
+    /// returned for them. Two may be under way. After an error none of these is.
+    pub(super) fn begin(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+        assert!(
+            self.begun < self.lists.len(),
+            "reads are finished before a third begins"
+        );
+        let begun = self.put(copies, blocks);
+        if begun.is_err() {
+            drop(self.gpu.synchronize());
+            return begun;
+        }
+        self.begun += 1;
+        self.next = (self.next + 1) % self.lists.len();
+        Ok(())
+    }
+
+    /// Waits for the first of the copies that were begun.
+    pub(super) fn finish(&mut self) -> Result<(), CudaError> {
+        let count = self.lists.len();
+        let first = (self.next + count - self.begun) % count;
+        let Some(left) = self.begun.checked_sub(1) else {
+            return Ok(());
+        };
+        self.begun = left;
+        match &self.lists[first] {
+            Some(list) => list.done.wait(),
+            None => self.gpu.synchronize(),
+        }
+    }
+
+    fn put(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
         self.gpu.bind()?;
         for &(source, target, bytes) in &copies.odd {
-            // SAFETY: both ranges were checked, and their memory is borrowed until the wait below.
+            // SAFETY: both ranges were checked, and the caller keeps their memory until it has been waited for.
             check("cuMemcpyDtoDAsync", unsafe {
                 sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.gpu.stream())
             })?;
@@ -352,11 +420,15 @@ impl Reach {
         if let Some(list) = self.upload(&copies.stretches)? {
             let mut args = Args::default().with(list).with(count(&copies.stretches));
             let shape = spread(&copies.stretches, blocks);
-            // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that is borrowed until the
-            // wait below.
+            // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that the caller keeps until it
+            // has been waited for.
             unsafe { self.gpu.launch(self.copy, shape, &mut args) }?;
         }
-        self.gpu.synchronize()
+        match &self.lists[self.next] {
+            Some(list) => list.done.record(),
+            // Odd ones only, and never a list: `finish` waits for the stream.
+            None => Ok(()),
+        }
     }
 
     /// Adds up the terms of each piece.
@@ -369,7 +441,7 @@ impl Reach {
         let fitting = self.sums.take().filter(|held| held.bytes() >= bytes);
         let target = match fitting {
             Some(held) => held,
-            None => DeviceMemory::new(&self.gpu, bytes.next_power_of_two())?,
+            None => DeviceMemory::new(&self.gpu, bytes.next_power_of_two().max(SUMS_BYTES_MIN))?,
         };
         self.gpu.zero(&target)?;
         let mut args = Args::default()
@@ -386,26 +458,31 @@ impl Reach {
         Ok(found)
     }
 
-    /// Puts a list where kernels find it; none where it is empty. No kernel uses the last one any more: each call waits.
+    /// Puts a list where kernels find it, in the place that comes next, which no kernel uses; none where it is empty.
     fn upload(&mut self, stretches: &[Stretch]) -> Result<Option<DevicePtr>, CudaError> {
         let bytes: &[u8] = bytemuck::cast_slice(stretches);
         if bytes.is_empty() {
             return Ok(None);
         }
-        let fits =
-            |(pinned, _): &(PinnedMemory, DeviceMemory)| pinned.as_slice().len() >= bytes.len();
-        if !self.lists.as_ref().is_some_and(fits) {
-            let room = bytes.len().next_power_of_two();
-            self.lists = Some((
-                PinnedMemory::new(&self.gpu, room)?,
-                DeviceMemory::new(&self.gpu, room)?,
-            ));
-        }
-        let (pinned, list) = self.lists.as_mut().expect("they were just made");
-        let pinned = &mut pinned.as_mut_slice()[..bytes.len()];
+        let slot = &mut self.lists[self.next];
+        let fitting = slot
+            .take()
+            .filter(|list| list.pinned.as_slice().len() >= bytes.len());
+        let list = match fitting {
+            Some(list) => slot.insert(list),
+            None => {
+                let room = bytes.len().next_power_of_two().max(LIST_BYTES_MIN);
+                slot.insert(List {
+                    pinned: PinnedMemory::new(&self.gpu, room)?,
+                    on_device: DeviceMemory::new(&self.gpu, room)?,
+                    done: Event::new(&self.gpu)?,
+                })
+            }
+        };
+        let pinned = &mut list.pinned.as_mut_slice()[..bytes.len()];
         pinned.copy_from_slice(bytes);
-        self.gpu.upload(list, 0, pinned)?;
-        Ok(Some(list.address()))
+        self.gpu.upload(&list.on_device, 0, pinned)?;
+        Ok(Some(list.on_device.address()))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A region's page is out of the regions while the fabric writes it, as it is with the thread that reads a stream; so
 //! giving it up meanwhile is `Later`, and it comes back when this thread lets go. Everything that is queued is
-//! read in one call, as much as suits the fabric. Stale regions are not read, but acknowledged. A page of a device is written
+//! read in one call, as much as suits the fabric; where it reads ahead, a batch is begun while the one before is under way, so that
+//! the wire does not wait for what follows a read here. Stale regions are not read, but acknowledged. A page of a device is written
 //! by the fabric where it takes such memory, else by way of the host's.
 //!
 //! Invariant: whatever the fabric says, each page that was taken is put back before anything else happens.
@@ -69,6 +70,8 @@ pub(super) struct Puller<'a> {
     address: &'a [u8],
     peer: Option<Box<dyn FabricPeer>>,
     arenas: HashMap<u64, RemoteArena>,
+    /// Begun and not finished.
+    flying: Option<Ready>,
 }
 
 /// A pull whose page was taken out.
@@ -151,6 +154,7 @@ impl<'a> Puller<'a> {
             address,
             peer: None,
             arenas: HashMap::new(),
+            flying: None,
         }
     }
 
@@ -160,9 +164,28 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    /// Reads until the connection's end.
+    /// Reads until the connection's end; what was begun is over then.
     pub(super) fn run(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
-        while let Some(batch) = self.connection.pulls.next(self.terms.batch_bytes_max) {
+        let end = self.pull(sink);
+        let settled = self.settle(sink);
+        end.and(settled)
+    }
+
+    fn pull(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
+        let (pulls, bytes) = (&self.connection.pulls, self.terms.batch_bytes_max);
+        loop {
+            let batch = match self.flying {
+                Some(_) => pulls.try_next(bytes),
+                None => pulls.next(bytes),
+            };
+            let batch = match batch {
+                Some(batch) => batch,
+                None if self.flying.is_some() => {
+                    self.settle(sink)?;
+                    continue;
+                }
+                None => return Ok(()),
+            };
             match batch {
                 Batch::Arena { number, key } => {
                     if self.arenas.len() >= ARENAS_MAX {
@@ -174,7 +197,6 @@ impl<'a> Puller<'a> {
                 Batch::Pulls(pulls) => self.read(pulls, sink)?,
             }
         }
-        Ok(())
     }
 
     fn peer(&mut self) -> Result<&mut Box<dyn FabricPeer>, FabricError> {
@@ -188,10 +210,37 @@ impl<'a> Puller<'a> {
         Ok(self.peer.insert(opened))
     }
 
+    /// Reads a batch, or begins to while the one before is under way. That one is over when this returns.
     fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
         let mut ready = Ready::default();
         let taken = self.take(pulls, &mut ready);
-        let mut read = taken.and_then(|()| self.carry_out(&mut ready.landings));
+        let begun = taken.and_then(|()| self.begin(&mut ready.landings));
+        let settled = self.settle(sink);
+        if let Err(end) = begun {
+            for landing in ready.landings {
+                self.let_go(landing, false, sink)?;
+            }
+            return Err(end);
+        }
+        // Nothing is in flight where all had to wait for what was: then the next turn may wait.
+        self.flying = Some(ready).filter(|ready| !ready.over.is_empty());
+        settled?;
+        if self.terms.reads_ahead {
+            return Ok(());
+        }
+        self.settle(sink)
+    }
+
+    /// Waits for what was begun and lets it go.
+    fn settle(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
+        let Some(ready) = self.flying.take() else {
+            return Ok(());
+        };
+        let finished = match &mut self.peer {
+            Some(peer) if !ready.landings.is_empty() => peer.finish(),
+            Some(_) | None => Ok(()),
+        };
+        let mut read = finished.map_err(PullEnd::from);
         for landing in ready.landings {
             let scattered = self.let_go(landing, read.is_ok(), sink);
             read = read.and(scattered);
@@ -201,14 +250,14 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    fn carry_out(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
+    fn begin(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
         if landings.is_empty() {
             return Ok(());
         }
         let deadline = Instant::now() + self.tuning.pull_timeout;
         let connection = self.connection;
         let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
-        self.peer()?.read(&mut jobs, deadline, &connection.ended)?;
+        self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
         Ok(())
     }
 
@@ -252,7 +301,8 @@ impl<'a> Puller<'a> {
     /// Takes one page; gives the pull back when it has to wait for those before it.
     fn take_one(&self, pull: Pull, ready: &mut Ready) -> Result<Option<Pull>, PullEnd> {
         let sequence = pull.descriptor.sequence;
-        let first = ready.landings.is_empty();
+        // Only who holds nothing may wait.
+        let first = ready.landings.is_empty() && self.flying.is_none();
         let (from, source) = self.source(&pull)?;
         let fine = !source.is_coarse(self.terms.stretch_bytes_min);
         let patience = if first {

@@ -81,8 +81,17 @@ impl Pulls {
         let waited = self.filled.wait_while(self.lock(), |state| {
             !state.closed && state.orders.is_empty()
         });
-        let mut state = waited.unwrap_or_else(|e| e.into_inner());
-        if state.closed {
+        let state = waited.unwrap_or_else(|e| e.into_inner());
+        Self::batch(state, bytes)
+    }
+
+    /// The same without waiting: `None` too when there are none at the moment.
+    pub(super) fn try_next(&self, bytes: usize) -> Option<Batch> {
+        Self::batch(self.lock(), bytes)
+    }
+
+    fn batch(mut state: MutexGuard<'_, State>, bytes: usize) -> Option<Batch> {
+        if state.closed || state.orders.is_empty() {
             return None;
         }
         let mut pulls: Vec<Pull> = Vec::new();
