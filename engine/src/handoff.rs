@@ -9,6 +9,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::{BlockId, TokenId};
 use crate::page::{Page, PageShape};
 use crate::request::{Logprob, RequestId};
@@ -44,18 +46,54 @@ pub struct KvLayout {
 }
 
 /// What a finished hand-off moved.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct HandoffStats {
-    /// Name of the transport.
-    pub transport: String,
     /// Payload bytes.
     pub bytes: u64,
     /// From asking for the KV to the last verified byte.
     pub elapsed: Duration,
+    /// What each rank took from each rank.
+    pub moves: Vec<RankMove>,
+}
+
+/// KV that one rank took from one rank of another instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankMove {
+    /// Who took it.
+    pub rank: u32,
+    /// Who gave it: the other instance.
+    pub peer: String,
+    /// Who gave it: its rank.
+    pub peer_rank: u32,
+    /// Name of the transport.
+    pub transport: String,
+    /// Payload bytes, verified.
+    pub bytes: u64,
+}
+
+impl HandoffStats {
+    /// Adds what another rank moved at the same time.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.elapsed = self.elapsed.max(other.elapsed);
+        self.moves.extend(other.moves);
+    }
+
+    /// Names of the transports, `+` between them: ranks of several machines may have several.
+    #[must_use]
+    pub fn transport(&self) -> String {
+        let mut names: Vec<&str> = Vec::new();
+        for moved in &self.moves {
+            if !names.contains(&moved.transport.as_str()) {
+                names.push(&moved.transport);
+            }
+        }
+        names.join("+")
+    }
 }
 
 /// Why a lease ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LeaseEnd {
     /// The generation side acknowledged verified KV.
     Delivered,
@@ -87,10 +125,69 @@ pub enum HandoffEvent {
         /// The pages with the blocks they belong to.
         pages: Vec<(BlockId, Page)>,
     },
+    /// Something that the ranks of this instance have to do together.
+    Ranks(RanksEvent),
+}
+
+/// What one rank's transceiver cannot settle alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RanksEvent {
+    /// A lease is over on some ranks, or delivered on all that anybody takes from: the others shall give it up.
+    LeaseUnwanted {
+        /// The lease.
+        ctx_request_id: u64,
+    },
+    /// A fetch has failed on one rank: the others shall give it up.
+    FetchDoomed {
+        /// The request it was for.
+        request: RequestId,
+    },
+    /// A rank's transceiver is gone, and with it the instance.
+    Lost {
+        /// Which.
+        rank: usize,
+        /// What was observed.
+        reason: String,
+    },
+}
+
+/// What the ranks that follow are told of a hand-off; each does it with its own pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RankOrder {
+    /// As [`Handoff::offer`], under the state that the leading rank gave out.
+    Offer {
+        /// See [`Offer::ctx_request_id`].
+        ctx_request_id: u64,
+        /// See [`Offer::token_count`].
+        token_count: usize,
+        /// Whose pages.
+        blocks: Vec<BlockId>,
+        /// See [`HandoffTicket::opaque_state`].
+        state: Vec<u8>,
+    },
+    /// As [`Handoff::withdraw`].
+    Withdraw(u64),
+    /// As [`Handoff::fetch`].
+    Fetch {
+        /// See [`Fetch::request`].
+        request: RequestId,
+        /// See [`HandoffTicket::ctx_request_id`].
+        ctx_request_id: u64,
+        /// See [`HandoffTicket::opaque_state`].
+        state: Vec<u8>,
+        /// See [`Fetch::token_count`].
+        token_count: usize,
+        /// See [`Fetch::first_token`].
+        first_token: usize,
+        /// Whose pages.
+        blocks: Vec<BlockId>,
+    },
+    /// As [`Handoff::cancel_fetch`].
+    CancelFetch(RequestId),
 }
 
 /// Why a hand-off failed or was refused.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandoffError {
     /// The two layouts cannot be converted; the text names the field and both values.

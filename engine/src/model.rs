@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::{BackendError, BlockId, PrefillRows, RowWish, StepBatch, TokenId};
+use crate::handoff::RankOrder;
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
@@ -144,10 +145,10 @@ pub trait Model: Debug + Send {
         self.forward(batch)
     }
 
-    /// Another reader of each block's page, for a hand-off; see [`crate::backend::Backend::share_page`].
+    /// Another reader of this rank's page of each block, for a hand-off; see [`crate::backend::Backend::share_page`].
     ///
     /// # Errors
-    /// When a page is divided over several ranks, and one of them is lost.
+    /// When the device fails.
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError>;
 
     /// See [`crate::backend::Backend::page_is_unshared`].
@@ -161,6 +162,27 @@ pub trait Model: Debug + Send {
     /// # Errors
     /// When a page is divided over several ranks, and one of them is lost.
     fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError>;
+
+    /// Has the ranks that follow start their transceivers, for the whole model's page and on the leading one's terms.
+    /// Returns how each is reached, in their order; nothing where there is one rank.
+    ///
+    /// # Errors
+    /// When one of them cannot, or is lost.
+    fn join_handoff(
+        &mut self,
+        _page: PageShape,
+        _terms: &[u8],
+    ) -> Result<Vec<Vec<u8>>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    /// Tells the ranks that follow of a hand-off; each does its part.
+    ///
+    /// # Errors
+    /// When one of them is lost.
+    fn hand_off(&mut self, _order: &RankOrder) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// How long from now the model may be left alone before [`Model::keep_alive`] is due; `None` for ever.
     fn keep_alive_due(&self) -> Option<Duration> {

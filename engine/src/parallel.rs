@@ -1,8 +1,8 @@
 //! One instance on several ranks: rank 0 has the scheduler and leads, the others follow.
 //!
 //! Rank 0's engine sees a [`Model`](crate::model::Model) like any other (`parallel/model.rs`). Each thing that it does is
-//! one message to all ranks (`parallel/order.rs`); each of them does its part (`parallel/follower.rs`) and keeps
-//! its own pages. How they load, agree and begin is `parallel/opening.rs`. Invariant: between two orders no rank waits
+//! one message to all ranks (`parallel/order.rs`); each of them does its part (`parallel/follower.rs`), and keeps and hands
+//! over its own pages. How they load, agree and begin is `parallel/opening.rs`. Invariant: between two orders no rank waits
 //! for another but for the next order, and that comes at least every few seconds, so a rank that is lost is noticed
 //! whether there is work or not.
 
@@ -10,13 +10,14 @@ pub(crate) mod follower;
 pub(crate) mod model;
 pub(crate) mod opening;
 mod order;
-mod pages;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use crate::backend::BackendError;
 use crate::collective::CollectiveError;
 use crate::model::ModelError;
+use crate::transceiver::TransceiverStartError;
+use crate::transport::fault::FaultSyntaxError;
 
 pub(crate) use opening::{Following, Leading, Led, Room, await_order, follow, lead};
 
@@ -56,6 +57,12 @@ pub enum ParallelError {
     /// This rank's device.
     #[error(transparent)]
     Device(#[from] BackendError),
+    /// This rank's KV transceiver.
+    #[error(transparent)]
+    Transceiver(#[from] TransceiverStartError),
+    /// A test variable is no fault plan.
+    #[error(transparent)]
+    Faults(#[from] FaultSyntaxError),
     /// Options that came from rank 0 are not understood here.
     #[error("rank 0's options are not understood: {0}")]
     Options(String),

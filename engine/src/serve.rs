@@ -5,6 +5,7 @@
 
 mod load;
 mod memory;
+mod offline;
 mod plan;
 mod port;
 mod progress;
@@ -27,6 +28,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use self::load::Started;
+pub use self::offline::{Offline, offline};
 pub use self::ranks::follow;
 use crate::backend::BackendError;
 use crate::collective::mpi;

@@ -13,8 +13,10 @@ use std::thread::JoinHandle;
 
 use baton_configs::transceiver::TransceiverConfig;
 
+use crate::backend::BackendError;
 use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
+    RanksEvent,
 };
 use crate::request::RequestId;
 use crate::transport::Transport;
@@ -25,7 +27,7 @@ use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
 use inbox::{Command, Inbox};
 use info::Held;
-pub use info::{TransceiverInfo, TransceiverStats, WireStats};
+pub use info::{RankPair, TransceiverInfo, TransceiverStats, WireStats};
 use select::Preference;
 use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord};
 use wires::{KINDS, Kind, Wires};
@@ -33,6 +35,7 @@ use wires::{KINDS, Kind, Wires};
 mod available;
 mod checksum;
 mod desk;
+mod group;
 mod inbox;
 mod info;
 mod message;
@@ -44,6 +47,9 @@ mod wires;
 
 #[cfg(test)]
 mod tests;
+
+/// What there is to say when the desk has ended.
+const NOT_RUNNING: &str = "the kv transceiver is not running";
 
 /// What a transceiver is made of.
 #[derive(Debug, Clone)]
@@ -130,6 +136,20 @@ pub enum TransceiverStartError {
     /// The layout makes no sense.
     #[error("kv layout: {0}")]
     Layout(String),
+    /// The other ranks' did not start.
+    #[error("kv transceivers of the other ranks: {0}")]
+    Ranks(BackendError),
+    /// Not every rank says how it is reached.
+    #[error("kv transceivers of {there} of {ranks} ranks have started")]
+    Missing {
+        /// Ranks that do.
+        there: usize,
+        /// All.
+        ranks: usize,
+    },
+    /// What the ranks of this instance tell each other is not understood: another version, or a bug.
+    #[error("kv transceivers of one instance do not understand each other: {0}")]
+    Terms(serde_json::Error),
     /// A thread could not be started.
     #[error("kv transceiver: cannot start a thread: {0}")]
     Thread(std::io::Error),
@@ -250,44 +270,24 @@ impl Transceiver {
         })
     }
 
-    /// How peers reach this rank.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "the ranks of an instance hand over through their leader so far"
-        )
-    )]
-    pub(crate) fn rank_record(&self) -> RankRecord {
-        self.template.ranks[0].clone()
+    /// Starts this rank's part of a lease that the leading rank has given out. When it cannot, the lease ends.
+    pub(crate) fn join_offer(&mut self, offer: Offer, state: &[u8]) {
+        let id = offer.ctx_request_id;
+        let joined = OpaqueState::decode(state).and_then(|state| self.hold(offer, state.nonce));
+        if let Err(error) = joined {
+            tracing::debug!(ctx_request_id = id, %error, "a lease was not joined");
+            if self.inbox.command(Command::Unoffered(id)).is_err() {
+                self.is_gone();
+            }
+        }
     }
 
-    /// Says which ranks the instance has, this one included; tickets name them all.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "the ranks of an instance hand over through their leader so far"
-        )
-    )]
-    pub(crate) fn set_ranks(&mut self, ranks: Vec<RankRecord>) {
-        self.template.ranks = ranks;
-    }
-
-    /// Starts this rank's part of a lease that the leading rank has given out.
-    ///
-    /// # Errors
-    /// When too many leases are held, or the state is none.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "the ranks of an instance hand over through their leader so far"
-        )
-    )]
-    pub(crate) fn join_offer(&mut self, offer: Offer, state: &[u8]) -> Result<(), HandoffError> {
-        let state = OpaqueState::decode(state)?;
-        self.hold(offer, state.nonce)
+    /// Says that the desk has ended: ranks that cannot tell each other what ends cannot go on.
+    fn is_gone(&self) {
+        if self.layout.side.ranks() > 1 {
+            let (rank, reason) = (self.rank, NOT_RUNNING.to_owned());
+            (self.sink)(HandoffEvent::Ranks(RanksEvent::Lost { rank, reason }));
+        }
     }
 
     fn hold(&mut self, offer: Offer, nonce: Nonce) -> Result<(), HandoffError> {
@@ -297,7 +297,7 @@ impl Transceiver {
         let command = Command::Offer { offer, nonce };
         self.inbox.command(command).map_err(|_| {
             self.info.release(Held::Leases);
-            HandoffError::Transport("the kv transceiver is not running".to_owned())
+            HandoffError::Transport(NOT_RUNNING.to_owned())
         })
     }
 
@@ -305,7 +305,7 @@ impl Transceiver {
     fn usable(&self, state: &OpaqueState) -> Result<(), HandoffError> {
         let there = self.layout.convertible(&state.layout)?;
         let senders = reshard::senders(&self.layout.side, self.rank, &there);
-        wires::ways(&self.transports, state, &senders)?;
+        wires::ways(&self.transports, &state.ranks, &senders)?;
         Ok(())
     }
 
@@ -388,24 +388,22 @@ impl Handoff for Transceiver {
     }
 
     fn fetch(&mut self, fetch: Fetch) {
-        let refuse = |fetch: Fetch, error: String| {
-            let request = fetch.request;
-            let pages = fetch.pages;
-            (self.sink)(HandoffEvent::PagesReturned { pages });
-            (self.sink)(HandoffEvent::FetchEnded {
-                request,
-                outcome: Err(HandoffError::Transport(error)),
-            });
+        let command = match self.info.hold(Held::Fetches, self.limits.fetches) {
+            Ok(()) => Command::Fetch(fetch),
+            Err(held) => Command::Unfetched {
+                fetch,
+                error: HandoffError::Transport(format!("{held} kv fetches are held already")),
+            },
         };
-        if let Err(held) = self.info.hold(Held::Fetches, self.limits.fetches) {
-            refuse(fetch, format!("{held} kv fetches are held already"));
+        let Err(refused) = self.inbox.command(command) else {
             return;
-        }
-        if let Err(refused) = self.inbox.command(Command::Fetch(fetch))
-            && let Command::Fetch(fetch) = *refused
-        {
-            self.info.release(Held::Fetches);
-            refuse(fetch, "the kv transceiver is not running".to_owned());
+        };
+        if let Command::Fetch(fetch) | Command::Unfetched { fetch, .. } = *refused {
+            let Fetch { request, pages, .. } = fetch;
+            (self.sink)(HandoffEvent::PagesReturned { pages });
+            let outcome = Err(HandoffError::Transport(NOT_RUNNING.to_owned()));
+            (self.sink)(HandoffEvent::FetchEnded { request, outcome });
+            self.is_gone();
         }
     }
 

@@ -1,8 +1,9 @@
 //! `baton bench`: measurements that people run on their own machines, with a verdict in the exit code.
 //!
-//! Absent: load on a served model, sweeps over layouts.
+//! Absent: sweeps over layouts.
 
 pub(crate) mod kv;
+mod serve;
 
 use crate::cli::BenchCommand;
 use crate::exit::Outcome;
@@ -12,5 +13,6 @@ pub(crate) fn run(command: BenchCommand) -> anyhow::Result<Outcome> {
     match command {
         BenchCommand::Kv(args) => kv::run(&args),
         BenchCommand::KvHold => kv::hold(),
+        BenchCommand::Serve(args) => serve::run(&args),
     }
 }

@@ -13,7 +13,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::bench::{
-    BenchCommand, BenchKvArgs, DeviceArg, DoctorArgs, DtypeArg, ShapeArgs, TransportArg,
+    BenchCommand, BenchKvArgs, BenchServeArgs, DoctorArgs, DtypeArg, EndpointArg, FindingArg,
+    KvDeviceArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg, ShapeArgs,
+    TransportArg,
 };
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;
@@ -53,7 +55,7 @@ pub(crate) enum Command {
     /// Plan, render, submit and end deployments on a Slurm cluster.
     #[command(subcommand)]
     Slurm(SlurmCommand),
-    /// Measure: the KV hand-off between two processes.
+    /// Measure: a server or a deployment under load, the engine alone, the KV hand-off between two processes.
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Say what this machine or allocation can do, what is missing, and how fast its KV transports are.
@@ -154,10 +156,16 @@ pub(crate) struct ServeArgs {
     pub(crate) engine: EngineArgs,
 }
 
-/// Engine limits that the options file may override.
-#[derive(Debug, Args)]
+/// Engine options that the options file may override.
+#[derive(Debug, Clone, PartialEq, Default, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
+    /// What computes; `auto` takes a GPU that can be used, else the CPU.
+    #[arg(long, value_enum)]
+    pub(crate) device: Option<DeviceArg>,
+    /// Where weights come from; `dummy` makes random ones of the model's shape, for measurements.
+    #[arg(long, value_enum)]
+    pub(crate) load_format: Option<LoadFormatArg>,
     /// Most sequences in one step.
     #[arg(long)]
     pub(crate) max_batch_size: Option<u32>,
@@ -314,6 +322,21 @@ pub(crate) enum ClientEndpoint {
     Completions,
     /// `/v1/chat/completions`
     Chat,
+}
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceArg {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// `--load-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadFormatArg {
+    Auto,
+    Dummy,
 }
 
 /// `--server-role`.

@@ -22,7 +22,6 @@ use crate::timeline;
 /// Prompts in flight at once; the original sends all, which only moves the queue into the kernel.
 const IN_FLIGHT_MAX: usize = 512;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-const HEALTH_PERIOD: Duration = Duration::from_secs(1);
 
 /// Where and how to ask.
 #[derive(Debug)]
@@ -140,13 +139,13 @@ impl Target {
             (None, None) => bail!("neither --url nor -c was given"),
         };
         if let Some(seconds) = args.server_start_timeout {
-            wait_for_health(&http, &base, Duration::from_secs(seconds))
+            http.wait_for_health(&base, Duration::from_secs(seconds))
                 .await
                 .outcome(Outcome::TimedOut)?;
         }
         let model = match model {
             Some(model) => model,
-            None => first_model(&http, &base).await?,
+            None => http.first_model(&base).await?,
         };
         Ok(Self {
             base,
@@ -294,32 +293,6 @@ fn choice_text(object: &Value) -> &str {
     .into_iter()
     .find_map(Value::as_str)
     .unwrap_or_default()
-}
-
-async fn first_model(http: &HttpClient, base: &str) -> anyhow::Result<String> {
-    let (status, body) = http
-        .get(&format!("{base}/v1/models"), CONNECT_TIMEOUT)
-        .await?;
-    let object: Value = serde_json::from_str(&body).unwrap_or_default();
-    match object["data"][0]["id"].as_str() {
-        Some(id) => Ok(id.to_owned()),
-        None => bail!("{base}/v1/models names no model (status {status}): {body}"),
-    }
-}
-
-async fn wait_for_health(http: &HttpClient, base: &str, limit: Duration) -> anyhow::Result<()> {
-    let deadline = Instant::now() + limit;
-    loop {
-        let seen = match http.get(&format!("{base}/health"), CONNECT_TIMEOUT).await {
-            Ok((200, _)) => return Ok(()),
-            Ok((status, body)) => format!("status {status} {body}"),
-            Err(error) => format!("{error:#}"),
-        };
-        if Instant::now() + HEALTH_PERIOD > deadline {
-            bail!("{base}/health is not 200 after {limit:?}: {seen}");
-        }
-        tokio::time::sleep(HEALTH_PERIOD).await;
-    }
 }
 
 #[cfg(test)]

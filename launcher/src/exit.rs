@@ -21,6 +21,8 @@ pub(crate) enum Outcome {
     TimedOut,
     /// All went well, but slower than was asked for.
     BelowFloor,
+    /// Something was measured, and the figures do not mean what they seem to.
+    Invalid,
     /// Ended by a signal, after draining.
     Signal(i32),
     /// As the command that was run ended, whatever that means.
@@ -36,6 +38,7 @@ pub(crate) const TABLE: &[(u8, &str)] = &[
     (69, "a model, library or file is missing or unusable"),
     (75, "a wait ran into its deadline"),
     (79, "a measured rate is below the floor that was asked for"),
+    (80, "a measurement is not valid; its last line says why"),
     (98, "an address is in use or cannot be bound"),
     (130, "ended by Ctrl-C (128 + signal number for others)"),
 ];
@@ -55,6 +58,7 @@ impl Outcome {
             Self::Unavailable => 69,
             Self::TimedOut => 75,
             Self::BelowFloor => 79,
+            Self::Invalid => 80,
             Self::Address => 98,
             Self::Code(code) => code,
             Self::Signal(number) => 128_u8.saturating_add(u8::try_from(number).unwrap_or(0)),
@@ -136,6 +140,7 @@ mod tests {
             Outcome::Address,
             Outcome::TimedOut,
             Outcome::BelowFloor,
+            Outcome::Invalid,
             Outcome::Signal(2),
         ] {
             assert!(

@@ -1,6 +1,6 @@
-//! The launcher's own HTTP calls: health checks and the sample client.
+//! The launcher's own HTTP calls: health checks, the sample client and the load of `baton bench serve`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use bytes::Bytes;
@@ -10,6 +10,13 @@ use hyper::{Method, Request, Response, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+
+/// Longest time for a question about a server itself.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
+const HEALTH_PERIOD: Duration = Duration::from_millis(500);
+/// Of an answer that is not understood.
+const SHOWN_CHARS_MAX: usize = 300;
 
 /// A client with a pool of kept connections.
 #[derive(Debug, Clone)]
@@ -64,6 +71,54 @@ impl HttpClient {
             .request(request)
             .await
             .with_context(|| format!("POST {url}"))
+    }
+
+    /// Waits until a server's `/health` is 200.
+    ///
+    /// # Errors
+    /// When it is not in time; with what was seen last.
+    pub(crate) async fn wait_for_health(&self, base: &str, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let seen = match self.get(&format!("{base}/health"), QUESTION_TIMEOUT).await {
+                Ok((200, _)) => return Ok(()),
+                Ok((status, body)) => format!("status {status} {body}"),
+                Err(error) => format!("{error:#}"),
+            };
+            if Instant::now() + HEALTH_PERIOD > deadline {
+                bail!("{base}/health is not 200 after {limit:?}: {seen}");
+            }
+            tokio::time::sleep(HEALTH_PERIOD).await;
+        }
+    }
+
+    /// The first model that a server lists.
+    ///
+    /// # Errors
+    /// When no server answers, or what answers lists none.
+    pub(crate) async fn first_model(&self, base: &str) -> anyhow::Result<String> {
+        let url = format!("{base}/v1/models");
+        let (status, body) = self
+            .get(&url, QUESTION_TIMEOUT)
+            .await
+            .with_context(|| format!("no server answers at {base}"))?;
+        let object: Value = serde_json::from_str(&body).unwrap_or_default();
+        match object["data"][0]["id"].as_str() {
+            Some(id) => Ok(id.to_owned()),
+            None => {
+                let words = object["message"].as_str().unwrap_or(&body);
+                let shown: String = words.chars().take(SHOWN_CHARS_MAX).collect();
+                bail!("{url} names no model (status {status}): {}", shown.trim())
+            }
+        }
+    }
+
+    /// What a server says in JSON at this address; null when it says nothing.
+    pub(crate) async fn ask(&self, url: &str) -> Value {
+        let answer = self.get(url, QUESTION_TIMEOUT).await.ok();
+        let body = answer.filter(|(status, _)| *status == 200);
+        body.and_then(|(_, body)| serde_json::from_str(&body).ok())
+            .unwrap_or_default()
     }
 }
 

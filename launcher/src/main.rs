@@ -80,6 +80,7 @@ fn log_level(command: &Command) -> LogLevel {
         Command::Slurm(_) => LogLevel::Info,
         Command::Bench(BenchCommand::Kv(args)) => args.log_level,
         Command::Bench(BenchCommand::KvHold) => LogLevel::Warning,
+        Command::Bench(BenchCommand::Serve(args)) => args.log_level,
         Command::Doctor(args) => args.log_level,
     }
 }

@@ -6,14 +6,14 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use baton_configs::llm::{self, LlmOverrides};
+use baton_configs::llm::{self, Device, LlmOverrides, LoadFormat};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::{Fabric, FollowerSpec};
 use baton_engine::serve::{ServeError, ServeOptions, WorkerRole};
 use baton_proxy::{Environment, ProxyError, ProxyOptions};
 use tokio::sync::watch;
 
-use crate::cli::{DisaggregatedArgs, ServeArgs, ServerRole};
+use crate::cli::{DeviceArg, DisaggregatedArgs, EngineArgs, LoadFormatArg, ServeArgs, ServerRole};
 use crate::exit::{Outcome, WithOutcome};
 use crate::files;
 use crate::launch;
@@ -50,20 +50,7 @@ async fn serve_here(
     let supervised = membership.is_some();
     options.advertise = advertise(membership.as_ref());
     if let Some(membership) = membership {
-        let threads = membership.num_threads;
-        options.llm.num_threads.get_or_insert(threads);
-        let ranks = options
-            .llm
-            .tensor_parallel_size
-            .saturating_mul(options.llm.pipeline_parallel_size);
-        if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
-            return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
-        }
-        // With MPI an instance of one rank has to take part in the start of the world too.
-        if ranks > 1 || membership.fabric == Fabric::Mpi {
-            let runtime = tokio::runtime::Handle::current();
-            options.ranks = Some(membership.leader_ranks(runtime).outcome(Outcome::Usage)?);
-        }
+        join(&mut options, membership, tokio::runtime::Handle::current())?;
     }
     until_asked(supervised, |shutdown| async move {
         baton_engine::serve::serve(options, shutdown)
@@ -71,6 +58,29 @@ async fn serve_here(
             .map_err(of_serve)
     })
     .await
+}
+
+/// Takes the place that a launcher gave to this process: its threads, and the way to its other ranks. They are called for on
+/// `runtime`, which must run by itself.
+pub(crate) fn join(
+    options: &mut ServeOptions,
+    membership: Membership,
+    runtime: tokio::runtime::Handle,
+) -> anyhow::Result<()> {
+    let threads = membership.num_threads;
+    options.llm.num_threads.get_or_insert(threads);
+    let ranks = options
+        .llm
+        .tensor_parallel_size
+        .saturating_mul(options.llm.pipeline_parallel_size);
+    if ranks != membership.ranks && (ranks > 1 || membership.is_instance()) {
+        return Err(anyhow!(membership.wrong_size(&options.llm))).outcome(Outcome::Usage);
+    }
+    // With MPI an instance of one rank has to take part in the start of the world too.
+    if ranks > 1 || membership.fabric == Fabric::Mpi {
+        options.ranks = Some(membership.leader_ranks(runtime).outcome(Outcome::Usage)?);
+    }
+    Ok(())
 }
 
 /// Runs one follower rank: its launcher writes what it needs to know to its standard input.
@@ -160,8 +170,27 @@ fn advertise(membership: Option<&Membership>) -> Option<IpAddr> {
 }
 
 fn overrides(args: &ServeArgs) -> LlmOverrides {
-    let engine = &args.engine;
     LlmOverrides {
+        chat_template: args.chat_template.clone(),
+        tokenizer: args.tokenizer.clone(),
+        backend: args.backend.clone(),
+        disagg_cluster_uri: args.disagg_cluster_uri.clone(),
+        ..engine_overrides(&args.engine)
+    }
+}
+
+/// What the options of an engine say.
+pub(crate) fn engine_overrides(engine: &EngineArgs) -> LlmOverrides {
+    LlmOverrides {
+        device: engine.device.map(|device| match device {
+            DeviceArg::Auto => Device::Auto,
+            DeviceArg::Cpu => Device::Cpu,
+            DeviceArg::Cuda => Device::Cuda,
+        }),
+        load_format: engine.load_format.map(|format| match format {
+            LoadFormatArg::Auto => LoadFormat::Auto,
+            LoadFormatArg::Dummy => LoadFormat::Dummy,
+        }),
         max_batch_size: engine.max_batch_size,
         max_num_tokens: engine.max_num_tokens,
         max_seq_len: engine.max_seq_len,
@@ -170,10 +199,6 @@ fn overrides(args: &ServeArgs) -> LlmOverrides {
         tensor_parallel_size: engine.tensor_parallel_size,
         pipeline_parallel_size: engine.pipeline_parallel_size,
         free_gpu_memory_fraction: engine.free_gpu_memory_fraction,
-        chat_template: args.chat_template.clone(),
-        tokenizer: args.tokenizer.clone(),
-        backend: args.backend.clone(),
-        disagg_cluster_uri: args.disagg_cluster_uri.clone(),
         ..LlmOverrides::default()
     }
 }
@@ -246,7 +271,7 @@ fn of_proxy(error: ProxyError) -> anyhow::Error {
     crate::exit::coded(outcome, error)
 }
 
-fn of_serve(error: ServeError) -> anyhow::Error {
+pub(crate) fn of_serve(error: ServeError) -> anyhow::Error {
     let outcome = match &error {
         ServeError::Listen(_) => Outcome::Address,
         ServeError::Model(_)

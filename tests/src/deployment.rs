@@ -129,6 +129,8 @@ pub struct Options<'a> {
     pub context_count: usize,
     /// Options file of every worker; `cache_transceiver_config` is added when it names none.
     pub engine: &'a str,
+    /// Options file of the generation server, where it has another.
+    pub generation_engine: Option<&'a str>,
     /// Further lines of disagg_config.yaml.
     pub proxy: &'a str,
     /// Arguments of `baton disaggregated`.
@@ -145,6 +147,7 @@ impl<'a> Options<'a> {
             model,
             context_count: 2,
             engine,
+            generation_engine: None,
             proxy: "",
             proxy_arguments: &[],
             context_environment: &[],
@@ -158,19 +161,14 @@ impl Deployment {
     /// # Panics
     /// When a part does not become ready.
     pub async fn start(options: &Options<'_>) -> Self {
-        let engine = if options.engine.contains("cache_transceiver_config") {
-            options.engine.to_owned()
-        } else {
-            format!(
-                "{}\ncache_transceiver_config:\n  backend: DEFAULT\n",
-                options.engine
-            )
+        let launch = |engine: &str, environment| {
+            Worker::launch(options.model, &with_transceiver(engine), environment)
         };
-        let launch = |environment| Worker::launch(options.model, &engine, environment);
         let mut context: Vec<Baton> = (0..options.context_count)
-            .map(|_| launch(options.context_environment))
+            .map(|_| launch(options.engine, options.context_environment))
             .collect();
-        let mut generation = launch(&[]);
+        let generation = options.generation_engine.unwrap_or(options.engine);
+        let mut generation = launch(generation, &[]);
         let mut ready = Vec::new();
         for mut process in context.drain(..) {
             let address = process.ready().await;
@@ -210,6 +208,14 @@ impl Deployment {
         for worker in self.context.iter().chain([&self.generation]) {
             worker.blocks_return(limit).await;
         }
+    }
+}
+
+fn with_transceiver(engine: &str) -> String {
+    if engine.contains("cache_transceiver_config") {
+        engine.to_owned()
+    } else {
+        format!("{engine}\ncache_transceiver_config:\n  backend: DEFAULT\n")
     }
 }
 

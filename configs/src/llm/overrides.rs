@@ -1,6 +1,6 @@
 //! Engine options typed on the command line, as values that the file then covers.
 
-use crate::llm::{ComputeDtype, LoadFormat};
+use crate::llm::{ComputeDtype, Device, LoadFormat};
 use crate::section::kind::name_of;
 use crate::yaml::{Document, Entry, Node, Origin, Value};
 
@@ -11,6 +11,8 @@ pub struct LlmOverrides {
     pub dtype: Option<ComputeDtype>,
     /// `--load_format`.
     pub load_format: Option<LoadFormat>,
+    /// `--device`.
+    pub device: Option<Device>,
     /// `--max_batch_size`.
     pub max_batch_size: Option<u32>,
     /// `--max_num_tokens`.
@@ -64,6 +66,10 @@ impl LlmOverrides {
             (
                 "load_format",
                 self.load_format.map(|format| Node::text(name_of(format))),
+            ),
+            (
+                "device",
+                self.device.map(|device| Node::text(name_of(device))),
             ),
             ("max_batch_size", self.max_batch_size.as_ref().map(whole)),
             ("max_num_tokens", self.max_num_tokens.as_ref().map(whole)),

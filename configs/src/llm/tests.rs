@@ -77,6 +77,22 @@ fn file_wins_over_command_line_and_command_line_over_default() {
 }
 
 #[test]
+fn device_and_load_format_may_be_typed() {
+    let cli = LlmOverrides {
+        device: Some(Device::Cuda),
+        load_format: Some(LoadFormat::Dummy),
+        ..LlmOverrides::default()
+    };
+    let (options, _) = resolve(None, &cli).expect("good");
+    assert_eq!(options.device, Device::Cuda);
+    assert_eq!(options.load_format, LoadFormat::Dummy);
+    let file = document("device: cpu\n");
+    let (options, _) = resolve(Some(&file), &cli).expect("good");
+    assert_eq!(options.device, Device::Cpu);
+    assert_eq!(options.load_format, LoadFormat::Dummy);
+}
+
+#[test]
 fn command_line_values_are_checked_like_the_files() {
     let cli = LlmOverrides {
         max_batch_size: Some(0),

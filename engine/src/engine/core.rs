@@ -116,8 +116,8 @@ impl Core {
     /// Gives a request up, in whatever state it is.
     pub(super) fn cancel(&mut self, id: RequestId) {
         if let Some((sequence, was_fetching)) = self.scheduler.remove(id) {
-            if let Some(handoff) = self.handoff.as_mut().filter(|_| was_fetching) {
-                handoff.cancel_fetch(id);
+            if was_fetching {
+                self.cancel_fetch(id);
             }
             self.finish(&sequence, FinishReason::Cancelled, None);
         } else if let Some(ctx_request_id) = self.leases.of(id) {
@@ -207,8 +207,8 @@ impl Core {
     pub(super) fn fail(&mut self, id: RequestId, failure: RequestFailure) {
         let removed = self.scheduler.remove(id);
         let was_fetching = removed.is_some_and(|(_, was_fetching)| was_fetching);
-        if let Some(handoff) = self.handoff.as_mut().filter(|_| was_fetching) {
-            handoff.cancel_fetch(id);
+        if was_fetching {
+            self.cancel_fetch(id);
         }
         self.stats.requests_failed_total += 1;
         self.publish_stats();

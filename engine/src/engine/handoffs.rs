@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use crate::backend::BlockId;
+use crate::backend::{BackendError, BlockId};
 use crate::handoff::{
-    Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer,
+    Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer, RankOrder,
+    RanksEvent,
 };
 use crate::page::Page;
 use crate::request::{FinishReason, RequestFailure, RequestId, TokenLogprobs};
@@ -27,6 +28,35 @@ impl Core {
                 Err(error) => self.fetch_failed(request, &error),
             },
             HandoffEvent::PagesReturned { pages } => self.pages_returned(pages),
+            HandoffEvent::Ranks(event) => self.ranks_event(event),
+        }
+    }
+
+    /// What the ranks have to do together.
+    fn ranks_event(&mut self, event: RanksEvent) {
+        match event {
+            RanksEvent::LeaseUnwanted { ctx_request_id } => self.withdraw(ctx_request_id),
+            RanksEvent::FetchDoomed { request } => self.cancel_fetch(request),
+            RanksEvent::Lost { rank, reason } => {
+                let rank = format!("kv transceiver of rank {rank}");
+                self.broken
+                    .get_or_insert(BackendError::Rank { rank, reason });
+            }
+        }
+    }
+
+    /// Tells the ranks that follow. If that fails, there will be no other step.
+    fn tell_ranks(&mut self, order: &RankOrder) {
+        if let Err(error) = self.model.hand_off(order) {
+            self.broken.get_or_insert(error);
+        }
+    }
+
+    /// Gives a fetch up, on every rank; `FetchEnded` comes later.
+    pub(super) fn cancel_fetch(&mut self, id: RequestId) {
+        if let Some(handoff) = &mut self.handoff {
+            handoff.cancel_fetch(id);
+            self.tell_ranks(&RankOrder::CancelFetch(id));
         }
     }
 
@@ -55,6 +85,7 @@ impl Core {
     pub(super) fn withdraw(&mut self, ctx_request_id: u64) {
         if let Some(handoff) = &mut self.handoff {
             handoff.withdraw(ctx_request_id);
+            self.tell_ranks(&RankOrder::Withdraw(ctx_request_id));
         }
     }
 
@@ -67,16 +98,25 @@ impl Core {
         let Some(handoff) = &mut self.handoff else {
             return Err(HandoffError::Refused("there is no transceiver".to_owned()));
         };
-        let pages = self.model.share_pages(&sequence.blocks).map_err(|error| {
+        let mut ends_here = |error: BackendError| {
             let reason = HandoffError::Transport(error.to_string());
             self.broken.get_or_insert(error);
             reason
-        })?;
-        handoff.offer(Offer {
+        };
+        let pages = self.model.share_pages(&sequence.blocks);
+        let state = handoff.offer(Offer {
             ctx_request_id,
             token_count: sequence.prompt_len,
-            pages,
-        })
+            pages: pages.map_err(&mut ends_here)?,
+        })?;
+        let order = RankOrder::Offer {
+            ctx_request_id,
+            token_count: sequence.prompt_len,
+            blocks: sequence.blocks.clone(),
+            state: state.clone(),
+        };
+        self.model.hand_off(&order).map_err(ends_here)?;
+        Ok(state)
     }
 
     /// Ends a context-only request: its blocks go under a lease.
@@ -129,16 +169,27 @@ impl Core {
             return;
         };
         // The leading blocks were found in the prefix cache.
-        let missing = sequence.blocks[sequence.cached_blocks..].iter();
+        let missing = sequence.blocks[sequence.cached_blocks..].to_vec();
+        let (token_count, first_token) = (sequence.prompt_len, sequence.computed);
+        let order = RankOrder::Fetch {
+            request: id,
+            ctx_request_id: ticket.ctx_request_id,
+            state: ticket.opaque_state.clone(),
+            token_count,
+            first_token,
+            blocks: missing.clone(),
+        };
+        let pages = missing.into_iter();
         handoff.fetch(Fetch {
             request: id,
             ticket,
-            token_count: sequence.prompt_len,
-            first_token: sequence.computed,
-            pages: missing
-                .map(|&block| (block, self.model.lend_page(block)))
+            token_count,
+            first_token,
+            pages: pages
+                .map(|block| (block, self.model.lend_page(block)))
                 .collect(),
         });
+        self.tell_ranks(&order);
     }
 
     fn lease_ended(&mut self, ctx_request_id: u64, end: LeaseEnd) {

@@ -150,8 +150,6 @@ pub(crate) struct Shard {
     pub(crate) ffn: Range<usize>,
     /// Rows of embedding and output projection, of `V`.
     pub(crate) vocab: Range<usize>,
-    /// Whether no rank before this one holds the same keys and values.
-    pub(crate) first_holder: bool,
 }
 
 impl Shard {
@@ -166,7 +164,6 @@ impl Shard {
             kv_heads: kv.heads,
             ffn: part(config.ffn_width, size, tp),
             vocab: part(config.vocab, size, tp),
-            first_holder: kv.copy == 0,
         }
     }
 

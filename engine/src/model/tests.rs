@@ -95,16 +95,6 @@ impl Session {
         self.past_len = 0;
     }
 
-    /// Goes on as if so many tokens had been fed: their KV came in another way.
-    pub(crate) fn resume(&mut self, past_len: usize) {
-        self.past_len = past_len;
-    }
-
-    /// The blocks that hold the first tokens.
-    pub(crate) fn blocks(&self, count: usize) -> Vec<BlockId> {
-        self.blocks[..count].to_vec()
-    }
-
     /// Runs the next tokens; logits of the rows from `first_logit` on.
     pub(crate) fn feed(&mut self, tokens: &[TokenId], first_logit: usize) -> Vec<Vec<f32>> {
         let positions = self.past_len..self.past_len + tokens.len();

@@ -1,15 +1,15 @@
 //! Rank 0's view of all ranks: one model.
 //!
-//! Each call is an order to all ranks and rank 0's part of it. Hand-offs see whole pages only (`parallel/pages.rs`).
+//! Each call is an order to all ranks and rank 0's part of it. A hand-off is every rank's own, of its own pages.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::order::Order;
-use super::pages::{self, WholePages};
 use crate::backend::{Backend, BackendError, BlockId, PrefillRows, StepBatch};
 use crate::collective::{CollectiveError, RankNames};
+use crate::handoff::RankOrder;
 use crate::model::decoder::Decoder;
 use crate::model::shard::Shard;
 use crate::model::{Logits, Model, ModelShape};
@@ -38,8 +38,6 @@ pub(crate) struct ParallelModel<B: Backend> {
     decoder: Decoder<B>,
     ranks: Ranks,
     description: String,
-    /// Once there is a pool.
-    pages: Option<WholePages>,
     /// Whether the others wait for an order. False for good once something failed on the way.
     in_touch: bool,
     /// When the last order was given.
@@ -61,7 +59,6 @@ impl<B: Backend> ParallelModel<B> {
             decoder,
             ranks,
             description,
-            pages: None,
             in_touch: true,
             ordered: Instant::now(),
         }
@@ -96,17 +93,40 @@ impl<B: Backend> ParallelModel<B> {
         Ok(())
     }
 
-    fn pages(&mut self) -> &mut WholePages {
-        self.pages.as_mut().expect(POOL)
+    /// Every other rank's answer to what may be refused.
+    fn refusable_answers(&mut self) -> Result<Vec<Vec<u8>>, BackendError> {
+        let mut answers = Vec::new();
+        let mut message = Vec::new();
+        for rank in 1..self.ranks.shards.len() {
+            self.decoder.collective().receive(rank, &mut message)?;
+            match message.split_first() {
+                Some((&ACCEPTED, answer)) => answers.push(answer.to_vec()),
+                _ => {
+                    let reason = message.get(1..).unwrap_or_default();
+                    return Err(BackendError::Rank {
+                        rank: self.ranks.names.name(rank),
+                        reason: String::from_utf8_lossy(reason).into_owned(),
+                    });
+                }
+            }
+        }
+        Ok(answers)
     }
 }
 
-/// Why there are pages.
-const POOL: &str = "pages are allocated before any is used";
+/// First byte of an answer that is not a refusal.
+pub(super) const ACCEPTED: u8 = 1;
+
+/// First byte of a refusal.
+pub(super) const REFUSED: u8 = 0;
 
 impl<B: Backend> Model for ParallelModel<B> {
     fn shape(&self) -> &ModelShape {
         self.decoder.shape()
+    }
+
+    fn page_device(&self) -> Option<usize> {
+        self.decoder.page_device()
     }
 
     fn backend_description(&self) -> String {
@@ -122,7 +142,6 @@ impl<B: Backend> Model for ParallelModel<B> {
     }
 
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
-        self.pages = Some(WholePages::new(shape));
         let own = self.ranks.shards[0].page(shape);
         let order = Order::Allocate {
             page: shape,
@@ -135,54 +154,47 @@ impl<B: Backend> Model for ParallelModel<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        if let Some(pages) = &mut self.pages {
-            pages.forget_written(batch);
-        }
         self.together(&Order::Step(Cow::Borrowed(batch)), |model| {
             model.decoder.forward(batch)
         })
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {
-        let copies = self.pages().copies(blocks);
-        let missing = blocks
-            .iter()
-            .zip(&copies)
-            .filter(|(_, copy)| copy.is_none());
-        let missing: Vec<BlockId> = missing.map(|(&block, _)| block).collect();
-        let mut gathered = Vec::new();
-        if !missing.is_empty() {
-            let whole = self.pages().shape;
-            gathered = self.together(&Order::Gather(missing.clone()), |model| {
-                pages::gather(&mut model.decoder, &model.ranks.shards, whole, &missing)
-            })?;
-        }
-        let mut gathered = gathered.into_iter().map(Arc::new);
-        let pages = blocks.iter().zip(copies).map(|(&block, copy)| {
-            let page = copy.or_else(|| gathered.next());
-            let page = page.expect("a page was gathered for each that was missing");
-            self.pages().keep(block, &page);
-            page
-        });
-        Ok(pages.collect())
+        self.decoder.share_pages(blocks)
     }
 
     fn page_is_unshared(&self, block: BlockId) -> bool {
-        !self.pages.as_ref().expect(POOL).is_lent(block)
+        self.decoder.page_is_unshared(block)
     }
 
     fn lend_page(&mut self, block: BlockId) -> Page {
-        self.pages().lend(block)
+        self.decoder.lend_page(block)
     }
 
     fn return_pages(&mut self, pages: Vec<(BlockId, Page)>) -> Result<(), BackendError> {
-        self.pages().take_back(&pages);
         if pages.is_empty() {
             return Ok(());
         }
         let blocks = pages.iter().map(|&(block, _)| block).collect();
-        self.together(&Order::Scatter(blocks), |model| {
-            pages::scatter(&mut model.decoder, &model.ranks.shards, &pages)
+        self.together(&Order::TakeBack(blocks), |model| {
+            model.decoder.return_pages(pages)
+        })
+    }
+
+    fn join_handoff(
+        &mut self,
+        page: PageShape,
+        terms: &[u8],
+    ) -> Result<Vec<Vec<u8>>, BackendError> {
+        let terms = Cow::Borrowed(terms);
+        self.together(&Order::JoinHandoff { page, terms }, Self::refusable_answers)
+    }
+
+    fn hand_off(&mut self, order: &RankOrder) -> Result<(), BackendError> {
+        // A ticket must not be out before every rank has the lease.
+        let awaited = matches!(order, RankOrder::Offer { .. });
+        self.together(&Order::HandOff(Cow::Borrowed(order)), |model| {
+            if awaited { model.answers() } else { Ok(()) }
         })
     }
 

@@ -4,7 +4,9 @@
 use std::borrow::Cow;
 
 use crate::backend::{BlockId, SequenceSpan, StepBatch};
+use crate::handoff::RankOrder;
 use crate::page::{KvDtype, PageShape};
+use crate::request::RequestId;
 
 /// Something that all ranks of an instance do at the same time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,10 +17,15 @@ pub(crate) enum Order<'a> {
     Ping,
     /// Make your pool: as many pages as this, each your part of a page of this shape. Answered.
     Allocate { page: PageShape, block_count: usize },
-    /// Send rank 0 your parts of these pages.
-    Gather(Vec<BlockId>),
-    /// Rank 0 sends you your parts of these pages.
-    Scatter(Vec<BlockId>),
+    /// Start your transceiver, for the whole model's page and on these terms. Answered.
+    JoinHandoff {
+        page: PageShape,
+        terms: Cow<'a, [u8]>,
+    },
+    /// Do your part of a hand-off. An offer is answered.
+    HandOff(Cow<'a, RankOrder>),
+    /// Take these pages back that your transceiver has returned.
+    TakeBack(Vec<BlockId>),
     /// The instance ends as it should.
     Goodbye,
 }
@@ -31,9 +38,13 @@ pub(crate) struct OrderError(&'static str);
 const STEP: u8 = 1;
 const PING: u8 = 2;
 const ALLOCATE: u8 = 3;
-const GATHER: u8 = 4;
-const SCATTER: u8 = 5;
+const JOIN_HANDOFF: u8 = 4;
+const TAKE_BACK: u8 = 5;
 const GOODBYE: u8 = 6;
+const OFFER: u8 = 7;
+const WITHDRAW: u8 = 8;
+const FETCH: u8 = 9;
+const CANCEL_FETCH: u8 = 10;
 
 impl Order<'_> {
     /// The message.
@@ -50,12 +61,14 @@ impl Order<'_> {
                 out.number(*block_count as u64);
                 out.page(page);
             }
-            Self::Gather(blocks) => {
-                out.byte(GATHER);
-                out.blocks(blocks);
+            Self::JoinHandoff { page, terms } => {
+                out.byte(JOIN_HANDOFF);
+                out.page(page);
+                out.bytes(terms);
             }
-            Self::Scatter(blocks) => {
-                out.byte(SCATTER);
+            Self::HandOff(order) => out.hand_off(order),
+            Self::TakeBack(blocks) => {
+                out.byte(TAKE_BACK);
                 out.blocks(blocks);
             }
             Self::Goodbye => out.byte(GOODBYE),
@@ -73,9 +86,15 @@ impl Order<'_> {
                 block_count: from.size()?,
                 page: from.page()?,
             },
-            GATHER => Order::Gather(from.blocks()?),
-            SCATTER => Order::Scatter(from.blocks()?),
+            JOIN_HANDOFF => Order::JoinHandoff {
+                page: from.page()?,
+                terms: Cow::Owned(from.bytes()?),
+            },
+            TAKE_BACK => Order::TakeBack(from.blocks()?),
             GOODBYE => Order::Goodbye,
+            kind @ (OFFER | WITHDRAW | FETCH | CANCEL_FETCH) => {
+                Order::HandOff(Cow::Owned(from.hand_off(kind)?))
+            }
             _ => return Err(OrderError("its kind is unknown")),
         };
         if from.0.is_empty() {
@@ -119,6 +138,52 @@ impl Writer {
             last = i64::from(block);
             ((difference << 1) ^ (difference >> 63)).cast_unsigned()
         }));
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.number(bytes.len() as u64);
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn hand_off(&mut self, order: &RankOrder) {
+        match order {
+            RankOrder::Offer {
+                ctx_request_id,
+                token_count,
+                blocks,
+                state,
+            } => {
+                self.byte(OFFER);
+                self.number(*ctx_request_id);
+                self.number(*token_count as u64);
+                self.blocks(blocks);
+                self.bytes(state);
+            }
+            RankOrder::Withdraw(ctx_request_id) => {
+                self.byte(WITHDRAW);
+                self.number(*ctx_request_id);
+            }
+            RankOrder::Fetch {
+                request,
+                ctx_request_id,
+                state,
+                token_count,
+                first_token,
+                blocks,
+            } => {
+                self.byte(FETCH);
+                self.number(request.0);
+                self.number(*ctx_request_id);
+                self.number(*token_count as u64);
+                self.number(*first_token as u64);
+                self.blocks(blocks);
+                self.bytes(state);
+            }
+            RankOrder::CancelFetch(request) => {
+                self.byte(CANCEL_FETCH);
+                self.number(request.0);
+            }
+        }
     }
 
     fn step(&mut self, batch: &StepBatch) {
@@ -219,6 +284,34 @@ impl Reader<'_> {
                 BlockId::try_from(last).map_err(|_| RANGE)
             })
             .collect()
+    }
+
+    fn bytes(&mut self) -> Result<Vec<u8>, OrderError> {
+        let count = self.count()?;
+        let (bytes, rest) = self.0.split_at_checked(count).ok_or(SHORT)?;
+        self.0 = rest;
+        Ok(bytes.to_vec())
+    }
+
+    fn hand_off(&mut self, kind: u8) -> Result<RankOrder, OrderError> {
+        Ok(match kind {
+            OFFER => RankOrder::Offer {
+                ctx_request_id: self.number()?,
+                token_count: self.size()?,
+                blocks: self.blocks()?,
+                state: self.bytes()?,
+            },
+            WITHDRAW => RankOrder::Withdraw(self.number()?),
+            FETCH => RankOrder::Fetch {
+                request: RequestId(self.number()?),
+                ctx_request_id: self.number()?,
+                token_count: self.size()?,
+                first_token: self.size()?,
+                blocks: self.blocks()?,
+                state: self.bytes()?,
+            },
+            _ => RankOrder::CancelFetch(RequestId(self.number()?)),
+        })
     }
 
     fn step(&mut self) -> Result<StepBatch, OrderError> {

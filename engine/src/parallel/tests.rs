@@ -117,6 +117,7 @@ fn backend(threads: usize) -> Result<CpuBackend, ParallelError> {
 fn follow_to_the_end(mut end: MemoryGroup) -> Result<(), ParallelError> {
     let own = Following {
         num_threads: None,
+        host: "127.0.0.1".to_owned(),
         stop: &AtomicBool::new(false),
     };
     let ordered = await_order(&mut end)?;

@@ -16,8 +16,8 @@ use super::{ServeError, ServeOptions, ranks};
 use crate::backend::TokenId;
 use crate::engine::{Engine, EngineHandle, EngineThread, Inbox};
 use crate::handoff::Handoff;
-use crate::model::GenerationDefaults;
 use crate::model::load::{LoadedModel, TokenizerFiles};
+use crate::model::{GenerationDefaults, Model};
 use crate::parallel::Led;
 use crate::request::SamplingParams;
 use crate::server::app::App;
@@ -34,7 +34,7 @@ use crate::transceiver::{Transceiver, TransceiverInfo, TransceiverParams};
 use crate::transport::fault::FaultPlan;
 
 /// Most requests that wait for their first step; more are told to come again.
-const QUEUE_MAX: usize = 4096;
+pub(super) const QUEUE_MAX: usize = 4096;
 
 /// A loaded instance.
 pub(super) struct Started {
@@ -68,14 +68,15 @@ fn load_all(
 ) -> Result<Started, ServeError> {
     let llm = &options.llm;
     let progress = Progress::new(app, &options.model);
-    let Led { loaded, rooms } = ranks::load(options, &progress, stop)?;
+    let Led { mut loaded, rooms } = ranks::load(options, &progress, stop)?;
     progress.stage("reading the tokenizer");
     let (tools, eos_tokens) = text_tools(llm, &loaded)?;
     progress.stage("making the kv pool");
     let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens, &rooms)?;
     let inbox = Inbox::new(QUEUE_MAX);
     let device = loaded.model.page_device();
-    let transceiver = start_transceiver(options, (address, device), &plan, &inbox)?;
+    let model = loaded.model.as_mut();
+    let transceiver = start_transceiver(options, (address, device), &plan, (model, &inbox))?;
     let info = transceiver.as_ref().map(Transceiver::info);
     let handoff = transceiver.map(|transceiver| Box::new(transceiver) as Box<dyn Handoff>);
     let mut facts = plan.facts(&loaded, llm, info.as_ref().map(transport_facts));
@@ -179,7 +180,7 @@ fn start_transceiver(
     options: &ServeOptions,
     (address, device): (SocketAddr, Option<usize>),
     plan: &Plan,
-    inbox: &Inbox,
+    (model, inbox): (&mut dyn Model, &Inbox),
 ) -> Result<Option<Transceiver>, ServeError> {
     let Some(config) = &options.llm.transceiver else {
         return Ok(None);
@@ -194,7 +195,8 @@ fn start_transceiver(
     };
     params.device = device;
     params.faults = FaultPlan::from_environment()?;
-    Ok(Some(Transceiver::start(params, inbox.handoff_sink())?))
+    let sink = inbox.handoff_sink();
+    Ok(Some(Transceiver::lead(params, model, sink)?))
 }
 
 fn transport_facts(info: &TransceiverInfo) -> TransportFacts {

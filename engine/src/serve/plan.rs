@@ -76,9 +76,8 @@ impl Plan {
             layout: KvLayout {
                 model_fingerprint: shape.fingerprint,
                 page,
-                // Whole pages go over the wire, however many ranks hold their parts.
-                tensor_parallel: 1,
-                pipeline_parallel: 1,
+                tensor_parallel: llm.tensor_parallel_size,
+                pipeline_parallel: llm.pipeline_parallel_size,
             },
             page,
         })
@@ -114,6 +113,7 @@ impl Plan {
                 max_num_tokens: llm.max_num_tokens,
                 max_seq_len: u32::try_from(self.engine.max_seq_len).unwrap_or(u32::MAX),
                 kv_blocks: self.engine.block_count,
+                vocab_size: loaded.model.shape().vocab,
             },
         }
     }

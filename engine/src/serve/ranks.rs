@@ -168,6 +168,7 @@ pub fn follow(spec: &FollowerSpec, stop: &AtomicBool) -> Result<(), ServeError> 
     let mut group = group::on_fabric(met, spec.fabric, join, peer)?;
     let own = Following {
         num_threads: spec.num_threads.map(|threads| threads as usize),
+        host: spec.host.clone(),
         stop,
     };
     let ordered = parallel::await_order(group.as_mut())?;

@@ -171,8 +171,8 @@ pub(super) fn server_info(service: &Service) -> Response<ReplyBody> {
     }))
 }
 
-/// The transport that is taken first and why, and all that there are, those that are not, and over which of them KV went
-/// last to or from whom.
+/// The transport that is taken first and why, and all that there are, those that are not, over which of them KV went last to
+/// or from whom, and what came from which rank to which.
 fn transport(service: &Service) -> Value {
     let mut transport = json!(service.facts.transport);
     if let Some(info) = &service.transceiver {
@@ -191,6 +191,7 @@ fn transport(service: &Service) -> Value {
             .map(|(name, reason)| json!({"name": name, "reason": reason}))
             .collect();
         transport["peers"] = json!(info.peers());
+        transport["rank_pairs"] = json!(info.pairs());
     }
     transport
 }

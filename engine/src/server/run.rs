@@ -172,7 +172,7 @@ impl Runs {
             prefill_us: micros(costs.prefill),
             handoff_us: costs.handoff.as_ref().map(|stats| micros(stats.elapsed)),
             handoff_bytes: costs.handoff.as_ref().map(|stats| stats.bytes),
-            handoff_transport: costs.handoff.map(|stats| stats.transport),
+            handoff_transport: costs.handoff.map(|stats| stats.transport()),
             first_token_us: self.first_token.map_or(0, micros),
             decode_us: micros(costs.decode),
             decode_tokens: tokens.saturating_sub(1),

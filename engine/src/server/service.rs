@@ -79,6 +79,8 @@ pub(crate) struct LimitFacts {
     pub(crate) max_num_tokens: u32,
     pub(crate) max_seq_len: u32,
     pub(crate) kv_blocks: usize,
+    /// Tokens of the model's vocabulary.
+    pub(crate) vocab_size: usize,
 }
 
 /// One generation request from arrival to its end, whichever end that is.

@@ -1,6 +1,6 @@
 //! Checksums over pieces of pages, on threads of its own, so that neither the desk nor the wire waits for it.
 //!
-//! Landed pages go first: a request waits for them. Offered pages are summed as soon as they are offered, most
+//! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
 //!
 //! Which checksum is the sender's choice, and named with it: XXH3-64 of pages in the host's memory, [`crate::page::fold`] of a device's,
@@ -10,15 +10,16 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::inbox::{Checked, Happening, Inbox, Mismatch, SumsOf};
 use crate::page::Page;
 use crate::page::fold::Fold;
+use crate::transport::checksum::sum_of;
 use crate::transport::{RegionId, Runs, TransferId};
 
 /// Pieces that a device sums in one call at most.
@@ -68,6 +69,16 @@ pub(super) struct Checksum {
     pub(super) value: u64,
 }
 
+/// A piece in a page, whose transport did not sum it.
+#[derive(Debug)]
+pub(super) struct Unsummed {
+    /// Index among the page's pieces, in the order in which they landed.
+    pub(super) part: usize,
+    pub(super) runs: Runs,
+    /// The checksum that it shall have.
+    pub(super) expected: Checksum,
+}
+
 /// A page whose pieces have all landed.
 #[derive(Debug)]
 pub(super) struct Landed {
@@ -76,8 +87,7 @@ pub(super) struct Landed {
     /// Index among the fetch's pages.
     pub(super) index: usize,
     pub(super) page: Page,
-    /// What lies where in it, with the checksum that it shall have.
-    pub(super) parts: Vec<(Runs, Checksum)>,
+    pub(super) parts: Vec<Unsummed>,
 }
 
 /// Pieces to be sent; their pages are let go when the job is over or given up.
@@ -122,16 +132,10 @@ impl<'a> Piece<'a> {
     /// Its sum, by this thread.
     fn sum(&self) -> io::Result<u64> {
         let bytes = self.page.to_host()?;
-        let stretches = self.stretches.iter().map(|range| &bytes[range.clone()]);
-        Ok(match (self.algorithm, &self.stretches[..]) {
-            // Most often a whole page; in one go it is faster.
-            (Algorithm::Xxh3, [one]) => xxh3_64(&bytes[one.clone()]),
-            (Algorithm::Xxh3, _) => {
-                let mut hasher = Xxh3Default::new();
-                stretches.for_each(|stretch| hasher.update(stretch));
-                hasher.digest()
-            }
-            (Algorithm::Fold, _) => {
+        Ok(match self.algorithm {
+            Algorithm::Xxh3 => sum_of(&bytes, self.stretches.iter().cloned()),
+            Algorithm::Fold => {
+                let stretches = self.stretches.iter().map(|range| &bytes[range.clone()]);
                 let mut fold = Fold::default();
                 stretches.for_each(|stretch| fold.update(stretch));
                 fold.digest()
@@ -168,16 +172,16 @@ fn sums(pieces: Vec<Piece<'_>>) -> io::Result<Vec<u64>> {
 impl Landed {
     fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
         let parts = self.parts.iter();
-        parts.map(|(runs, expected)| Piece::target(&self.page, runs, expected.algorithm))
+        parts.map(|part| Piece::target(&self.page, &part.runs, part.expected.algorithm))
     }
 
     /// The first piece that is not what was sent, by its sums.
     fn mismatch(&self, found: &[u64]) -> Option<Mismatch> {
-        let parts = self.parts.iter().zip(found).enumerate();
+        let parts = self.parts.iter().zip(found);
         parts
-            .map(|(part, ((_, expected), found))| Mismatch {
-                part,
-                expected: expected.value,
+            .map(|(part, found)| Mismatch {
+                part: part.part,
+                expected: part.expected.value,
                 found: *found,
             })
             .find(|part| part.found != part.expected)
@@ -198,10 +202,7 @@ fn check(batch: Vec<Landed>, inbox: &Inbox) {
         let mismatch = if own.len() == landed.parts.len() {
             landed.mismatch(own)
         } else {
-            let expected = landed
-                .parts
-                .first()
-                .map_or(0, |(_, expected)| expected.value);
+            let expected = landed.parts.first().map_or(0, |part| part.expected.value);
             Some(Mismatch {
                 part: 0,
                 expected,
@@ -289,17 +290,16 @@ impl Drop for ChecksumThreads {
 
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, Jobs> {
-        self.jobs.lock().unwrap_or_else(|e| e.into_inner())
+        self.jobs.lock()
     }
 
     fn work(&self, inbox: &Inbox) {
         loop {
             let mut jobs = self.lock();
             jobs.idle += 1;
-            let waited = self.wake.wait_while(jobs, |jobs| {
+            self.wake.wait_while(&mut jobs, |jobs| {
                 !jobs.stopped && jobs.landed.is_empty() && jobs.offered.is_empty()
             });
-            let mut jobs = waited.unwrap_or_else(|e| e.into_inner());
             jobs.idle -= 1;
             if jobs.stopped {
                 return;

@@ -20,13 +20,17 @@ use crate::handoff::{HandoffError, HandoffEvent, HandoffSink, LeaseEnd};
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, Submission, TransferId, TransportEvent};
 use lease::Lease;
-use task::FetchTask;
+use ranks::{Leader, Reporter, Role};
+use task::{FetchTask, Landing};
 
 mod fetching;
 mod lease;
 mod lending;
 mod moving;
+mod ranks;
 mod task;
+
+pub(super) use ranks::RankEvent;
 
 /// How long shutting down waits after it has cut every connection.
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
@@ -82,6 +86,8 @@ pub(super) struct Desk {
     quarantine: HashMap<RegionId, BlockId>,
     /// Pages that a fetch waits for before it goes another way: of which fetch, and which of its pages.
     leaving: HashMap<RegionId, (TransferId, usize)>,
+    /// What this rank is to the others of its instance.
+    role: Role,
     stopping: bool,
     /// Shutting down has cut every connection.
     cut: bool,
@@ -103,6 +109,7 @@ impl Desk {
             running: 0,
             quarantine: HashMap::new(),
             leaving: HashMap::new(),
+            role: Role::Alone,
             stopping: false,
             cut: false,
             out_of_patience: false,
@@ -114,13 +121,19 @@ impl Desk {
         while !self.is_settled() {
             match self.around.inbox.next(self.timers.next_deadline()) {
                 Some(Input::Command(command)) => self.on_command(command),
-                Some(Input::Happening(happening)) => self.on_happening(happening),
+                Some(Input::Happenings(happenings)) => {
+                    for happening in happenings {
+                        self.on_happening(happening);
+                        self.start_waiting();
+                    }
+                }
                 None => {}
             }
             while let Some(due) = self.timers.take_due(Instant::now()) {
                 self.on_due(due);
             }
             self.start_waiting();
+            self.send_reports();
             self.around.info.set_serving(self.sending.len());
         }
         if self.out_of_patience {
@@ -150,6 +163,12 @@ impl Desk {
             Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
             Command::Fetch(fetch) => self.on_fetch(fetch),
             Command::CancelFetch(request) => self.on_cancel_fetch(request),
+            Command::Unfetched { fetch, error } => self.on_unfetched(fetch, error),
+            Command::Lead { ranks, secret } => self.role = Role::Leads(Leader::new(ranks, secret)),
+            Command::Follow { leader, secret } => {
+                self.role = Role::Follows(Reporter::new(leader, secret));
+            }
+            Command::Unoffered(lease) => self.lease_ended(lease, LeaseEnd::Cancelled),
             Command::Reject {
                 ctx_request_id,
                 state,
@@ -180,9 +199,16 @@ impl Desk {
                 runs,
                 transfer,
                 note,
+                checksum,
             } => {
                 self.around.wires.met(peer, wire);
-                self.on_landed((peer, transfer), region, &runs, &note);
+                let landing = Landing {
+                    region,
+                    runs: &runs,
+                    note: &note,
+                    checksum,
+                };
+                self.on_landed((peer, transfer), landing);
             }
             TransportEvent::WriteDone {
                 peer,
@@ -194,6 +220,7 @@ impl Desk {
                 self.around.wires.lost(peer);
                 self.lending_peer_lost(peer);
                 self.fetching_peer_lost(peer, &reason);
+                self.rank_lost(peer, &reason);
             }
         }
     }
@@ -220,6 +247,12 @@ impl Desk {
             Message::Refused { transfer, reason } | Message::Aborted { transfer, reason } => {
                 self.on_refused(peer, transfer, &reason);
             }
+            Message::Rank {
+                secret,
+                rank,
+                events,
+                totals,
+            } => self.on_report(peer, (secret, rank), events, totals),
             Message::Done {
                 transfer,
                 bytes,
@@ -232,6 +265,7 @@ impl Desk {
         match due {
             Due::Lease(lease) => self.on_lease_due(lease),
             Due::Fetch(transfer) => self.on_fetch_due(transfer),
+            Due::Reports => self.on_reports_due(),
             Due::Patience => self.on_patience_due(),
         }
     }
@@ -252,10 +286,6 @@ impl Desk {
         if submission != Submission::Accepted {
             tracing::debug!(%peer, ?submission, "a message in passing did not go out");
         }
-    }
-
-    fn emit(&self, event: HandoffEvent) {
-        (self.around.sink)(event);
     }
 
     fn on_stop(&mut self) {
@@ -285,7 +315,7 @@ impl Desk {
             .set(Instant::now() + LAST_PATIENCE, Due::Patience);
     }
 
-    fn lease_ended(&self, ctx_request_id: u64, end: LeaseEnd) {
+    fn lease_ended(&mut self, ctx_request_id: u64, end: LeaseEnd) {
         tracing::debug!(ctx_request_id, ?end, "kv lease ended");
         self.emit(HandoffEvent::LeaseEnded {
             ctx_request_id,

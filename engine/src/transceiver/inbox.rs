@@ -4,16 +4,18 @@
 //! slowed by its own connection. Commands go first: a lease is known before anyone can ask for it.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
 
-use crate::handoff::{Fetch, Offer};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::handoff::{Fetch, HandoffError, Offer};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
 use super::checksum::Checksum;
-use super::state::{Nonce, OpaqueState};
+use super::state::{Nonce, OpaqueState, RankRecord};
 
 /// Events that wait for the desk at most.
 const EVENTS_MAX: usize = 4096;
@@ -28,6 +30,23 @@ pub(super) enum Command {
     Withdraw(u64),
     Fetch(Fetch),
     CancelFetch(RequestId),
+    /// One fetch too many.
+    Unfetched {
+        fetch: Fetch,
+        error: HandoffError,
+    },
+    /// A lease too many, on a rank that follows.
+    Unoffered(u64),
+    /// This rank leads so many, itself included.
+    Lead {
+        ranks: usize,
+        secret: Nonce,
+    },
+    /// This rank reports to that one.
+    Follow {
+        leader: RankRecord,
+        secret: Nonce,
+    },
     /// A ticket that this side cannot use: the context server shall hear why, and need not keep its lease.
     Reject {
         ctx_request_id: u64,
@@ -52,7 +71,7 @@ pub(super) struct Checked {
 /// A piece that is not what was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mismatch {
-    /// As [`Landed`](super::checksum::Landed) numbered it.
+    /// Index among the page's pieces, in the order in which they landed.
     pub(super) part: usize,
     pub(super) expected: u64,
     pub(super) found: u64,
@@ -87,11 +106,12 @@ pub(super) enum Happening {
     Checked(Checked),
 }
 
-/// One thing for the desk to do.
+/// What the desk does next.
 #[derive(Debug)]
 pub(super) enum Input {
     Command(Command),
-    Happening(Happening),
+    /// All that has happened meanwhile, in order; at least one thing.
+    Happenings(VecDeque<Happening>),
 }
 
 #[derive(Debug, Default)]
@@ -99,8 +119,6 @@ struct Lanes {
     commands: VecDeque<Command>,
     happenings: VecDeque<Happening>,
     closed: bool,
-    /// The desk sleeps: waking it costs a system call, which thousands of events a second need not pay each.
-    sleeps: bool,
 }
 
 /// The queue.
@@ -126,19 +144,16 @@ impl Inbox {
 
     /// Reports something; waits for room, and forgets it when the desk is gone.
     pub(super) fn happened(&self, happening: Happening) {
-        let waited = self.room.wait_while(self.lock(), |lanes| {
+        let mut lanes = self.lock();
+        self.room.wait_while(&mut lanes, |lanes| {
             !lanes.closed && lanes.happenings.len() >= EVENTS_MAX
         });
-        let mut lanes = waited.unwrap_or_else(|e| e.into_inner());
         if lanes.closed {
             return;
         }
         lanes.happenings.push_back(happening);
-        let sleeps = std::mem::take(&mut lanes.sleeps);
         drop(lanes);
-        if sleeps {
-            self.filled.notify_one();
-        }
+        self.filled.notify_one();
     }
 
     /// The next thing to do, or nothing by the deadline.
@@ -148,27 +163,20 @@ impl Inbox {
             if let Some(command) = lanes.commands.pop_front() {
                 return Some(Input::Command(command));
             }
-            if let Some(happening) = lanes.happenings.pop_front() {
-                let was_full = lanes.happenings.len() + 1 >= EVENTS_MAX;
+            if !lanes.happenings.is_empty() {
+                let happenings = std::mem::take(&mut lanes.happenings);
                 drop(lanes);
-                if was_full {
-                    self.room.notify_all();
-                }
-                return Some(Input::Happening(happening));
+                self.room.notify_all();
+                return Some(Input::Happenings(happenings));
             }
-            lanes.sleeps = true;
             let Some(deadline) = deadline else {
-                lanes = self.filled.wait(lanes).unwrap_or_else(|e| e.into_inner());
+                self.filled.wait(&mut lanes);
                 continue;
             };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if Instant::now() >= deadline {
                 return None;
             }
-            lanes = match self.filled.wait_timeout(lanes, left) {
-                Ok((guard, _)) => guard,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+            self.filled.wait_until(&mut lanes, deadline);
         }
     }
 
@@ -189,7 +197,7 @@ impl Inbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, Lanes> {
-        self.lanes.lock().unwrap_or_else(|e| e.into_inner())
+        self.lanes.lock()
     }
 }
 

@@ -2,14 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::select::{Choice, Tried};
+use crate::handoff::HandoffStats;
 use crate::transport::EndpointRecord;
 
 /// Peers whose transport is remembered; more are not.
 const PEERS_MAX: usize = 1024;
+
+/// Pairs of ranks whose KV is counted; more are not.
+const PAIRS_MAX: usize = 4096;
 
 /// A cheap handle on the choice and the counters; read by logs, `/server_info` and metrics.
 #[derive(Debug, Clone)]
@@ -24,6 +30,10 @@ struct Shared {
     missing: Vec<(&'static str, String)>,
     /// Over what KV went last, by the other instance's name.
     peers: Mutex<BTreeMap<String, &'static str>>,
+    /// KV that came, by the other instance's name, its rank and ours.
+    pairs: Mutex<BTreeMap<(String, u32, u32), Came>>,
+    /// What the ranks that follow have counted; empty but on the rank that leads.
+    others: Mutex<BTreeMap<usize, RankTotals>>,
     epoch: u64,
     leases_held: AtomicUsize,
     leases_serving: AtomicUsize,
@@ -48,7 +58,43 @@ struct WireCounters {
     fetches: AtomicU64,
 }
 
-/// What one transport has done so far.
+/// KV that came over a pair of ranks.
+#[derive(Debug, Default)]
+struct Came {
+    transport: String,
+    bytes: u64,
+}
+
+/// KV that one of our ranks took from one rank of another instance so far.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RankPair {
+    /// The other instance.
+    pub peer: String,
+    /// Its rank.
+    pub peer_rank: u32,
+    /// Ours.
+    pub rank: u32,
+    /// What the last of it came over.
+    pub transport: String,
+    /// Payload bytes, verified.
+    pub bytes_received: u64,
+}
+
+/// What a rank that follows has counted so far, for the rank that leads.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RankTotals {
+    wires: Vec<WireTotals>,
+    checksum_mismatches: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct WireTotals {
+    transport: String,
+    bytes_sent: u64,
+    bytes_received: u64,
+}
+
+/// What one transport has done so far, on all ranks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WireStats {
     /// Its name.
@@ -59,7 +105,7 @@ pub struct WireStats {
     pub bytes_sent: u64,
     /// Payload bytes that came over it and were verified.
     pub bytes_received: u64,
-    /// Fetches that succeeded over it.
+    /// Fetches that succeeded over it, on this rank.
     pub fetches: u64,
 }
 
@@ -111,6 +157,10 @@ pub(super) enum Count {
     ChecksumMismatches,
 }
 
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl TransceiverInfo {
     /// `endpoints` are those of the transports that are there, best first.
     pub(super) fn new(
@@ -137,6 +187,8 @@ impl TransceiverInfo {
                 .filter_map(|(name, missing)| Some((name, missing?)))
                 .collect(),
             peers: Mutex::default(),
+            pairs: Mutex::default(),
+            others: Mutex::default(),
             epoch,
             leases_held: AtomicUsize::new(0),
             leases_serving: AtomicUsize::new(0),
@@ -177,6 +229,19 @@ impl TransceiverInfo {
     /// The transports that are there, best first.
     #[must_use]
     pub fn wires(&self) -> Vec<WireStats> {
+        let mut wires = self.own_wires();
+        let others = lock(&self.shared.others);
+        for there in others.values().flat_map(|totals| &totals.wires) {
+            let mut here = wires.iter_mut();
+            if let Some(wire) = here.find(|wire| wire.transport == there.transport) {
+                wire.bytes_sent += there.bytes_sent;
+                wire.bytes_received += there.bytes_received;
+            }
+        }
+        wires
+    }
+
+    fn own_wires(&self) -> Vec<WireStats> {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let wires = self.shared.wires.iter();
         wires
@@ -190,6 +255,54 @@ impl TransceiverInfo {
             .collect()
     }
 
+    /// What this rank has counted so far.
+    pub(super) fn totals(&self) -> RankTotals {
+        let wires = self.own_wires().into_iter().map(|wire| WireTotals {
+            transport: wire.transport.to_owned(),
+            bytes_sent: wire.bytes_sent,
+            bytes_received: wire.bytes_received,
+        });
+        RankTotals {
+            wires: wires.collect(),
+            checksum_mismatches: self.shared.checksum_mismatches.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Takes over what a rank that follows has counted so far.
+    pub(super) fn set_totals(&self, rank: usize, totals: RankTotals) {
+        lock(&self.shared.others).insert(rank, totals);
+    }
+
+    /// KV that came so far, by pairs of ranks.
+    #[must_use]
+    pub fn pairs(&self) -> Vec<RankPair> {
+        let pairs = lock(&self.shared.pairs);
+        let pairs = pairs
+            .iter()
+            .map(|((peer, peer_rank, rank), came)| RankPair {
+                peer: peer.clone(),
+                peer_rank: *peer_rank,
+                rank: *rank,
+                transport: came.transport.clone(),
+                bytes_received: came.bytes,
+            });
+        pairs.collect()
+    }
+
+    /// Notes what a fetch moved, on all ranks.
+    pub(super) fn note_moves(&self, stats: &HandoffStats) {
+        let mut pairs = lock(&self.shared.pairs);
+        for moved in &stats.moves {
+            let pair = (moved.peer.clone(), moved.peer_rank, moved.rank);
+            if pairs.len() >= PAIRS_MAX && !pairs.contains_key(&pair) {
+                continue;
+            }
+            let came = pairs.entry(pair).or_default();
+            came.bytes += moved.bytes;
+            came.transport.clone_from(&moved.transport);
+        }
+    }
+
     /// Transports that were tried and are not there, with why.
     #[must_use]
     pub fn missing(&self) -> &[(&'static str, String)] {
@@ -199,8 +312,7 @@ impl TransceiverInfo {
     /// Over which transport KV went last, for each instance that it went to or came from.
     #[must_use]
     pub fn peers(&self) -> BTreeMap<String, &'static str> {
-        let peers = self.shared.peers.lock();
-        peers.unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.shared.peers).clone()
     }
 
     /// Tells this process from its predecessors.
@@ -215,6 +327,11 @@ impl TransceiverInfo {
         let shared = &*self.shared;
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let held = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
+        let others: Vec<_> = lock(&shared.others).values().cloned().collect();
+        let wires = || others.iter().flat_map(|totals| &totals.wires);
+        let sent: u64 = shared.wires.iter().map(|w| count(&w.bytes_sent)).sum();
+        let received: u64 = shared.wires.iter().map(|w| count(&w.bytes_received)).sum();
+        let mismatches: u64 = others.iter().map(|totals| totals.checksum_mismatches).sum();
         TransceiverStats {
             leases_held: held(&shared.leases_held),
             leases_serving: held(&shared.leases_serving),
@@ -225,9 +342,9 @@ impl TransceiverInfo {
             leases_cancelled: count(&shared.leases_cancelled),
             fetches_succeeded: count(&shared.fetches_succeeded),
             fetches_failed: count(&shared.fetches_failed),
-            checksum_mismatches: count(&shared.checksum_mismatches),
-            bytes_sent: shared.wires.iter().map(|w| count(&w.bytes_sent)).sum(),
-            bytes_received: shared.wires.iter().map(|w| count(&w.bytes_received)).sum(),
+            checksum_mismatches: count(&shared.checksum_mismatches) + mismatches,
+            bytes_sent: sent + wires().map(|wire| wire.bytes_sent).sum::<u64>(),
+            bytes_received: received + wires().map(|wire| wire.bytes_received).sum::<u64>(),
             last_bytes_per_second: count(&shared.last_rate),
         }
     }
@@ -275,8 +392,7 @@ impl TransceiverInfo {
 
     /// Notes over what KV goes to or comes from an instance; says so when that is news.
     pub(super) fn goes_to(&self, instance: &str, transport: &'static str) {
-        let peers = self.shared.peers.lock();
-        let mut peers = peers.unwrap_or_else(PoisonError::into_inner);
+        let mut peers = lock(&self.shared.peers);
         if peers.get(instance) == Some(&transport)
             || (peers.len() >= PEERS_MAX && !peers.contains_key(instance))
         {

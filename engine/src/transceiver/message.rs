@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::checksum::{Algorithm, Checksum};
+use super::desk::RankEvent;
+use super::info::RankTotals;
 use super::state::{LayoutRecord, Nonce};
 use crate::transport::{RemoteRegion, TransferId};
 
@@ -49,7 +51,7 @@ pub(super) struct Request {
 }
 
 /// A control message.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Message {
     /// Generation: send it here.
@@ -76,6 +78,15 @@ pub(super) enum Message {
         transfer: TransferId,
         bytes: u64,
         pieces: u64,
+    },
+    /// A rank that follows, to the one that leads its instance.
+    Rank {
+        secret: Nonce,
+        rank: u32,
+        /// What happened since the last report, in order.
+        events: Vec<RankEvent>,
+        /// What it has counted so far.
+        totals: RankTotals,
     },
     /// Context: given up on the way.
     Aborted {

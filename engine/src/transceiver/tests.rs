@@ -10,13 +10,14 @@ use baton_configs::transceiver::TransceiverConfig;
 
 use super::*;
 use crate::backend::BlockId;
-use crate::handoff::{HandoffStats, LeaseEnd};
+use crate::handoff::{HandoffStats, LeaseEnd, RanksEvent};
 use crate::page::{KvDtype, Page, PageShape};
 use crate::transport::{MemoryKind, memory};
 
 mod adversity;
 mod device;
 mod life;
+mod ranks;
 mod resharding;
 mod several;
 
@@ -106,6 +107,8 @@ struct Instance {
     back: BTreeMap<BlockId, Page>,
     decided: BTreeMap<u64, Result<HandoffStats, HandoffError>>,
     ended: BTreeMap<u64, LeaseEnd>,
+    /// What the ranks have to do together.
+    ranks_events: Vec<RanksEvent>,
     next_block: BlockId,
     /// Its pages lie on a device.
     on_device: bool,
@@ -132,6 +135,7 @@ impl Instance {
             back: BTreeMap::new(),
             decided: BTreeMap::new(),
             ended: BTreeMap::new(),
+            ranks_events: Vec::new(),
             next_block: 0,
             on_device: false,
         }
@@ -219,6 +223,7 @@ impl Instance {
                 }
                 assert!(self.decided.insert(request.0, outcome).is_none());
             }
+            HandoffEvent::Ranks(event) => self.ranks_events.push(event),
             HandoffEvent::PagesReturned { pages } => {
                 for (block, page) in pages {
                     assert!(
@@ -264,6 +269,7 @@ impl Instance {
             (0, 0, 0)
         );
         assert!(self.events.try_recv().is_err(), "an event too many");
+        assert_eq!(self.ranks_events, []);
     }
 
     /// The pages that came back hold what was offered under `id`, from block `first` on: the tokens that there are, and

@@ -10,6 +10,8 @@ use crate::transport::TransferId;
 pub(super) enum Due {
     Lease(u64),
     Fetch(TransferId),
+    /// Reports to the leading rank, for which its line had no room.
+    Reports,
     /// Shutting down has been patient for long enough.
     Patience,
 }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use super::TransceiverParams;
 use super::inbox::{Happening, Inbox};
 use super::select::{Preference, Tried};
-use super::state::{OpaqueState, RankRecord, printable};
+use super::state::{RankRecord, printable};
 use crate::handoff::HandoffError;
 use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::staging::StagingSize;
@@ -142,24 +142,24 @@ pub(super) struct Way {
 /// All ways to some ranks of a context instance, best first; an error that names both sides' transports when there is none.
 pub(super) fn ways(
     transports: &[Arc<dyn Transport>],
-    state: &OpaqueState,
+    records: &[RankRecord],
     ranks: &[usize],
 ) -> Result<VecDeque<Way>, HandoffError> {
-    let records: Result<Vec<&RankRecord>, HandoffError> = ranks
+    let wanted: Result<Vec<&RankRecord>, HandoffError> = ranks
         .iter()
         .map(|&rank| {
-            let mut records = state.ranks.iter();
-            records
+            let mut known = records.iter();
+            known
                 .find(|record| record.rank as usize == rank)
                 .ok_or_else(|| HandoffError::State(format!("no endpoint of rank {rank}")))
         })
         .collect();
-    let records = records?;
+    let wanted = wanted?;
     let ways: VecDeque<Way> = transports
         .iter()
         .enumerate()
         .filter_map(|(wire, transport)| {
-            let reachable = records.iter().map(|record| {
+            let reachable = wanted.iter().map(|record| {
                 let mut endpoints = record.endpoints.iter();
                 endpoints.find(|endpoint| {
                     endpoint.transport == transport.capability().name && transport.reaches(endpoint)
@@ -173,7 +173,7 @@ pub(super) fn ways(
         return Ok(ways);
     }
     let here: Vec<_> = transports.iter().map(|t| t.capability().name).collect();
-    let mut there: Vec<_> = records
+    let mut there: Vec<_> = wanted
         .iter()
         .flat_map(|record| &record.endpoints)
         .map(|endpoint| printable(&endpoint.transport))

@@ -61,6 +61,20 @@ pub(crate) struct ReadJob<'a> {
     pub(crate) runs: &'a Runs,
     /// Where to. It may be in an arena of ours ([`Page::arena`]), exported or not, or in none.
     pub(crate) page: &'a mut Page,
+    /// [`TransportEvent::Landed`](super::TransportEvent::Landed)'s checksum, where the fabric makes it as it reads.
+    pub(crate) checksum: Option<u64>,
+}
+
+impl<'a> ReadJob<'a> {
+    /// A job to be carried out.
+    pub(crate) const fn new(from: RemoteArena, runs: &'a Runs, page: &'a mut Page) -> Self {
+        Self {
+            from,
+            runs,
+            page,
+            checksum: None,
+        }
+    }
 }
 
 /// What went wrong. Every one of them ends the connection for which it happened, with this text.

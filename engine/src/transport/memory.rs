@@ -185,6 +185,7 @@ impl Shared {
             runs: write.runs.clone(),
             transfer: write.transfer,
             note: write.note.clone(),
+            checksum: None,
         });
         WriteOutcome::Sent
     }

@@ -25,6 +25,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::checksum::{Summing, WARM_BYTES};
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
@@ -41,7 +42,7 @@ pub const CAPABILITY: Capability = Capability {
     note_bytes_max: link::NOTE_BYTES_MAX,
 };
 
-/// Copied between two looks at deadline and cancellation, and the unit that copying threads share.
+/// Copied between two looks at deadline and cancellation.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// A read of less is not worth a second thread.
@@ -336,62 +337,54 @@ struct ShmPeer {
     closed: Arc<AtomicBool>,
 }
 
-/// Part of a read that one thread does.
-enum Share<'a> {
-    /// A piece of a long stretch.
-    Chunk(&'a Mapping, usize, &'a mut [u8]),
-    /// All stretches of a job.
-    Job(&'a Mapping, &'a Runs, &'a mut [u8]),
+/// A job that one thread does.
+struct Share<'a> {
+    from: &'a Mapping,
+    runs: &'a Runs,
+    page: &'a mut [u8],
+    checksum: &'a mut Option<u64>,
 }
 
 impl Share<'_> {
+    /// Copies, and sums what was copied while it is at hand.
     fn carry_out(
         self,
         go_on: &(impl Fn() -> Result<(), FabricError> + Sync),
     ) -> Result<(), FabricError> {
         go_on()?;
-        match self {
-            Self::Chunk(from, offset, to) => from.copy(offset, to),
-            Self::Job(from, runs, page) => {
-                let mut since_look = 0;
-                for (source, target) in runs.stretches() {
-                    since_look += target.len();
-                    from.copy(source.start, &mut page[target]);
-                    if since_look >= CHUNK_BYTES {
-                        go_on()?;
-                        since_look = 0;
-                    }
+        let mut since_look = 0;
+        let mut summing = Summing::default();
+        for (source, target) in self.runs.stretches() {
+            let mut offset = source.start;
+            for part in self.page[target].chunks_mut(WARM_BYTES) {
+                self.from.copy(offset, part);
+                summing.update(part);
+                offset += part.len();
+                since_look += part.len();
+                if since_look >= CHUNK_BYTES {
+                    go_on()?;
+                    since_look = 0;
                 }
             }
         }
+        *self.checksum = Some(summing.finish());
         Ok(())
     }
 }
 
 impl ShmPeer {
-    /// Cuts jobs into shares: long single stretches by chunks, all others whole.
     fn shares<'a>(&'a self, jobs: &'a mut [ReadJob<'_>]) -> Result<Vec<Share<'a>>, FabricError> {
-        let mut shares = Vec::new();
-        for job in jobs {
+        let shares = jobs.iter_mut().map(|job| {
             let handle = usize::try_from(job.from.handle).unwrap_or(usize::MAX);
             let from = self.arenas.get(handle);
-            let from = from.ok_or_else(|| malformed("arena handle"))?;
-            let page = job.page.as_bytes_mut();
-            let mut stretches = job.runs.stretches();
-            match (stretches.next(), stretches.next()) {
-                (Some((source, target)), None) => {
-                    let chunks = page[target].chunks_mut(CHUNK_BYTES);
-                    let offsets = source.step_by(CHUNK_BYTES);
-                    shares.extend(
-                        chunks
-                            .zip(offsets)
-                            .map(|(to, offset)| Share::Chunk(from, offset, to)),
-                    );
-                }
-                _ => shares.push(Share::Job(from, job.runs, page)),
-            }
-        }
-        Ok(shares)
+            Ok(Share {
+                from: from.ok_or_else(|| malformed("arena handle"))?,
+                runs: job.runs,
+                page: job.page.as_bytes_mut(),
+                checksum: &mut job.checksum,
+            })
+        });
+        shares.collect()
     }
 }
 

@@ -4,8 +4,10 @@
 //! A fixed number of slots of one size, resident once used. Nobody waits here for another slot while holding one, so
 //! it can't lock up. Invariant: a slot is free or with one [`Slot`], which gives it back however it ends.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::page::arena::ForeignAllocator;
 use crate::page::{KvDtype, Page, PageShape};
@@ -114,13 +116,9 @@ impl Staging {
     /// A slot by the deadline.
     pub(crate) fn take(self: &Arc<Self>, deadline: Instant) -> Option<Slot> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self
-            .freed
-            .wait_timeout_while(self.lock(), left, |state| state.free.is_empty());
-        let mut state = match waited {
-            Ok((guard, _)) => guard,
-            Err(poisoned) => poisoned.into_inner().0,
-        };
+        let mut state = self.lock();
+        self.freed
+            .wait_while_for(&mut state, |state| state.free.is_empty(), left);
         let page = state.free.pop();
         drop(state);
         self.slot(page)
@@ -143,7 +141,7 @@ impl Staging {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock()
     }
 }
 

@@ -191,14 +191,15 @@ impl Ucx {
         let key = KeyRecord::decode(&record.probe_key).map_err(|_| ConnectionError::Stranger)?;
         let number = connection.add(key.base, PROBE_BYTES, &key.key)?;
         let mut page = Page::zeroed(plain_shape(PROBE_BYTES));
-        let job = ReadJob {
-            from: RemoteArena {
+        let whole = Runs::whole(PROBE_BYTES);
+        let job = ReadJob::new(
+            RemoteArena {
                 handle: number as u64,
                 bytes: PROBE_BYTES as u64,
             },
-            runs: &Runs::whole(PROBE_BYTES),
-            page: &mut page,
-        };
+            &whole,
+            &mut page,
+        );
         connection.read(&mut [job], limits)?;
         if page.as_bytes() == record.probe {
             return Ok(connection);

@@ -36,7 +36,7 @@ use self::ranks::Part;
 use self::report::{CaseResult, Status};
 use self::shape::{Cut, Geometry, Shape, ShapeRecord};
 use self::transports::Selection;
-use crate::cli::{BenchKvArgs, DeviceArg, ShapeArgs, TransportArg};
+use crate::cli::{BenchKvArgs, KvDeviceArg, ShapeArgs, TransportArg};
 use crate::exit::{Outcome, WithOutcome};
 
 pub(crate) use self::report::Report;
@@ -204,8 +204,8 @@ impl Plan {
         }
         Ok(Self {
             device: match args.device {
-                DeviceArg::Cpu => Device::Cpu,
-                DeviceArg::Cuda => Device::Cuda,
+                KvDeviceArg::Cpu => Device::Cpu,
+                KvDeviceArg::Cuda => Device::Cuda,
             },
             concurrency: args.concurrency.clone(),
             rounds: Rounds {

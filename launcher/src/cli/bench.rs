@@ -1,9 +1,15 @@
 //! The arguments of `baton bench` and `baton doctor`.
 
+mod serve;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+pub(crate) use self::serve::{
+    BenchServeArgs, EndpointArg, FindingArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs,
+    PromptFormatArg,
+};
 use super::LogLevel;
 
 /// What `baton bench` measures.
@@ -14,6 +20,12 @@ pub(crate) enum BenchCommand {
     /// The holding side of `bench kv`, on standard input and output; `bench kv` starts it.
     #[command(hide = true)]
     KvHold,
+    /// Measure a server, a deployment or the engine alone under load, and judge whether the figures mean something.
+    ///
+    /// Names of vLLM's `bench serve` and TensorRT-LLM's `benchmark_serving` are understood where they differ, as
+    /// `--random-input-len` or `--max-concurrency`. Percentiles, TTFT, ITL and TPOT are defined as vLLM's.
+    #[command(mut_args(serve::without_engine_options))]
+    Serve(Box<BenchServeArgs>),
 }
 
 #[derive(Debug, Args)]
@@ -43,7 +55,7 @@ pub(crate) struct BenchKvArgs {
     /// Where the KV lies on both sides. `cuda` is a GPU's memory: of the first GPU that the holding side sees, and of the
     /// last that the fetching side does.
     #[arg(long, value_enum, default_value = "cpu")]
-    pub(crate) device: DeviceArg,
+    pub(crate) device: KvDeviceArg,
     /// End with exit code 79 when a pair moves fewer gigabytes (10⁹ bytes) a second.
     #[arg(long, value_name = "GB/S", value_parser = rate)]
     pub(crate) floor: Option<f64>,
@@ -161,7 +173,7 @@ impl TransportArg {
 
 /// `--device`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DeviceArg {
+pub(crate) enum KvDeviceArg {
     /// Ordinary memory.
     Cpu,
     /// Memory of a GPU.

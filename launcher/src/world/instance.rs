@@ -308,6 +308,11 @@ impl Instance {
         self.state == State::Gone
     }
 
+    /// Whether all that ended so far are followers that ended well: their leader is about to end, too.
+    pub(crate) fn is_dismissed(&self) -> bool {
+        self.leader_end.is_none() && self.cause.is_none()
+    }
+
     /// How the leader of this epoch ended.
     pub(crate) fn leader_end(&self) -> Option<End> {
         self.leader_end
@@ -450,7 +455,9 @@ mod tests {
     fn a_follower_that_was_sent_away_is_no_cause() {
         let mut instance = started(2);
         instance.ended(1, End::Code(0), "follower".to_owned());
+        assert!(instance.is_dismissed());
         instance.ended(0, End::Code(3), "leader".to_owned());
+        assert!(!instance.is_dismissed());
         assert_eq!(instance.cause(), "leader");
         assert_eq!(instance.leader_end(), Some(End::Code(3)));
     }

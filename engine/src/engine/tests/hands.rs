@@ -17,7 +17,6 @@ impl Rig {
     pub(super) fn deliver(&self, mut fetch: Fetch, prompt: &[TokenId]) {
         fill_pages(&mut fetch.pages, prompt, fetch.first_token);
         let outcome = Ok(HandoffStats {
-            transport: "fake".to_owned(),
             bytes: 100,
             ..HandoffStats::default()
         });

@@ -149,7 +149,6 @@ fn greet(
 /// Options without what is rank 0's alone.
 fn for_followers(options: &LlmOptions) -> LlmOptions {
     LlmOptions {
-        transceiver: None,
         chat_template: None,
         tokenizer: None,
         ..options.clone()
@@ -267,8 +266,7 @@ fn check(
     Ok(())
 }
 
-/// What each machine, or each device with memory of its own, has. Ranks of one machine share its memory, and rank 0's keeps a
-/// copy of each page that is handed over.
+/// What each machine, or each device with memory of its own, has. Ranks of one machine share its memory.
 fn rooms<B: Backend>(
     reports: &[Report],
     shards: &[Shard],
@@ -296,9 +294,6 @@ fn rooms<B: Backend>(
         room.available_bytes = room.available_bytes.min(report.available_bytes);
         room.weight_bytes += report.weight_bytes;
         room.page_bytes += shard.page(whole).bytes() as u64;
-        if rank == 0 && options.transceiver.is_some() {
-            room.page_bytes += whole.bytes() as u64;
-        }
     }
     machines.into_values().chain(devices).collect()
 }

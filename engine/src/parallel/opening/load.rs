@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_configs::llm::{self, LlmOptions, LlmOverrides};
+use baton_configs::transceiver::TransceiverConfig;
 use baton_configs::yaml::Document;
 
 use super::{Hello, LoadOrder, Report, ToAll, ToLeader, from_bytes, to_bytes};
@@ -15,7 +16,8 @@ use crate::model::Model;
 use crate::model::decoder::Decoder;
 use crate::model::load::{LoadProgress, ModelHeader};
 use crate::model::shard::{Grid, Shard};
-use crate::parallel::{ParallelError, follower};
+use crate::parallel::ParallelError;
+use crate::parallel::follower::{self, Follower};
 
 /// How often a rank that loads says so.
 pub(super) const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
@@ -25,6 +27,8 @@ pub(super) const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 pub(crate) struct Following<'a> {
     /// Threads to compute on, where the launcher says so.
     pub(crate) num_threads: Option<usize>,
+    /// Its address, which the other ranks reach.
+    pub(crate) host: String,
     /// Looked at between messages.
     pub(crate) stop: &'a AtomicBool,
 }
@@ -72,10 +76,10 @@ pub(crate) fn follow<B: Backend>(
     let collective = RefCell::new(collective);
     let loaded = load(ordered, &collective, own, make);
     let mut collective = collective.into_inner();
-    let (mut decoder, shards) = match loaded {
-        Ok((decoder, shards, report)) => {
-            collective.send(0, &to_bytes(&ToLeader::Loaded(report)))?;
-            (decoder, shards)
+    let (mut decoder, shards, transceiver) = match loaded {
+        Ok(loaded) => {
+            collective.send(0, &to_bytes(&ToLeader::Loaded(loaded.report)))?;
+            (loaded.decoder, loaded.shards, loaded.transceiver)
         }
         Err(error) => {
             // If rank 0 is gone too, this rank's own error is the one that matters.
@@ -87,7 +91,21 @@ pub(crate) fn follow<B: Backend>(
     await_beginning(collective.as_mut(), own.stop)?;
     decoder.join(collective, &shards);
     tracing::info!(rank, "following");
-    follower::follow(&mut decoder, &shards[rank], own.stop)
+    let follower = Follower {
+        shard: &shards[rank],
+        transceiver,
+        host: own.host.clone(),
+        stop: own.stop,
+    };
+    follower::follow(&mut decoder, &follower)
+}
+
+/// What a follower has once it has loaded.
+struct Loaded<B: Backend> {
+    decoder: Decoder<B>,
+    shards: Vec<Shard>,
+    report: Report,
+    transceiver: Option<TransceiverConfig>,
 }
 
 /// Loads this rank's part.
@@ -96,7 +114,7 @@ fn load<B: Backend>(
     collective: &RefCell<Box<dyn Collective>>,
     own: &Following<'_>,
     make: impl FnOnce(usize) -> Result<B, ParallelError>,
-) -> Result<(Decoder<B>, Vec<Shard>, Report), ParallelError> {
+) -> Result<Loaded<B>, ParallelError> {
     let rank = collective.borrow().rank();
     let grid = Grid::of(options);
     let header = ModelHeader::read(&order.model, options, order.revision.as_deref())?;
@@ -134,7 +152,12 @@ fn load<B: Backend>(
         available_bytes: machine::available_bytes(),
         device_bytes: decoder.free_device_bytes(options),
     };
-    Ok((decoder, shards, report))
+    Ok(Loaded {
+        decoder,
+        shards,
+        report,
+        transceiver: options.transceiver.clone(),
+    })
 }
 
 /// Waits until all others have loaded as well.

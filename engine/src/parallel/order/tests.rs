@@ -48,11 +48,41 @@ fn orders_survive_their_bytes() {
             },
             block_count: 123_456,
         });
+        survives(&Order::JoinHandoff {
+            page: PageShape {
+                layers: 1,
+                kv_heads: 2,
+                tokens_per_block: 3,
+                head_dim: 4,
+                dtype,
+            },
+            terms: Cow::Borrowed(b"terms"),
+        });
     }
     survives(&Order::Ping);
     survives(&Order::Goodbye);
-    survives(&Order::Gather(vec![5, 4, 3, u32::MAX, 0]));
-    survives(&Order::Scatter(Vec::new()));
+    survives(&Order::TakeBack(vec![5, 4, 3, u32::MAX, 0]));
+    let handoffs = [
+        RankOrder::Offer {
+            ctx_request_id: u64::MAX,
+            token_count: 77,
+            blocks: vec![9, 1],
+            state: b"state".to_vec(),
+        },
+        RankOrder::Withdraw(3),
+        RankOrder::Fetch {
+            request: RequestId(5),
+            ctx_request_id: 6,
+            state: Vec::new(),
+            token_count: 100,
+            first_token: 64,
+            blocks: vec![2],
+        },
+        RankOrder::CancelFetch(RequestId(1 << 40)),
+    ];
+    for handoff in handoffs {
+        survives(&Order::HandOff(Cow::Owned(handoff)));
+    }
     survives(&Order::Step(Cow::Owned(StepBatch::default())));
 }
 

@@ -238,8 +238,8 @@ fn memory_is_counted_machine_by_machine() {
     let [room] = led.rooms[..] else {
         panic!("all ranks are threads of one machine: {:?}", led.rooms);
     };
-    // The ranks' parts make one page, and rank 0 keeps a copy of what it hands over.
-    assert_eq!(room.page_bytes, 2 * page.bytes() as u64);
+    // The ranks' parts make one page; what is handed over is never copied.
+    assert_eq!(room.page_bytes, page.bytes() as u64);
     assert_eq!(room.weight_bytes, led.loaded.model.weight_bytes() as u64);
     let description = led.loaded.model.backend_description();
     assert!(

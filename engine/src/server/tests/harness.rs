@@ -379,6 +379,7 @@ fn facts() -> Facts {
             max_num_tokens: 512,
             max_seq_len: MAX_SEQ_LEN,
             kv_blocks: 64,
+            vocab_size: VOCAB as usize,
         },
     }
 }

@@ -8,20 +8,20 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::Desk;
-use super::task::{Expected, FetchTask, Phase, Place, Slot, Source};
+use super::task::{Expected, FetchTask, Landing, Phase, Place, Slot, Source};
 use crate::backend::BlockId;
-use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats};
+use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::Landed;
-use crate::transceiver::inbox::Checked;
+use crate::transceiver::inbox::{Checked, Mismatch};
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
 use crate::transceiver::reshard;
 use crate::transceiver::state::{OpaqueState, printable};
 use crate::transceiver::timers::Due;
 use crate::transceiver::wires::{Way, ways};
-use crate::transport::{Deregistered, PeerId, RegionId, Runs, TransferId};
+use crate::transport::{Deregistered, PeerId, RegionId, TransferId};
 
 /// What a fetch needs, worked out before anything happens.
 struct Planned {
@@ -86,6 +86,14 @@ impl Desk {
         self.waiting.push_back(transfer);
     }
 
+    /// Gives a fetch back that there is no room for.
+    pub(super) fn on_unfetched(&mut self, fetch: Fetch, error: HandoffError) {
+        let request = fetch.request;
+        self.give_back(fetch.pages);
+        let outcome = Err(error);
+        self.emit(HandoffEvent::FetchEnded { request, outcome });
+    }
+
     /// Checks a fetch against its ticket and works out who owes what; nothing has happened yet.
     fn plan(&self, fetch: &Fetch) -> Result<Planned, HandoffError> {
         if self.stopping {
@@ -128,7 +136,7 @@ impl Desk {
             )));
         }
         let senders = reshard::senders(own, rank, &there);
-        let ways = ways(self.around.wires.all(), &state, &senders)?;
+        let ways = ways(self.around.wires.all(), &state.ranks, &senders)?;
         let mut pieces = vec![0; needed];
         let tokens = fetch.first_token..fetch.token_count;
         let sources = senders.into_iter().map(|sender| {
@@ -228,26 +236,41 @@ impl Desk {
     pub(super) fn on_landed(
         &mut self,
         (peer, transfer): (PeerId, TransferId),
-        region: RegionId,
-        runs: &Runs,
-        note: &[u8],
+        landing: Landing<'_>,
     ) {
         let Some((task, source)) = self.heard(peer, transfer) else {
             return;
         };
-        let index = match task.land(source, region, runs, note) {
-            Ok((_, false)) => return,
-            Ok((index, true)) => index,
+        let region = landing.region;
+        let landed = match task.land(source, landing) {
+            Ok(landed) => landed,
             Err(what) => {
                 let text = format!("{} sent {what}", task.server(source));
                 self.fail(transfer, HandoffError::Transport(text));
                 return;
             }
         };
+        let index = landed.page;
+        if let Some(mismatch) = landed.mismatch {
+            self.mismatched(transfer, index, mismatch);
+            return;
+        }
+        if !landed.is_last {
+            return;
+        }
         task.pages[index].place = Place::Checking(region);
-        let parts = task.parts(index);
-        let (server, wire) = (task.server(source), task.way.wire);
-        match self.around.wires.all()[wire].deregister(region) {
+        let parts = task.unsummed(index);
+        let wire = task.way.wire;
+        let deregistered = self.around.wires.all()[wire].deregister(region);
+        let Some(task) = self.fetches.get_mut(&transfer) else {
+            return;
+        };
+        match deregistered {
+            Deregistered::Now(page) if parts.is_empty() => {
+                task.pages[index].place = Place::Verified(page);
+                task.verified += 1;
+                self.complete_if_all_came(transfer);
+            }
             Deregistered::Now(page) => self.around.checksums.check(Landed {
                 transfer,
                 region,
@@ -256,6 +279,7 @@ impl Desk {
                 parts,
             }),
             Deregistered::Later | Deregistered::Unknown => {
+                let server = task.server(source);
                 let text = format!("{server} sent a piece of page {index} twice");
                 self.fail(transfer, HandoffError::Transport(text));
             }
@@ -277,9 +301,16 @@ impl Desk {
             self.complete_if_all_came(checked.transfer);
             return;
         };
-        let slot = &mut task.pages[checked.index];
-        slot.place = Place::Held(page);
-        let part = &slot.landed[mismatch.part];
+        task.pages[checked.index].place = Place::Held(page);
+        self.mismatched(checked.transfer, checked.index, mismatch);
+    }
+
+    /// Fails a fetch for a piece that is not what was sent.
+    fn mismatched(&mut self, transfer: TransferId, page: usize, mismatch: Mismatch) {
+        let Some(task) = self.fetches.get(&transfer) else {
+            return;
+        };
+        let part = &task.pages[page].landed[mismatch.part];
         let (source, piece) = (part.source, part.piece);
         let text = format!(
             "piece {piece} of {} of request {} from {}: {:016x} sent, {:016x} arrived",
@@ -290,7 +321,7 @@ impl Desk {
             mismatch.found
         );
         self.around.info.add(Count::ChecksumMismatches, 1);
-        self.fail(checked.transfer, HandoffError::Checksum(text));
+        self.fail(transfer, HandoffError::Checksum(text));
     }
 
     pub(super) fn on_page_released(&mut self, region: RegionId, page: Page) {
@@ -348,11 +379,24 @@ impl Desk {
         info.goes_to(&printable(&task.instance), transport);
         self.give_back(pages);
         let stats = HandoffStats {
-            transport: transport.to_owned(),
             bytes,
             elapsed,
+            moves: self.moves(&task),
         };
         self.decide(task.request, Ok(stats));
+    }
+
+    /// What this rank took from each of a fetch's sources.
+    fn moves(&self, task: &FetchTask) -> Vec<RankMove> {
+        let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
+        let sources = task.sources.iter().map(|source| RankMove {
+            rank: number(self.terms.rank),
+            peer: printable(&task.instance),
+            peer_rank: number(source.rank),
+            transport: self.around.wires.name(task.way.wire).to_owned(),
+            bytes: source.total().0,
+        });
+        sources.collect()
     }
 
     /// Ends a fetch without its KV; the only such way.
@@ -436,7 +480,7 @@ impl Desk {
                 kv_bytes = stats.bytes,
                 elapsed_us = stats.elapsed.as_micros(),
                 bytes_per_second = self.around.info.stats().last_bytes_per_second,
-                transport = stats.transport,
+                transport = stats.transport(),
                 "kv fetched"
             ),
             Err(error) => {

@@ -104,6 +104,7 @@ impl Desk {
             let transport = self.around.wires.name(wire);
             self.around.info.goes_to(&instance, transport);
         }
+        self.note_taken(id, &admitted.side);
         self.serve(peer, request, admitted);
         self.sending.insert((peer, transfer), id);
         self.turns.entry(peer).or_default().push_back(transfer);

@@ -231,15 +231,18 @@ impl Desk {
         }
     }
 
-    /// Tells a context instance that its KV cannot be used here.
+    /// Tells a context instance that its KV cannot be used here; both sides say it in one line.
     pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: &OpaqueState, reason: String) {
-        // The last way is the one that needs least in common.
-        let ranks: Vec<_> = state
-            .ranks
-            .iter()
-            .map(|record| record.rank as usize)
-            .collect();
-        let ways = ways(self.around.wires.all(), state, &ranks);
+        let context = printable(&state.instance);
+        tracing::warn!(
+            context,
+            ctx_request_id,
+            reason,
+            "kv of a context server cannot be taken"
+        );
+        // The leading rank alone: it says it once, and has the others give the lease up. The last way is the one that needs
+        // least in common.
+        let ways = ways(self.around.wires.all(), &state.ranks, &[0]);
         let Some(way) = ways.ok().and_then(|mut ways| ways.pop_back()) else {
             return;
         };

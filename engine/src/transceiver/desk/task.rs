@@ -8,7 +8,8 @@ use crate::backend::BlockId;
 use crate::handoff::HandoffError;
 use crate::page::Page;
 use crate::request::RequestId;
-use crate::transceiver::checksum::Checksum;
+use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
+use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, PieceNote, Taker};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
@@ -66,6 +67,28 @@ pub(super) struct Part {
     /// Index among the source's pieces.
     pub(super) piece: usize,
     pub(super) checksum: Checksum,
+    /// What the transport has found, if it has looked.
+    pub(super) found: Option<u64>,
+}
+
+/// A piece as the transport reports it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Landing<'a> {
+    pub(super) region: RegionId,
+    pub(super) runs: &'a Runs,
+    pub(super) note: &'a [u8],
+    /// XXH3-64, where the transport has made it.
+    pub(super) checksum: Option<u64>,
+}
+
+/// What a piece that landed means for its page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Landed {
+    /// Index among the fetch's pages.
+    pub(super) page: usize,
+    /// It was the last one of it.
+    pub(super) is_last: bool,
+    pub(super) mismatch: Option<Mismatch>,
 }
 
 /// Where a page of a fetch is.
@@ -171,15 +194,9 @@ impl FetchTask {
         format!("no kv from {server}: waited {waited:.1} s for {what}")
     }
 
-    /// Takes note of a piece that landed. True when it was the last of its page; an error says what is wrong with it.
-    pub(super) fn land(
-        &mut self,
-        source: usize,
-        region: RegionId,
-        runs: &Runs,
-        note: &[u8],
-    ) -> Result<(usize, bool), String> {
-        let note = PieceNote::decode(note).ok_or("a piece without a proper note")?;
+    /// Takes note of a piece that landed; an error says why it cannot be one.
+    pub(super) fn land(&mut self, source: usize, landing: Landing<'_>) -> Result<Landed, String> {
+        let note = PieceNote::decode(landing.note).ok_or("a piece without a proper note")?;
         if note.epoch != self.claim.epoch {
             return Err(format!(
                 "a piece of epoch {:016x} instead of {:016x}",
@@ -192,6 +209,10 @@ impl FetchTask {
                 note.ctx_request_id, self.claim.ctx_request_id
             ));
         }
+        // A transport sums as processors do, whatever the note asks for.
+        let found = landing
+            .checksum
+            .filter(|_| note.checksum.algorithm == Algorithm::Xxh3);
         let from = &mut self.sources[source];
         if note.rank as usize != from.rank {
             return Err(format!("a piece of rank {}", note.rank));
@@ -201,10 +222,10 @@ impl FetchTask {
         let expected = from.expected.get_mut(index).ok_or_else(misplaced)?;
         let slot = &mut self.pages[expected.page];
         match slot.place {
-            Place::Registered(known) if known == region => {}
+            Place::Registered(known) if known == landing.region => {}
             _ => return Err(misplaced()),
         }
-        if expected.landed || expected.runs != *runs {
+        if expected.landed || expected.runs != *landing.runs {
             return Err(misplaced());
         }
         expected.landed = true;
@@ -212,17 +233,31 @@ impl FetchTask {
             source,
             piece: index,
             checksum: note.checksum,
+            found,
         });
-        Ok((expected.page, slot.landed.len() == slot.pieces))
+        let differs = found.filter(|found| *found != note.checksum.value);
+        Ok(Landed {
+            page: expected.page,
+            is_last: slot.landed.len() == slot.pieces,
+            mismatch: differs.map(|found| Mismatch {
+                part: slot.landed.len() - 1,
+                expected: note.checksum.value,
+                found,
+            }),
+        })
     }
 
-    /// What lies where in a page, with its checksums.
-    pub(super) fn parts(&self, page: usize) -> Vec<(Runs, Checksum)> {
-        let landed = self.pages[page].landed.iter();
+    /// The pieces of a page that nobody has summed yet.
+    pub(super) fn unsummed(&self, page: usize) -> Vec<Unsummed> {
+        let landed = self.pages[page].landed.iter().enumerate();
         landed
-            .map(|part| {
-                let expected = &self.sources[part.source].expected[part.piece];
-                (expected.runs.clone(), part.checksum)
+            .filter(|(_, piece)| piece.found.is_none())
+            .map(|(part, piece)| Unsummed {
+                part,
+                runs: self.sources[piece.source].expected[piece.piece]
+                    .runs
+                    .clone(),
+                expected: piece.checksum,
             })
             .collect()
     }

@@ -195,8 +195,9 @@ fn a_generation_server_that_dies_leaves_the_lease_to_the_clock() {
     for wire in links() {
         let stalling = with_faults(brief("ctx-0"), "stall_after_bytes=40000");
         let mut context = Instance::start(wire, stalling);
-        let ticket = context.offer(1, 3);
+        // First the receiver: the lease is short.
         let mut generation = Instance::start(wire, params("gen-0"));
+        let ticket = context.offer(1, 3);
         generation.fetch(1, &ticket, 3);
         let deadline = Instant::now() + PATIENCE;
         while context.transceiver.info().stats().leases_serving == 0 {

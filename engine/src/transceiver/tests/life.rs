@@ -16,7 +16,7 @@ fn kv_of_any_size_arrives_as_it_was() {
             generation.fetch(id, &ticket, pages);
             let stats = generation.outcome(id).unwrap();
             assert_eq!(stats.bytes, kv_bytes(pages));
-            assert_eq!(stats.transport, generation.transceiver.info().transport());
+            assert_eq!(stats.transport(), generation.transceiver.info().transport());
             generation.assert_content(first, id, pages);
             first += BlockId::try_from(pages).unwrap();
             assert_eq!(context.lease_end(id), LeaseEnd::Delivered);
@@ -309,7 +309,9 @@ impl Books {
             HandoffEvent::FetchEnded { request, .. } => {
                 assert!(self.undecided.remove(&request.0));
             }
-            HandoffEvent::LeaseEnded { .. } => panic!("no lease was held here"),
+            HandoffEvent::LeaseEnded { .. } | HandoffEvent::Ranks(_) => {
+                panic!("no lease was held here, and there is one rank")
+            }
         }
     }
 }

@@ -45,9 +45,16 @@ impl Group {
                 .map(|leader| leader.transceiver.info().epoch());
             ranks.push(Instance::start(wire, params));
         }
-        let records: Vec<_> = ranks.iter().map(|r| r.transceiver.rank_record()).collect();
-        ranks[0].transceiver.set_ranks(records);
-        Self { grid, whole, ranks }
+        let mut group = Self { grid, whole, ranks };
+        group.name_all();
+        group
+    }
+
+    /// Has tickets name every rank.
+    fn name_all(&mut self) {
+        let ranks = self.ranks.iter();
+        let records = ranks.map(|node| node.transceiver.template.ranks[0].clone());
+        self.ranks[0].transceiver.template.ranks = records.collect();
     }
 
     fn part(&self, rank: usize) -> KvPart {
@@ -102,7 +109,7 @@ impl Group {
             if rank == 0 {
                 state = transceiver.offer(offer).unwrap();
             } else {
-                transceiver.join_offer(offer, &state).unwrap();
+                transceiver.join_offer(offer, &state);
             }
             self.ranks[rank].lent.insert(id, pages);
         }
@@ -230,9 +237,7 @@ fn a_flipped_byte_of_one_rank_is_named_with_the_rank() {
     spoiled.epoch = Some(context.ranks[0].transceiver.info().epoch());
     spoiled.faults = FaultPlan::parse("flip_byte=2000").unwrap();
     context.ranks[1] = Instance::start(Wire::TCP, spoiled);
-    let records = context.ranks.iter().map(|r| r.transceiver.rank_record());
-    let records = records.collect();
-    context.ranks[0].transceiver.set_ranks(records);
+    context.name_all();
     let ticket = context.offer(1);
     let node = &mut generation.ranks[0];
     let count = TOKENS.div_ceil(16);

@@ -39,7 +39,7 @@ fn a_ticket_names_every_transport_and_the_best_common_one_is_taken() {
             .collect();
         assert_eq!(names, ["memory", "tcp"]);
         node.fetch(id, &ticket, 3);
-        assert_eq!(node.outcome(id).unwrap().transport, transport);
+        assert_eq!(node.outcome(id).unwrap().transport(), transport);
         node.assert_content(0, id, 3);
         assert_eq!(context.lease_end(id), LeaseEnd::Delivered);
         node.assert_clean();
@@ -64,7 +64,7 @@ fn a_transport_that_cannot_connect_is_passed_over() {
         state.ranks[0].endpoints[0].address = "4000000000".to_owned();
     });
     generation.fetch(1, &ticket, 3);
-    assert_eq!(generation.outcome(1).unwrap().transport, "tcp");
+    assert_eq!(generation.outcome(1).unwrap().transport(), "tcp");
     generation.assert_content(0, 1, 3);
     assert_eq!(context.lease_end(1), LeaseEnd::Delivered);
     // When no transport connects, the last one's failure is the fetch's.

@@ -92,11 +92,7 @@ fn runs_of_any_shape_are_read_into_pages() {
     for runs in cases {
         let mut target = pages(bytes, 2).pop().unwrap();
         let shifted = runs.shifted(offset).unwrap();
-        let mut jobs = [ReadJob {
-            from,
-            runs: &shifted,
-            page: &mut target,
-        }];
+        let mut jobs = [ReadJob::new(from, &shifted, &mut target)];
         peer.read(&mut jobs, soon(), &AtomicBool::new(false))
             .unwrap();
         let mut expected = vec![0; content.len()];
@@ -176,11 +172,7 @@ fn a_read_that_is_over_or_called_off_touches_nothing() {
     let mut target = pages(4096, 1).pop().unwrap();
     let runs = Runs::whole(4096);
     let mut read = |deadline, called_off| {
-        let mut jobs = [ReadJob {
-            from,
-            runs: &runs,
-            page: &mut target,
-        }];
+        let mut jobs = [ReadJob::new(from, &runs, &mut target)];
         peer.read(&mut jobs, deadline, &AtomicBool::new(called_off))
     };
     let over = read(Instant::now(), false);

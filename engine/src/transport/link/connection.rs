@@ -8,9 +8,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::super::staging::Slot;
 use super::super::{PeerId, Submission, TransferId, Write};
@@ -38,7 +40,8 @@ pub(super) enum Outgoing {
     /// Descriptors that this side has pulled.
     Pulled(Vec<u64>),
     Message(Vec<u8>),
-    Write(Write),
+    /// At least one.
+    Writes(Vec<Write>),
     /// These writes were dropped before they started.
     Cancelled(Vec<TransferId>),
     /// Nothing to say for the whole interval.
@@ -195,19 +198,13 @@ impl Connection {
         Submission::Accepted
     }
 
-    /// Whether the next thing to send may be a write that waits.
-    pub(super) fn has_write(&self) -> bool {
-        let queue = self.lock();
-        queue.closed.is_none() && !queue.writes.is_empty() && !queue.waits_for_slot
-    }
-
     /// Drops a transfer's writes that have not started.
     pub(super) fn cancel(&self, transfer: TransferId) {
         let mut queue = self.lock();
         let before = queue.writes.len();
         queue.writes.retain(|write| write.transfer != transfer);
         let dropped = before - queue.writes.len();
-        queue.write_bytes = queue.writes.iter().map(|w| w.runs.total_bytes()).sum();
+        queue.write_bytes = bytes_of(&queue.writes);
         queue
             .cancelled
             .extend(std::iter::repeat_n(transfer, dropped));
@@ -215,16 +212,11 @@ impl Connection {
         self.wake.notify_all();
     }
 
-    /// Waits for something to send.
-    pub(super) fn next(&self, interval: Duration) -> Outgoing {
-        let queue = self.lock();
-        let waited = self
-            .wake
-            .wait_timeout_while(queue, interval, |queue| !queue.has_work());
-        let mut queue = match waited {
-            Ok((guard, _)) => guard,
-            Err(poisoned) => poisoned.into_inner().0,
-        };
+    /// Waits for something to send, of writes so many at most.
+    pub(super) fn next(&self, interval: Duration, writes_max: usize) -> Outgoing {
+        let mut queue = self.lock();
+        self.wake
+            .wait_while_for(&mut queue, |queue| !queue.has_work(), interval);
         if queue.closed.is_some() {
             return Outgoing::Closed;
         }
@@ -238,11 +230,11 @@ impl Connection {
             queue.message_bytes -= message.len();
             return Outgoing::Message(message);
         }
-        if !queue.waits_for_slot
-            && let Some(write) = queue.writes.pop_front()
-        {
-            queue.write_bytes -= write.runs.total_bytes();
-            return Outgoing::Write(write);
+        if !queue.waits_for_slot && !queue.writes.is_empty() {
+            let count = queue.writes.len().min(writes_max);
+            let writes: Vec<_> = queue.writes.drain(..count).collect();
+            queue.write_bytes -= bytes_of(&writes);
+            return Outgoing::Writes(writes);
         }
         if let Some(reason) = queue.finishing.clone() {
             self.linger(queue, &reason);
@@ -278,18 +270,13 @@ impl Connection {
 
     /// Says that nothing more comes and lets the peer close first: closing with its bytes unread would reset the
     /// connection, and a reset may overtake our last messages.
-    fn linger(&self, queue: MutexGuard<'_, Queue>, reason: &str) {
+    fn linger(&self, mut queue: MutexGuard<'_, Queue>, reason: &str) {
         if let Some(stream) = &queue.stream {
             // A socket that is gone already has nothing left to say.
             drop(stream.shutdown(Shutdown::Write));
         }
-        let waited = self
-            .wake
-            .wait_timeout_while(queue, LINGER, |queue| queue.closed.is_none());
-        let mut queue = match waited {
-            Ok((guard, _)) => guard,
-            Err(poisoned) => poisoned.into_inner().0,
-        };
+        self.wake
+            .wait_while_for(&mut queue, |queue| queue.closed.is_none(), LINGER);
         queue.close(reason);
         drop(queue);
         self.has_ended();
@@ -313,15 +300,14 @@ impl Connection {
 
     /// Waits until the connection is closed: what a stalled peer does.
     pub(super) fn wait_closed(&self) {
-        let queue = self.lock();
-        drop(self.wake.wait_while(queue, |queue| queue.closed.is_none()));
+        self.wake
+            .wait_while(&mut self.lock(), |queue| queue.closed.is_none());
     }
 
     /// Waits until the peer has pulled all that was described, or for the end, or as long as `patience`.
     pub(super) fn wait_pulled(&self, patience: Duration) {
-        let queue = self.lock();
         let open = |queue: &mut Queue| queue.closed.is_none() && !queue.in_flight.is_empty();
-        drop(self.wake.wait_timeout_while(queue, patience, open));
+        self.wake.wait_while_for(&mut self.lock(), open, patience);
     }
 
     /// Why it was closed.
@@ -331,7 +317,7 @@ impl Connection {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(|e| e.into_inner())
+        self.queue.lock()
     }
 }
 
@@ -384,14 +370,22 @@ impl Connection {
         self.wake.notify_all();
     }
 
-    /// Takes a write back that could not start yet; it stays the first.
-    pub(super) fn put_back(&self, write: Write) {
+    /// Takes writes back that could not start yet; they stay the first.
+    pub(super) fn put_back(&self, writes: Vec<Write>) {
         let mut queue = self.lock();
         if queue.finishing.is_some() || queue.closed.is_some() {
-            queue.cancelled.push(write.transfer);
+            let transfers = writes.iter().map(|write| write.transfer);
+            queue.cancelled.extend(transfers);
             return;
         }
-        queue.write_bytes += write.runs.total_bytes();
-        queue.writes.push_front(write);
+        queue.write_bytes += bytes_of(&writes);
+        for write in writes.into_iter().rev() {
+            queue.writes.push_front(write);
+        }
     }
+}
+
+fn bytes_of<'a>(writes: impl IntoIterator<Item = &'a Write>) -> usize {
+    let bytes = writes.into_iter().map(|write| write.runs.total_bytes());
+    bytes.sum()
 }

@@ -84,6 +84,8 @@ struct Landing {
     by: Option<Detour>,
     /// From the arena to the page or the slot.
     runs: Runs,
+    /// Where the fabric made it.
+    checksum: Option<u64>,
 }
 
 /// Memory of the host's on the way to a page.
@@ -97,15 +99,12 @@ enum Detour {
 
 impl Landing {
     fn job(&mut self) -> ReadJob<'_> {
-        ReadJob {
-            from: self.from,
-            runs: &self.runs,
-            page: match &mut self.by {
-                Some(Detour::Slot(slot)) => slot.page_mut(),
-                Some(Detour::Own(page)) => page,
-                None => &mut self.page,
-            },
-        }
+        let page = match &mut self.by {
+            Some(Detour::Slot(slot)) => slot.page_mut(),
+            Some(Detour::Own(page)) => page,
+            None => &mut self.page,
+        };
+        ReadJob::new(self.from, &self.runs, page)
     }
 
     /// Moves what went by a detour to where it belongs.
@@ -258,6 +257,10 @@ impl<'a> Puller<'a> {
         let connection = self.connection;
         let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
         self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
+        let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
+        for (landing, checksum) in landings.iter_mut().zip(checksums) {
+            landing.checksum = checksum;
+        }
         Ok(())
     }
 
@@ -269,7 +272,12 @@ impl<'a> Puller<'a> {
     ) -> Result<(), PullEnd> {
         let scattered = if read { landing.scatter() } else { Ok(()) };
         read &= scattered.is_ok();
-        let Landing { pull, page, .. } = landing;
+        let Landing {
+            pull,
+            page,
+            checksum,
+            ..
+        } = landing;
         let region = RegionId(pull.region);
         if let Some(page) = self.regions.put_back(pull.region, page) {
             sink(TransportEvent::PageReleased { region, page });
@@ -280,6 +288,7 @@ impl<'a> Puller<'a> {
                 runs: pull.runs,
                 transfer: pull.transfer,
                 note: pull.note,
+                checksum,
             });
         }
         Ok(scattered?)
@@ -359,6 +368,7 @@ impl<'a> Puller<'a> {
             page,
             by,
             runs,
+            checksum: None,
         });
         Ok(None)
     }

@@ -4,7 +4,8 @@
 //! sends more is broken.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
@@ -78,10 +79,9 @@ impl Pulls {
 
     /// Waits for the next orders: an arena, or pulls of up to `bytes` together. `None` after the end.
     pub(super) fn next(&self, bytes: usize) -> Option<Batch> {
-        let waited = self.filled.wait_while(self.lock(), |state| {
-            !state.closed && state.orders.is_empty()
-        });
-        let state = waited.unwrap_or_else(|e| e.into_inner());
+        let mut state = self.lock();
+        self.filled
+            .wait_while(&mut state, |state| !state.closed && state.orders.is_empty());
         Self::batch(state, bytes)
     }
 
@@ -127,7 +127,7 @@ impl Pulls {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock()
     }
 }
 

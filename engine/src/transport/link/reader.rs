@@ -3,7 +3,6 @@
 //! Nothing a peer says is believed before it is checked: a length buys no memory until the bytes are there, and a
 //! write whose region is gone is read into a scratch buffer and forgotten. Every read has a deadline.
 
-use std::cell::RefCell;
 use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::ops::Range;
@@ -15,6 +14,7 @@ use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
 use super::{LinkTuning, TransportEvent};
 use crate::page::Page;
+use crate::transport::checksum::{Summing, WARM_BYTES};
 use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
 /// Most that is read, or allocated, before the bytes before it have come.
@@ -23,8 +23,11 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// Stretches of this length are worth a system call each.
 const COARSE_BYTES: usize = 16 << 10;
 
-/// Bytes that are read in advance at most.
+/// Read ahead where only small frames come.
 const AHEAD_BYTES: usize = 16 << 10;
+
+/// Read ahead where bytes for pages follow, which are better read into those: about what precedes them.
+const AHEAD_BYTES_BEFORE_PAGES: usize = 256;
 
 /// Bytes that are copied to a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
@@ -107,27 +110,10 @@ pub(super) struct Receiving<'a> {
 pub(super) struct Reader<'a> {
     stream: &'a TcpStream,
     tuning: &'a LinkTuning,
-    /// Read in advance, so that small frames cost no system call each; nothing before the greeting is over, whose reader is
-    /// another one.
-    ahead: RefCell<Ahead>,
-}
-
-/// Bytes that have come and were not asked for yet.
-#[derive(Debug, Default)]
-struct Ahead {
-    bytes: Vec<u8>,
-    ready: Range<usize>,
-}
-
-impl Ahead {
-    /// Moves what there is into the buffer's beginning; returns how much.
-    fn take(&mut self, buffer: &mut [u8]) -> usize {
-        let count = self.ready.len().min(buffer.len());
-        let from = self.ready.start;
-        buffer[..count].copy_from_slice(&self.bytes[from..from + count]);
-        self.ready.start += count;
-        count
-    }
+    /// Bytes that came with others.
+    ahead: Box<[u8]>,
+    /// Which of them nobody has had yet.
+    unread: Range<usize>,
 }
 
 impl<'a> Reader<'a> {
@@ -139,12 +125,13 @@ impl<'a> Reader<'a> {
         Ok(Self {
             stream,
             tuning,
-            ahead: RefCell::default(),
+            ahead: Box::default(),
+            unread: 0..0,
         })
     }
 
-    /// The peer's greeting; it has to be of the same kind of transport.
-    pub(super) fn greeting(&self, here: &'static str) -> Result<Greeting, ReadEnd> {
+    /// The peer's greeting; it has to be of the same kind of transport. What follows it stays unread.
+    pub(super) fn greeting(&mut self, here: &'static str) -> Result<Greeting, ReadEnd> {
         let patience = Patience::Greeting(Instant::now() + self.tuning.handshake_timeout);
         let header = self.header(patience)?;
         if header.kind != Kind::Hello {
@@ -160,8 +147,13 @@ impl<'a> Reader<'a> {
     }
 
     /// Carries frames until the end.
-    pub(super) fn run(&self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
-        self.ahead.borrow_mut().bytes = vec![0; AHEAD_BYTES];
+    pub(super) fn run(&mut self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+        let ahead = if to.pulls {
+            AHEAD_BYTES
+        } else {
+            AHEAD_BYTES_BEFORE_PAGES
+        };
+        self.ahead = vec![0; ahead].into_boxed_slice();
         loop {
             let header = self.header(Patience::Idle)?;
             match header.kind {
@@ -189,7 +181,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn pull(&self, header: &Header) -> Result<Pull, ReadEnd> {
+    fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
         let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
@@ -203,7 +195,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn write(&self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+    fn write(&mut self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
         let (regions, sink) = (to.regions, to.sink);
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
@@ -222,11 +214,12 @@ impl<'a> Reader<'a> {
             Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
         let filled = self.scatter(&runs, &mut page);
+        let checksum = filled.as_ref().ok().copied();
         let released = regions.put_back(header.region, page);
         let region = RegionId(header.region);
         if let Some(page) = released {
             sink(TransportEvent::PageReleased { region, page });
-            return filled;
+            return filled.map(drop);
         }
         filled?;
         sink(TransportEvent::Landed {
@@ -235,20 +228,27 @@ impl<'a> Reader<'a> {
             runs,
             transfer: header.transfer,
             note,
+            checksum,
         });
         Ok(())
     }
 
-    /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer.
-    fn scatter(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+    /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer. Returns
+    /// the payload's checksum.
+    fn scatter(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
         if page.is_on_device() {
             return self.scatter_abroad(runs, page);
         }
         let bytes = page.as_bytes_mut();
+        let mut summing = Summing::default();
         if runs.is_coarse(COARSE_BYTES) {
-            return runs
-                .stretches()
-                .try_for_each(|(_, target)| self.fill(&mut bytes[target], Patience::Frame));
+            for (_, target) in runs.stretches() {
+                for part in bytes[target].chunks_mut(WARM_BYTES) {
+                    self.fill(part, Patience::Frame)?;
+                    summing.update(part);
+                }
+            }
+            return Ok(summing.finish());
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -260,6 +260,7 @@ impl<'a> Reader<'a> {
                     ready = 0..buffer.len().min(unread);
                     unread -= ready.len();
                     self.fill(&mut buffer[ready.clone()], Patience::Frame)?;
+                    summing.update(&buffer[ready.clone()]);
                 }
                 let count = ready.len().min(target.len());
                 let (now, later) = target.split_at_mut(count);
@@ -268,24 +269,26 @@ impl<'a> Reader<'a> {
                 target = later;
             }
         }
-        Ok(())
+        Ok(summing.finish())
     }
 
     /// The same into a page of a device: through a buffer of the host's.
-    fn scatter_abroad(&self, runs: &Runs, page: &mut Page) -> Result<(), ReadEnd> {
+    fn scatter_abroad(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
         let longest = runs.as_slice().iter().map(|run| run.bytes).max();
         let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
+        let mut summing = Summing::default();
         for (_, target) in runs.stretches() {
             for start in target.clone().step_by(ABROAD_BYTES) {
                 let part = &mut buffer[..ABROAD_BYTES.min(target.end - start)];
                 self.fill(part, Patience::Frame)?;
+                summing.update(part);
                 page.write(start, part).map_err(ReadEnd::Device)?;
             }
         }
-        Ok(())
+        Ok(summing.finish())
     }
 
-    fn header(&self, patience: Patience) -> Result<Header, ReadEnd> {
+    fn header(&mut self, patience: Patience) -> Result<Header, ReadEnd> {
         let mut bytes = [0; HEADER_BYTES];
         self.fill(&mut bytes[..1], patience)
             .map_err(|end| match end {
@@ -301,7 +304,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A payload for us: memory grows only as bytes come.
-    fn payload(&self, bytes: u64, patience: Patience) -> Result<Vec<u8>, ReadEnd> {
+    fn payload(&mut self, bytes: u64, patience: Patience) -> Result<Vec<u8>, ReadEnd> {
         let mut left = bytes;
         let mut payload = Vec::new();
         while left > 0 {
@@ -314,7 +317,7 @@ impl<'a> Reader<'a> {
         Ok(payload)
     }
 
-    fn discard(&self, bytes: u64) -> Result<(), ReadEnd> {
+    fn discard(&mut self, bytes: u64) -> Result<(), ReadEnd> {
         let mut scratch = vec![0; CHUNK_BYTES];
         let mut left = bytes;
         while left > 0 {
@@ -325,33 +328,40 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn fill(&self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
-        let mut last_byte = Instant::now();
-        let mut ahead = self.ahead.borrow_mut();
-        let held = ahead.take(buffer);
-        buffer = &mut buffer[held..];
-        while !buffer.is_empty() {
+    /// Fills a buffer from what was read ahead and then from the stream: small ones with what follows them.
+    fn fill(&mut self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
+        let mut last_byte = None;
+        loop {
+            let count = buffer.len().min(self.unread.len());
+            let (now, later) = buffer.split_at_mut(count);
+            now.copy_from_slice(&self.ahead[self.unread.start..][..count]);
+            self.unread.start += count;
+            buffer = later;
+            if buffer.is_empty() {
+                return Ok(());
+            }
+            let waited_since = *last_byte.get_or_insert_with(Instant::now);
+            let direct = buffer.len() >= self.ahead.len();
             let mut stream = self.stream;
-            let direct = buffer.len() >= ahead.bytes.len();
-            let read = if direct {
-                stream.read(buffer)
+            let read = stream.read(if direct {
+                &mut *buffer
             } else {
-                stream.read(&mut ahead.bytes)
-            };
+                &mut self.ahead
+            });
             match read {
                 Ok(0) => return Err(ReadEnd::Truncated),
-                Ok(mut count) => {
-                    if !direct {
-                        ahead.ready = 0..count;
-                        count = ahead.take(buffer);
+                Ok(count) => {
+                    if direct {
+                        buffer = &mut buffer[count..];
+                    } else {
+                        self.unread = 0..count;
                     }
-                    buffer = &mut buffer[count..];
-                    last_byte = Instant::now();
+                    last_byte = None;
                 }
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
                     ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                        self.check_silence(last_byte, patience)?;
+                        self.check_silence(waited_since, patience)?;
                     }
                     _ => return Err(ReadEnd::Io(error)),
                 },
@@ -362,7 +372,6 @@ impl<'a> Reader<'a> {
                 return Err(ReadEnd::NoGreeting(self.tuning.handshake_timeout));
             }
         }
-        Ok(())
     }
 
     fn check_silence(&self, last_byte: Instant, patience: Patience) -> Result<(), ReadEnd> {

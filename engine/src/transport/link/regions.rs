@@ -4,8 +4,9 @@
 //! while it is being written comes back when that reader lets go, and never before.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::super::{Deregistered, Region, RegionId, RemoteRegion};
 use crate::page::Page;
@@ -110,10 +111,7 @@ impl Regions {
             if left.is_zero() {
                 return Taken::Occupied;
             }
-            slots = match self.put_back.wait_timeout(slots, left) {
-                Ok((guard, _)) => guard,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
+            self.put_back.wait_for(&mut slots, left);
         }
     }
 
@@ -151,7 +149,7 @@ impl Regions {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
-        self.slots.lock().unwrap_or_else(|e| e.into_inner())
+        self.slots.lock()
     }
 }
 

@@ -282,9 +282,9 @@ impl Shared {
         if !connection.attach(closing_handle) {
             return Err(connection.reason());
         }
-        let reader = Reader::new(stream, &self.tuning).map_err(|e| e.to_string())?;
+        let mut reader = Reader::new(stream, &self.tuning).map_err(|e| e.to_string())?;
         let writer = self.writer(stream).map_err(|e| e.to_string())?;
-        let listen = || reader.greeting(self.name).map_err(|e| e.to_string());
+        let mut listen = || reader.greeting(self.name).map_err(|e| e.to_string());
         let fabric: &[u8] = self.pulling.as_ref().map_or(&[], |p| &p.address);
         let speak = || {
             let spoken = writer.greet(self.name, &self.advertised, fabric);
@@ -345,7 +345,8 @@ impl Shared {
                 sink: &self.sink,
                 pulls: self.pulling.is_some(),
             };
-            let end = Reader::new(stream, &self.tuning).and_then(|reader| reader.run(&receiving));
+            let end =
+                Reader::new(stream, &self.tuning).and_then(|mut reader| reader.run(&receiving));
             if let Err(end) = end {
                 connection.close(&end.to_string());
             }

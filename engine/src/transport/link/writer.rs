@@ -1,6 +1,6 @@
 //! The sending half of a connection: the queue out, bytes straight from shared pages, completions in.
 //!
-//! Header and payload leave in one system call, and so do the descriptions of all writes that are queued. A peer that takes no byte for the stall time-out ends the
+//! Header and payload leave in one system call. A peer that takes no byte for the stall time-out ends the
 //! connection. Faults of a test's plan happen here, where the wire would make them: in the bytes of a stream; and for
 //! bytes that the peer pulls, in a copy that it pulls instead (flip), or within the frame that describes them (cut, stall).
 
@@ -21,8 +21,8 @@ use crate::transport::{TransferId, TransportSink, WriteOutcome};
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
 const SLICES_MAX: usize = 1024;
 
-/// Bytes of descriptions that wait for more of them.
-const DESCRIBED_BYTES_MAX: usize = 32 << 10;
+/// Writes that are described to the peer in one go at most.
+const DESCRIBED_AT_ONCE_MAX: usize = 32;
 
 /// Bytes that are copied from a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
@@ -67,8 +67,8 @@ pub(super) struct Writer<'a> {
     lender: Option<&'a Lender>,
     /// Arenas that the peer knows.
     told: HashSet<u64>,
-    /// Descriptions that go out together, in one system call.
-    described: Vec<u8>,
+    /// Frames that go out together.
+    frames: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
@@ -88,7 +88,7 @@ impl<'a> Writer<'a> {
             faults,
             lender,
             told: HashSet::new(),
-            described: Vec::new(),
+            frames: Vec::new(),
         })
     }
 
@@ -110,29 +110,30 @@ impl<'a> Writer<'a> {
     /// Carries the queue until the end; every write that it took gets its completion, sent or not.
     pub(super) fn run(&mut self, connection: &Arc<Connection>, sink: &TransportSink) {
         let done = |transfer, outcome| complete(connection, sink, transfer, outcome);
+        // A cancel reaches what is still queued, so what takes its time on the wire is taken one by one.
+        let writes_max = self.lender.map_or(1, |_| DESCRIBED_AT_ONCE_MAX);
         loop {
-            let sent = match self.next(connection) {
-                Err(end) => Err(end),
-                Ok(Outgoing::Closed) => break,
-                Ok(Outgoing::Idle) => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
-                Ok(Outgoing::Message(message)) => {
+            let sent = match connection.next(self.tuning.ping_interval(), writes_max) {
+                Outgoing::Closed => break,
+                Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
+                Outgoing::Message(message) => {
                     let header = Header::plain(Kind::Message, message.len() as u64);
                     self.send([&header.encode()[..], &message])
                 }
-                Ok(Outgoing::Cancelled(transfers)) => {
+                Outgoing::Cancelled(transfers) => {
                     for transfer in transfers {
                         done(transfer, WriteOutcome::Cancelled);
                     }
                     Ok(())
                 }
-                Ok(Outgoing::Pulled(sequences)) => {
+                Outgoing::Pulled(sequences) => {
                     let frames: Vec<_> = sequences
                         .into_iter()
                         .map(|sequence| Header::numbered(Kind::Pulled, sequence, 0).encode())
                         .collect();
                     self.send(frames.iter().map(|frame| &frame[..]))
                 }
-                Ok(Outgoing::Write(write)) => self.write(write, connection, sink),
+                Outgoing::Writes(writes) => self.write_all(writes, connection, sink),
             };
             if let Err(end) = sent {
                 connection.close(&end.to_string());
@@ -141,49 +142,65 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// The next thing to do. What was described goes out before this side waits or says something else.
-    fn next(&mut self, connection: &Connection) -> Result<Outgoing, WriteEnd> {
-        if self.described.len() >= DESCRIBED_BYTES_MAX || !connection.has_write() {
-            self.flush()?;
+    /// Starts writes, in order; what cannot start goes back into the queue.
+    fn write_all(
+        &mut self,
+        writes: Vec<Write>,
+        connection: &Arc<Connection>,
+        sink: &TransportSink,
+    ) -> Result<(), WriteEnd> {
+        let mut writes = writes.into_iter();
+        let mut sent = Ok(());
+        while sent.is_ok() {
+            let Some(write) = writes.next() else {
+                break;
+            };
+            let way = self.lender.map(|lender| lender.way(&write, connection));
+            match way.unwrap_or(Way::Stream) {
+                Way::Later => {
+                    connection.put_back(std::iter::once(write).chain(writes).collect());
+                    return self.flush();
+                }
+                Way::Failed(error) => {
+                    // Its completion comes with the end.
+                    connection.put_back(vec![write]);
+                    sent = Err(WriteEnd::Device(error));
+                }
+                Way::Pull(lent) => sent = self.describe(write, lent, connection),
+                Way::Stream => sent = self.stream_one(write, connection, sink),
+            }
         }
-        let next = connection.next(self.tuning.ping_interval());
-        if !matches!(next, Outgoing::Write(_)) {
-            self.flush()?;
+        let sent = sent.and_then(|()| self.flush());
+        if writes.len() > 0 {
+            connection.put_back(writes.collect());
         }
-        Ok(next)
+        sent
     }
 
-    fn write(
+    fn stream_one(
         &mut self,
         write: Write,
         connection: &Arc<Connection>,
         sink: &TransportSink,
     ) -> Result<(), WriteEnd> {
-        let way = self.lender.map(|lender| lender.way(&write, connection));
-        match way.unwrap_or(Way::Stream) {
-            Way::Later => {
-                connection.put_back(write);
-                Ok(())
-            }
-            Way::Failed(error) => {
-                // Its completion comes with the end.
-                connection.put_back(write);
-                Err(WriteEnd::Device(error))
-            }
-            Way::Pull(lent) => self.describe(write, lent, connection),
-            Way::Stream => {
-                let flushed = self.flush();
-                let sent = flushed.and_then(|()| self.piece(&write, connection));
-                let transfer = write.transfer;
-                drop(write);
-                let outcome = match sent {
-                    Ok(()) => WriteOutcome::Sent,
-                    Err(_) => WriteOutcome::Lost,
-                };
-                complete(connection, sink, transfer, outcome);
-                sent
-            }
-        }
+        let sent = self.flush().and_then(|()| self.piece(&write, connection));
+        let transfer = write.transfer;
+        drop(write);
+        let outcome = match sent {
+            Ok(()) => WriteOutcome::Sent,
+            Err(_) => WriteOutcome::Lost,
+        };
+        complete(connection, sink, transfer, outcome);
+        sent
+    }
+
+    /// Sends the frames that were put together.
+    fn flush(&mut self) -> Result<(), WriteEnd> {
+        let frames = std::mem::take(&mut self.frames);
+        let sent = self.send([&frames[..]]);
+        self.frames = frames;
+        self.frames.clear();
+        sent
     }
 
     /// Completes the writes that a closed connection never started.
@@ -197,8 +214,8 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Describes a write that the peer will pull. It is booked first, as the peer may be quick; once it is, its end is
-    /// the acknowledgement or the connection's.
+    /// Describes a write that the peer will pull, with the next [`Writer::flush`]. It is booked first, as the peer may be
+    /// quick; once it is, its end is the acknowledgement or the connection's.
     fn describe(
         &mut self,
         write: Write,
@@ -213,17 +230,15 @@ impl<'a> Writer<'a> {
                 lent = match lender.spoilt(&write, at) {
                     Ok(spoilt) => spoilt,
                     Err(error) => {
-                        connection.put_back(write);
+                        connection.put_back(vec![write]);
                         return Err(WriteEnd::NoCopy(error));
                     }
                 };
             }
         }
-        if fault.is_some() {
-            self.flush()?;
-        }
         if let Some((_, Fault::Cut)) = fault {
             // What comes before a cut arrives, as it does from a stream.
+            self.flush()?;
             connection.wait_pulled(self.tuning.stall_timeout);
         }
         let head = head(Kind::Pull, &write, DESCRIPTOR_BYTES);
@@ -234,37 +249,25 @@ impl<'a> Writer<'a> {
         if self.told.insert(lent.arena.number) {
             let key = &lent.arena.key.0;
             let arena = Header::numbered(Kind::Arena, lent.arena.number, key.len() as u64);
-            self.described.extend_from_slice(&arena.encode());
-            self.described.extend_from_slice(key);
+            self.frames.extend_from_slice(&arena.encode());
+            self.frames.extend_from_slice(key);
         }
-        if fault.is_some() {
-            self.flush()?;
-        }
+        self.frames.extend_from_slice(&head);
         match fault {
             Some((_, Fault::Cut)) => {
-                self.send([&head[..]])?;
+                self.flush()?;
                 Err(WriteEnd::Cut)
             }
             Some((_, Fault::Stall)) => {
-                self.send([&head[..]])?;
+                self.flush()?;
                 connection.wait_closed();
                 Err(WriteEnd::StalledByPlan)
             }
             Some((_, Fault::Flip)) | None => {
-                self.described.extend_from_slice(&head);
-                self.described.extend_from_slice(&descriptor);
+                self.frames.extend_from_slice(&descriptor);
                 Ok(())
             }
         }
-    }
-
-    /// Sends what was described.
-    fn flush(&mut self) -> Result<(), WriteEnd> {
-        let described = std::mem::take(&mut self.described);
-        let sent = self.send([&described[..]]);
-        self.described = described;
-        self.described.clear();
-        sent
     }
 
     fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {

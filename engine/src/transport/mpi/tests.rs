@@ -118,11 +118,7 @@ fn reads_what_is_there(peer: &mut dyn FabricPeer, key: &[u8], rank: usize) {
         target_stride: 7,
     };
     for runs in [Runs::whole(length), Runs::new([strided]).unwrap()] {
-        let mut jobs = [ReadJob {
-            from,
-            runs: &runs,
-            page: &mut target,
-        }];
+        let mut jobs = [ReadJob::new(from, &runs, &mut target)];
         let never = AtomicBool::new(false);
         peer.read(&mut jobs, Instant::now() + PATIENCE, &never)
             .unwrap();
@@ -138,11 +134,7 @@ fn gives_up_and_goes_on(peer: &mut dyn FabricPeer, key: &[u8], rank: usize) {
     let from = peer.import(key).unwrap();
     let mut target = page_of(99);
     let runs = Runs::whole(target.as_bytes().len());
-    let mut jobs = [ReadJob {
-        from,
-        runs: &runs,
-        page: &mut target,
-    }];
+    let mut jobs = [ReadJob::new(from, &runs, &mut target)];
     let given_up = AtomicBool::new(true);
     assert!(matches!(
         peer.read(&mut jobs, Instant::now() + PATIENCE, &given_up),
@@ -161,11 +153,7 @@ fn refuses_what_is_not_there(peer: &mut dyn FabricPeer, key: &[u8]) {
     from.handle += 1;
     let mut target = page_of(99);
     let runs = Runs::whole(10);
-    let mut jobs = [ReadJob {
-        from,
-        runs: &runs,
-        page: &mut target,
-    }];
+    let mut jobs = [ReadJob::new(from, &runs, &mut target)];
     let never = AtomicBool::new(false);
     let error = peer
         .read(&mut jobs, Instant::now() + PATIENCE, &never)
@@ -174,11 +162,7 @@ fn refuses_what_is_not_there(peer: &mut dyn FabricPeer, key: &[u8]) {
     let end = usize::try_from(from.bytes).unwrap();
     from.handle -= 1;
     let runs = Runs::new([Run::once(end - 1, 0, 2)]).unwrap();
-    let mut jobs = [ReadJob {
-        from,
-        runs: &runs,
-        page: &mut target,
-    }];
+    let mut jobs = [ReadJob::new(from, &runs, &mut target)];
     let error = peer
         .read(&mut jobs, Instant::now() + PATIENCE, &never)
         .unwrap_err();

@@ -91,7 +91,7 @@ fn read(
     runs: &Runs,
     page: &mut Page,
 ) -> Result<(), FabricError> {
-    let mut jobs = [ReadJob { from, runs, page }];
+    let mut jobs = [ReadJob::new(from, runs, page)];
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
 }
 
@@ -164,11 +164,7 @@ fn a_batch_of_several_arenas_is_read_at_once() {
     let mut jobs: Vec<_> = targets
         .iter_mut()
         .enumerate()
-        .map(|(index, page)| ReadJob {
-            from: from[index % 2],
-            runs: &runs[index / 2],
-            page,
-        })
+        .map(|(index, page)| ReadJob::new(from[index % 2], &runs[index / 2], page))
         .collect();
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
         .unwrap();
@@ -262,11 +258,7 @@ fn a_read_that_is_given_up_before_it_starts_does_not_start() {
     let from = peer.import(&key).unwrap();
     let runs = Runs::whole(PAGE_BYTES);
     let mut page = Page::zeroed(shape(PAGE_BYTES));
-    let mut jobs = [ReadJob {
-        from,
-        runs: &runs,
-        page: &mut page,
-    }];
+    let mut jobs = [ReadJob::new(from, &runs, &mut page)];
     let cancelled = peer.read(&mut jobs, soon(), &AtomicBool::new(true));
     assert_eq!(cancelled, Err(FabricError::Cancelled { fabric: NAME }));
     let late = peer.read(&mut jobs, Instant::now(), &AtomicBool::new(false));
@@ -419,11 +411,7 @@ fn as_a_reader_of_a_stopped_process() {
         read(&mut *peer, from, &runs, &mut page).unwrap();
         exporter.stop();
         let mut page = Page::zeroed(shape(PAGE_BYTES));
-        let mut jobs = [ReadJob {
-            from,
-            runs: &runs,
-            page: &mut page,
-        }];
+        let mut jobs = [ReadJob::new(from, &runs, &mut page)];
         let deadline = if cancel {
             soon()
         } else {

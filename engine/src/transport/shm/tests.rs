@@ -117,7 +117,7 @@ fn several_jobs_are_read_at_once_by_several_threads() {
     let mut jobs: Vec<_> = shifted
         .iter()
         .zip(&mut targets)
-        .map(|(runs, page)| ReadJob { from, runs, page })
+        .map(|(runs, page)| ReadJob::new(from, runs, page))
         .collect();
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
         .unwrap();
@@ -137,11 +137,7 @@ fn a_read_ends_early_when_it_is_given_up_late_or_the_fabric_is_closed() {
     let runs = Runs::whole(64);
     let mut page = Page::zeroed(plain_shape(64));
     let mut read = |deadline, cancelled: bool| {
-        let job = ReadJob {
-            from,
-            runs: &runs,
-            page: &mut page,
-        };
+        let job = ReadJob::new(from, &runs, &mut page);
         peer.read(&mut [job], deadline, &AtomicBool::new(cancelled))
     };
     let fabric_name = CAPABILITY.name;

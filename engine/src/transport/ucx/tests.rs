@@ -68,7 +68,7 @@ fn read(
     page: &mut Page,
     deadline: Instant,
 ) -> Result<(), FabricError> {
-    let job = ReadJob { from, runs, page };
+    let job = ReadJob::new(from, runs, page);
     peer.read(&mut [job], deadline, &AtomicBool::new(false))
 }
 
@@ -109,11 +109,7 @@ fn runs_of_several_arenas_are_read_at_once() {
         .iter()
         .zip(&shifted)
         .zip(&mut targets)
-        .map(|((from, runs), page)| ReadJob {
-            from: *from,
-            runs,
-            page,
-        })
+        .map(|((from, runs), page)| ReadJob::new(*from, runs, page))
         .collect();
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
         .unwrap();
@@ -201,11 +197,7 @@ fn ends_early(fabric: &Ucx, source: &Page) {
         let mut peer = fabric.open(&fabric.address(), soon()).unwrap();
         let from = peer.import(&key).unwrap();
         let mut read = |deadline, cancelled: bool| {
-            let job = ReadJob {
-                from,
-                runs: &runs,
-                page: &mut page,
-            };
+            let job = ReadJob::new(from, &runs, &mut page);
             peer.read(&mut [job], deadline, &AtomicBool::new(cancelled))
         };
         let first = read(deadline, cancelled);

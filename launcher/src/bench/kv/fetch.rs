@@ -267,7 +267,7 @@ impl<'a> Fetching<'a> {
                     requests.push(when.duration_since(*start));
                     last = last.max(when);
                 }
-                HandoffEvent::LeaseEnded { .. } => {}
+                HandoffEvent::LeaseEnded { .. } | HandoffEvent::Ranks(_) => {}
             }
         }
         if back.len() != self.setting.geometry.pages * began.len() {
@@ -286,8 +286,9 @@ impl<'a> Fetching<'a> {
             let detail = format!("{} bytes came instead of {expected}", stats.bytes);
             return Err(Failure::of(Status::Mismatch, detail));
         }
-        if stats.transport != self.setting.transport {
-            let detail = format!("the bytes went over {}", stats.transport);
+        let transport = stats.transport();
+        if transport != self.setting.transport {
+            let detail = format!("the bytes went over {transport}");
             return Err(Failure::of(Status::TransferError, detail));
         }
         Ok(())

@@ -447,7 +447,11 @@ impl Coordinator {
         match step {
             Step::Nothing => None,
             Step::Grace => {
-                tracing::warn!(instance = label, "broken; its other ranks end");
+                if instance.is_dismissed() {
+                    tracing::info!(instance = label, "its leader has let its ranks go");
+                } else {
+                    tracing::warn!(instance = label, "broken; its other ranks end");
+                }
                 if self.spec.policy == Policy::Command {
                     let follower_first = instance.leader_end().is_none();
                     self.first_cause = follower_first.then(|| instance.cause().to_owned());
