@@ -183,6 +183,10 @@ fn malformed(what: &'static str) -> FabricError {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the shape that map_err wants"
+)]
 fn unreachable(detail: impl ToString) -> FabricError {
     FabricError::Unreachable {
         fabric: CAPABILITY.name,
