@@ -32,6 +32,8 @@ pub enum PreferredTransport {
     Mooncake,
     /// Shared memory of one host.
     Shm,
+    /// Memory of GPUs of one host.
+    CudaIpc,
 }
 
 impl TransportChoice {
@@ -57,6 +59,10 @@ impl Choices for TransportChoice {
             Choice::Is(Self::Preferred(PreferredTransport::Mooncake)),
         ),
         ("SHM", Choice::Is(Self::Preferred(PreferredTransport::Shm))),
+        (
+            "CUDA_IPC",
+            Choice::Is(Self::Preferred(PreferredTransport::CudaIpc)),
+        ),
     ];
 }
 
@@ -81,9 +87,9 @@ section! {
     /// instance hands nothing off.
     RawTransceiver "cache_transceiver_config" {
         /// Which transport moves the KV: `DEFAULT` takes the best that is there; `TCP` takes TCP streams;
-        /// `UCX`, `NIXL`, `MPI`, `MOONCAKE` and `SHM` (shared memory of one host) are wishes, and where the
-        /// transport is not there another takes its place, with one warning that names both. `null` hands
-        /// nothing off.
+        /// `UCX`, `NIXL`, `MPI`, `MOONCAKE`, `SHM` (shared memory of one host) and `CUDA_IPC` (GPUs of one
+        /// host) are wishes, and where the transport is not there another takes its place, with one warning
+        /// that names both. `null` hands nothing off.
         /// Upper and lower case are the same.
         backend: OneOf<TransportChoice> = "null";
         /// Older spelling of `backend: DEFAULT` (true) or no hand-off (false).

@@ -393,6 +393,12 @@ pub trait Backend: Debug + Send + 'static {
         None
     }
 
+    /// Number of the device whose memory the pages lie in, among those that this process sees; `None` where they are in the
+    /// host's.
+    fn page_device(&self) -> Option<usize> {
+        None
+    }
+
     /// Says how many elements the matrices have that will be loaded, before the first of them. Two of 8 bits count as one.
     ///
     /// # Errors

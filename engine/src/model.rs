@@ -112,6 +112,11 @@ pub trait Model: Debug + Send {
         PrefillRows::default()
     }
 
+    /// The device whose memory the pages lie in that are shared and lent; see [`crate::backend::Backend::page_device`].
+    fn page_device(&self) -> Option<usize> {
+        None
+    }
+
     /// Bytes of weights as held.
     fn weight_bytes(&self) -> usize;
 

@@ -1,19 +1,25 @@
-//! A page: one block's KV for every layer, in host memory, contiguous.
+//! A page: one block's KV for every layer, in host memory or a device's, contiguous.
 //!
 //! Layout `[L, 2, K, P, D]`: layer, key then value, KV head, token within the block, head dimension. A whole
 //! block is one contiguous run, so a hand-off moves megabytes per piece instead of 64 KiB. Ownership is the
 //! lease: a page that a transport holds cannot be written by the engine, because the engine does not have it.
-//! Its memory is its own, or cut from an [`Arena`] that peers can be let into to read.
+//! Its memory is its own, or cut from an [`Arena`] that peers can be let into to read. A page of a device has no slices; what
+//! has to work with either kind uses [`Page::read`], [`Page::write`] and [`Page::to_host`].
 
+use std::borrow::Cow;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 
 use arena::{Arena, ForeignAllocator, Words};
+use device::DeviceArena;
 
 pub mod arena;
+pub mod device;
+pub mod fold;
 
 /// Element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -92,7 +98,7 @@ impl PageShape {
     }
 }
 
-/// One block's KV in host memory. Zeroed when made; its memory is only touched, hence resident, once used.
+/// One block's KV. Zeroed when made; host memory is only touched, hence resident, once used.
 #[derive(Debug)]
 pub struct Page {
     words: Words,
@@ -128,6 +134,27 @@ impl Page {
         Ok(Self::of(pieces, shape))
     }
 
+    /// Pages of zeros, cut from zeroed memory of a device of at least [`Page::arena_bytes`].
+    ///
+    /// # Errors
+    /// When it is smaller.
+    pub fn pool_on(
+        memory: Box<dyn DeviceArena>,
+        shape: PageShape,
+        count: usize,
+    ) -> io::Result<Vec<Self>> {
+        let pieces = Arena::cut_device(memory, shape.bytes().div_ceil(8), count)?;
+        Ok(Self::of(pieces, shape))
+    }
+
+    /// Bytes of an arena of so many pages, and of the distance from one to the next when it is for one.
+    ///
+    /// # Errors
+    /// When there is no such number.
+    pub fn arena_bytes(shape: PageShape, count: usize) -> io::Result<usize> {
+        arena::bytes_of(shape.bytes().div_ceil(8), count)
+    }
+
     fn of(pieces: Vec<Words>, shape: PageShape) -> Vec<Self> {
         let page = |words| Self { words, shape };
         pieces.into_iter().map(page).collect()
@@ -145,13 +172,79 @@ impl Page {
         &self.shape
     }
 
-    /// All bytes, in layout order.
+    /// Its memory on a device, with its offset there; none where it is in the host's.
+    fn place(&self) -> Option<(&dyn DeviceArena, usize)> {
+        let (arena, offset) = self.words.arena().filter(|_| self.is_on_device())?;
+        Some((arena.device()?, offset))
+    }
+
+    /// Whether it lies in a device's memory: then it has no slices.
+    #[must_use]
+    pub const fn is_on_device(&self) -> bool {
+        self.words.is_on_device()
+    }
+
+    /// Copies bytes out, from `at` on. Panics beyond the page.
+    ///
+    /// # Errors
+    /// When the device fails that it lies on.
+    pub fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
+        let range = self.checked(at, to.len());
+        match self.place() {
+            None => to.copy_from_slice(&self.as_bytes()[range]),
+            Some((memory, offset)) => memory.read(offset + at, to)?,
+        }
+        Ok(())
+    }
+
+    /// Copies bytes in, from `at` on. Panics beyond the page.
+    ///
+    /// # Errors
+    /// When the device fails that it lies on.
+    pub fn write(&mut self, at: usize, from: &[u8]) -> io::Result<()> {
+        let range = self.checked(at, from.len());
+        if let Some((memory, offset)) = self.place() {
+            return memory.write(offset + at, from);
+        }
+        self.as_bytes_mut()[range].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn checked(&self, at: usize, len: usize) -> Range<usize> {
+        let end = at.checked_add(len).filter(|end| *end <= self.shape.bytes());
+        at..end.expect("bytes within the page")
+    }
+
+    /// All bytes, in layout order: those of the host as they are, a device's as a copy.
+    ///
+    /// # Errors
+    /// When the device fails that it lies on.
+    pub fn to_host(&self) -> io::Result<Cow<'_, [u8]>> {
+        if !self.is_on_device() {
+            return Ok(Cow::Borrowed(self.as_bytes()));
+        }
+        let mut bytes = vec![0; self.shape.bytes()];
+        self.read(0, &mut bytes)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// A page of the host's with the same bytes.
+    ///
+    /// # Errors
+    /// When the device fails that it lies on.
+    pub fn copied(&self) -> io::Result<Self> {
+        let mut copy = Self::zeroed(self.shape);
+        self.read(0, copy.as_bytes_mut())?;
+        Ok(copy)
+    }
+
+    /// All bytes, in layout order. Panics when it lies on a device: that is a bug of the caller.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &cast_slice(self.words.as_slice())[..self.shape.bytes()]
     }
 
-    /// All bytes, writable.
+    /// All bytes, writable. Panics as [`Page::as_bytes`].
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         let bytes = self.shape.bytes();
         &mut cast_slice_mut(self.words.as_mut_slice())[..bytes]
@@ -197,5 +290,52 @@ impl Page {
         assert_eq!(self.shape.dtype, KvDtype::Bf16);
         let len = self.shape.len();
         &mut cast_slice_mut(self.words.as_mut_slice())[..len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: PageShape = PageShape {
+        layers: 1,
+        kv_heads: 1,
+        tokens_per_block: 3,
+        head_dim: 3,
+        dtype: KvDtype::Bf16,
+    };
+
+    fn written(mut pages: Vec<Page>) -> Vec<Page> {
+        for (value, page) in (1..).zip(&mut pages) {
+            page.write(5, &[value; 7]).unwrap();
+        }
+        pages
+    }
+
+    #[test]
+    fn a_page_of_a_device_holds_what_one_of_the_host_holds() {
+        let host = written(Page::pool(SHAPE, 3).unwrap());
+        let device = written(device::fake::pool(SHAPE, 3));
+        for (host, device) in host.iter().zip(&device) {
+            assert!(device.is_on_device() && !host.is_on_device());
+            assert_eq!(host.to_host().unwrap(), device.to_host().unwrap());
+            let mut few = [0; 4];
+            device.read(3, &mut few).unwrap();
+            assert_eq!(few, host.as_bytes()[3..7]);
+        }
+        let offsets: Vec<_> = device.iter().map(|p| p.arena().unwrap().1).collect();
+        assert_eq!(offsets, [0, 64, 128]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a device's memory is read with its own calls")]
+    fn a_page_of_a_device_has_no_slices() {
+        let _ = device::fake::pool(SHAPE, 1)[0].as_bytes();
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes within the page")]
+    fn no_page_is_written_beyond_its_end() {
+        let _ = device::fake::pool(SHAPE, 2)[0].write(30, &[0; 7]);
     }
 }

@@ -70,6 +70,8 @@ pub struct TransceiverParams {
     pub bind_port: u16,
     /// Name or address that other instances connect to; never a wildcard.
     pub advertise_host: String,
+    /// The device whose memory this rank's pages lie in, by its number; `None` where they are in the host's.
+    pub device: Option<usize>,
     /// Bounds.
     pub limits: TransceiverLimits,
     /// Deadlines of connections.
@@ -116,6 +118,7 @@ impl TransceiverParams {
             bind_host: host.to_owned(),
             bind_port: 0,
             advertise_host: host.to_owned(),
+            device: None,
             limits: TransceiverLimits::default(),
             link: LinkTuning::default(),
             faults: FaultPlan::default(),
@@ -183,7 +186,8 @@ impl Transceiver {
         params: TransceiverParams,
         sink: HandoffSink,
     ) -> Result<Self, TransceiverStartError> {
-        let preference = Preference::new(params.config.backend, |name| std::env::var_os(name));
+        let variable = |name: &str| std::env::var_os(name);
+        let preference = Preference::new(params.config.backend, params.device, variable);
         Self::start_over(params, sink, &preference, KINDS)
     }
 

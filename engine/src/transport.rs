@@ -19,6 +19,7 @@ pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
 
 pub(crate) mod checksum;
+pub mod cuda_ipc;
 pub(crate) mod fabric;
 pub mod fault;
 pub mod link;

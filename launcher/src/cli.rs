@@ -14,7 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::bench::{
     BenchCommand, BenchKvArgs, BenchServeArgs, DoctorArgs, DtypeArg, EndpointArg, FindingArg,
-    LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg, ShapeArgs, TransportArg,
+    KvDeviceArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg, ShapeArgs,
+    TransportArg,
 };
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;

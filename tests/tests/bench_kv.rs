@@ -19,8 +19,12 @@ async fn bench(arguments: &[&str], environment: &[(&str, &str)]) -> (ExitStatus,
 
 /// Runs a command that must fail before anything is moved; returns its error text.
 async fn refused(arguments: &[&str], code: i32) -> String {
+    refused_with(arguments, &[], code).await
+}
+
+async fn refused_with(arguments: &[&str], variables: &[(&str, &str)], code: i32) -> String {
     let arguments = [&["bench", "kv"], arguments].concat();
-    let (status, stdout, stderr) = Baton::run(&arguments, &[]).await;
+    let (status, stdout, stderr) = Baton::run(&arguments, variables).await;
     assert_eq!(status.code(), Some(code), "{stderr}");
     assert_eq!(stdout, "");
     assert!(!stderr.contains("panicked"), "{stderr}");
@@ -176,8 +180,15 @@ async fn what_cannot_be_measured_is_said_before_anything_is_moved() {
     // No MPI world is around this test.
     let text = refused(&["--transport", "mpi"], 69).await;
     assert!(text.contains("transport mpi cannot be used here"), "{text}");
-    let text = refused(&["--device", "cuda"], 64).await;
-    assert!(text.contains("GPU memory"), "{text}");
+    // Whether there is a GPU or not, this process may see none.
+    let none = [("CUDA_VISIBLE_DEVICES", "")];
+    let text = refused_with(&["--device", "cuda", "--transport", "tcp"], &none, 69).await;
+    assert!(text.contains("kv in gpu memory"), "{text}");
+    let text = refused(&["--transport", "cuda_ipc"], 69).await;
+    assert!(
+        text.contains("transport cuda_ipc cannot be used here"),
+        "{text}"
+    );
     let text = refused(&["--tokens", "100000000"], 69).await;
     assert!(text.contains("hint: fewer --tokens"), "{text}");
     let text = refused(&["--piece-bytes", "3"], 64).await;

@@ -37,6 +37,7 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/backend/cuda/event.rs",
     "engine/src/backend/cuda/linear.rs",
     "engine/src/backend/cuda/ops.rs",
+    "engine/src/backend/cuda/peer.rs",
     "engine/src/collective/mpi/plugin.rs",
     "engine/mpi/src/",
     "engine/ucx-sys/src/lib.rs",

@@ -9,7 +9,7 @@
 //! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of few rows read them beside bf16 activations, larger ones
 //! round the activations to 8 bits too, with a scale a row; elsewhere they become bf16 when they are loaded.
 //!
-//! Absent: several devices in one process, peers that reach into device memory.
+//! Absent: several devices in one process. Peers reach the pool of pages and nothing else (`handoff.rs`).
 
 mod calls;
 mod compiler;
@@ -18,11 +18,13 @@ mod error;
 mod event;
 mod flights;
 mod graphs;
+mod handoff;
 mod kernels;
 mod linear;
 mod memory;
 mod ops;
 mod pages;
+mod peer;
 mod step;
 mod tensor;
 mod upload;
@@ -33,6 +35,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use error::CudaError;
+pub(crate) use handoff::{Move, Mover, cuda_arena};
+pub use handoff::{device_count, device_pages, peer_copies};
+pub(crate) use peer::HANDLE_BYTES;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
@@ -117,6 +122,10 @@ impl Backend for CudaBackend {
 
     fn free_bytes(&self) -> Option<u64> {
         self.gpu.memory().ok().map(|(free, _)| free as u64)
+    }
+
+    fn page_device(&self) -> Option<usize> {
+        Some(self.gpu.ordinal())
     }
 
     fn expect_weights(&mut self, elements: usize) -> Result<(), BackendError> {
@@ -429,12 +438,20 @@ impl Backend for CudaBackend {
     }
 
     fn lend_page(&mut self, block: BlockId) -> Page {
-        self.pages_mut().lend(block)
+        match self.pages_mut().lend(block) {
+            Ok(page) => page,
+            Err(error) => {
+                // What can't be ordered behind the stream must not be written; the step says what failed.
+                self.attempt("lend_page", || Err(error));
+                Page::zeroed(*self.pages().shape())
+            }
+        }
     }
 
     fn return_page(&mut self, block: BlockId, page: Page) {
-        let given = self.pages_mut().give_back(block, &page);
-        self.attempt("return_page", || given);
+        if self.failure.borrow().is_none() {
+            self.pages_mut().give_back(block, page);
+        }
     }
 }
 

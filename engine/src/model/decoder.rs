@@ -427,6 +427,10 @@ impl<B: Backend> Model for Decoder<B> {
         &self.shape
     }
 
+    fn page_device(&self) -> Option<usize> {
+        self.backend.page_device()
+    }
+
     fn backend_description(&self) -> String {
         self.backend.capability().description
     }

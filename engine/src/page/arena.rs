@@ -24,6 +24,8 @@ use memmap2::{Advice, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::device::DeviceArena;
+
 /// Pieces begin at multiples of a cache line, so that no two share one.
 const PIECE_ALIGN_BYTES: usize = 64;
 
@@ -58,6 +60,7 @@ pub(crate) fn allocate_with(allocator: Option<ForeignAllocator>) {
 enum Backing {
     File { file: File, map: MmapRaw },
     Foreign(Box<dyn ForeignMemory>),
+    Device(Box<dyn DeviceArena>),
 }
 
 /// One shared mapping. See the module.
@@ -86,12 +89,7 @@ impl Arena {
         words: usize,
         count: usize,
     ) -> io::Result<Vec<Words>> {
-        let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
-        let stride = words
-            .checked_mul(size_of::<u64>())
-            .and_then(|bytes| bytes.checked_next_multiple_of(PIECE_ALIGN_BYTES))
-            .ok_or_else(too_large)?;
-        let bytes = stride.checked_mul(count).ok_or_else(too_large)?;
+        let bytes = bytes_of(words, count)?;
         let foreign = allocator
             .filter(|_| bytes > 0)
             .map(|allocate| allocate(bytes));
@@ -103,12 +101,44 @@ impl Arena {
             }
             None => Self::create(bytes)?,
         };
-        let arena = Arc::new(arena);
-        let base = NonNull::new(arena.base()).ok_or_else(too_large)?;
+        arena.pieces(words, count)
+    }
+
+    /// Cuts memory of a device, which is zeroed, into as many pieces.
+    pub(super) fn cut_device(
+        memory: Box<dyn DeviceArena>,
+        words: usize,
+        count: usize,
+    ) -> io::Result<Vec<Words>> {
+        let bytes = bytes_of(words, count)?;
+        let is_aligned = memory.address().is_multiple_of(PIECE_ALIGN_BYTES as u64);
+        if memory.bytes() < bytes || !is_aligned {
+            return Err(io::Error::other(
+                "the device's memory is too small or not aligned",
+            ));
+        }
+        let arena = Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            backing: Backing::Device(memory),
+            bytes,
+        };
+        arena.pieces(words, count)
+    }
+
+    /// Hands all of it out; each byte once.
+    fn pieces(self, words: usize, count: usize) -> io::Result<Vec<Words>> {
+        let stride = stride_of(words)?;
+        let arena = Arc::new(self);
+        let null = || io::Error::from(io::ErrorKind::OutOfMemory);
+        let base = NonNull::new(arena.base()).ok_or_else(null)?;
+        let on_device = arena.device().is_some();
         let pieces = (0..count).map(|index| Words {
-            // SAFETY: index < count, so the offset is within the memory of count * stride bytes.
-            start: unsafe { base.byte_add(index * stride) }.cast(),
+            // Plain arithmetic: for a device's memory these are addresses that mean nothing here.
+            start: base
+                .map_addr(|base| base.saturating_add(index * stride))
+                .cast(),
             count: words,
+            on_device,
             owner: Owner::Arena(Arc::clone(&arena)),
         });
         Ok(pieces.collect())
@@ -149,12 +179,25 @@ impl Arena {
         self.id
     }
 
-    /// Where it begins, for libraries that register address ranges. Reading and writing is for its pieces' owners.
+    /// Where it begins, for libraries that register address ranges; of a device, in its own addresses. Reading and writing
+    /// is for its pieces' owners.
     #[must_use]
     pub fn base(&self) -> *mut u8 {
         match &self.backing {
             Backing::File { map, .. } => map.as_mut_ptr(),
             Backing::Foreign(memory) => memory.base().as_ptr(),
+            Backing::Device(memory) => std::ptr::without_provenance_mut(
+                usize::try_from(memory.address()).unwrap_or_default(),
+            ),
+        }
+    }
+
+    /// The device's memory, where it is one's.
+    #[must_use]
+    pub fn device(&self) -> Option<&dyn DeviceArena> {
+        match &self.backing {
+            Backing::File { .. } | Backing::Foreign(_) => None,
+            Backing::Device(memory) => Some(&**memory),
         }
     }
 
@@ -169,14 +212,14 @@ impl Arena {
     pub const fn file(&self) -> Option<&File> {
         match &self.backing {
             Backing::File { file, .. } => Some(file),
-            Backing::Foreign(_) => None,
+            Backing::Foreign(_) | Backing::Device(_) => None,
         }
     }
 
     /// The memory that a library allocated, if it is of this type.
     pub(crate) fn foreign<T: ForeignMemory>(&self) -> Option<&T> {
         match &self.backing {
-            Backing::File { .. } => None,
+            Backing::File { .. } | Backing::Device(_) => None,
             Backing::Foreign(memory) => (&**memory as &dyn Any).downcast_ref(),
         }
     }
@@ -195,7 +238,23 @@ enum Owner {
 pub(super) struct Words {
     start: NonNull<u64>,
     count: usize,
+    /// `start` is an address of a device: nothing to dereference.
+    on_device: bool,
     owner: Owner,
+}
+
+/// From a piece to the next.
+fn stride_of(words: usize) -> io::Result<usize> {
+    let bytes = words.checked_mul(size_of::<u64>());
+    bytes
+        .and_then(|bytes| bytes.checked_next_multiple_of(PIECE_ALIGN_BYTES))
+        .ok_or_else(|| io::ErrorKind::OutOfMemory.into())
+}
+
+/// Bytes of an arena of so many pieces.
+pub(super) fn bytes_of(words: usize, count: usize) -> io::Result<usize> {
+    let bytes = stride_of(words)?.checked_mul(count);
+    bytes.ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
 // SAFETY: the words are owned exclusively, as a box would own them; an arena's pieces do not overlap.
@@ -211,17 +270,32 @@ impl Words {
         Self {
             start: NonNull::from(words).cast(),
             count,
+            on_device: false,
             owner: Owner::Heap,
         }
     }
 
+    pub(super) const fn is_on_device(&self) -> bool {
+        self.on_device
+    }
+
+    /// Panics when they are a device's: that is a bug of the caller.
     pub(super) const fn as_slice(&self) -> &[u64] {
+        assert!(
+            !self.on_device,
+            "a device's memory is read with its own calls"
+        );
         // SAFETY: `start` and `count` are those of a leaked box or of a piece of a mapping that `owner` keeps, both
-        // zeroed when made and aligned for u64; they are borrowed as `self` is.
+        // zeroed when made and aligned for u64, and none of a device; they are borrowed as `self` is.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.count) }
     }
 
+    /// Panics as [`Words::as_slice`].
     pub(super) const fn as_mut_slice(&mut self) -> &mut [u64] {
+        assert!(
+            !self.on_device,
+            "a device's memory is written with its own calls"
+        );
         // SAFETY: as in `as_slice`; `self` is borrowed exclusively and no other piece has these words.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
     }

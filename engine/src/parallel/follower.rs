@@ -119,7 +119,8 @@ fn join<B: Backend>(
     page: PageShape,
     terms: &[u8],
 ) -> Result<Hands, ParallelError> {
-    let joined = Hands::start(decoder.shape().fingerprint, own, page, terms);
+    let model = (decoder.shape().fingerprint, decoder.page_device());
+    let joined = Hands::start(model, own, page, terms);
     let reply = match &joined {
         Ok((_, record)) => [&[ACCEPTED], &record[..]].concat(),
         Err(error) => [&[REFUSED], error.to_string().as_bytes()].concat(),
@@ -129,9 +130,10 @@ fn join<B: Backend>(
 }
 
 impl Hands {
-    /// Starts a transceiver on rank 0's terms. Returns how it is reached.
+    /// Starts a transceiver on rank 0's terms, for a model with this fingerprint whose pages lie on this device. Returns how it
+    /// is reached.
     fn start(
-        model_fingerprint: u64,
+        (model_fingerprint, device): (u64, Option<usize>),
         own: &Follower<'_>,
         page: PageShape,
         terms: &[u8],
@@ -147,6 +149,7 @@ impl Hands {
         };
         let mut params = TransceiverParams::new(config, layout, &own.host);
         params.rank = number(place.rank());
+        params.device = device;
         params.faults = FaultPlan::from_environment()?;
         let shelf = Arc::new(Mutex::new(Shelf::default()));
         let sink: HandoffSink = {

@@ -125,6 +125,10 @@ impl<B: Backend> Model for ParallelModel<B> {
         self.decoder.shape()
     }
 
+    fn page_device(&self) -> Option<usize> {
+        self.decoder.page_device()
+    }
+
     fn backend_description(&self) -> String {
         self.description.clone()
     }

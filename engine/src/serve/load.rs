@@ -74,8 +74,9 @@ fn load_all(
     progress.stage("making the kv pool");
     let plan = Plan::new(llm, loaded.model.as_ref(), eos_tokens, &rooms)?;
     let inbox = Inbox::new(QUEUE_MAX);
+    let device = loaded.model.page_device();
     let model = loaded.model.as_mut();
-    let transceiver = start_transceiver(options, address, &plan, (model, &inbox))?;
+    let transceiver = start_transceiver(options, (address, device), &plan, (model, &inbox))?;
     let info = transceiver.as_ref().map(Transceiver::info);
     let handoff = transceiver.map(|transceiver| Box::new(transceiver) as Box<dyn Handoff>);
     let mut facts = plan.facts(&loaded, llm, info.as_ref().map(transport_facts));
@@ -177,7 +178,7 @@ fn sampling_defaults(generation: &GenerationDefaults) -> SamplingParams {
 
 fn start_transceiver(
     options: &ServeOptions,
-    address: SocketAddr,
+    (address, device): (SocketAddr, Option<usize>),
     plan: &Plan,
     (model, inbox): (&mut dyn Model, &Inbox),
 ) -> Result<Option<Transceiver>, ServeError> {
@@ -192,6 +193,7 @@ fn start_transceiver(
     } else {
         options.instance.clone()
     };
+    params.device = device;
     params.faults = FaultPlan::from_environment()?;
     let sink = inbox.handoff_sink();
     Ok(Some(Transceiver::lead(params, model, sink)?))

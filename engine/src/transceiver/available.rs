@@ -26,6 +26,7 @@ pub struct TransportState {
 pub fn transports() -> Vec<TransportState> {
     let preferred = |wish| Some(TransportChoice::Preferred(wish));
     let known = [
+        ("cuda_ipc", preferred(PreferredTransport::CudaIpc)),
         ("nixl", preferred(PreferredTransport::Nixl)),
         ("ucx", preferred(PreferredTransport::Ucx)),
         ("shm", preferred(PreferredTransport::Shm)),
@@ -65,10 +66,11 @@ fn library(name: &str) -> Option<String> {
     }
 }
 
-/// The transport that `backend: DEFAULT` takes here, and why, in a sentence; `None` when there is none.
+/// The transport that `backend: DEFAULT` takes here for KV in the host's memory, and why, in a sentence; `None` when there is none.
 #[must_use]
 pub fn default_transport() -> Option<(&'static str, String)> {
-    let preference = Preference::new(TransportChoice::Default, |name| std::env::var_os(name));
+    let variable = |name: &str| std::env::var_os(name);
+    let preference = Preference::new(TransportChoice::Default, None, variable);
     let tried = preference
         .order
         .iter()

@@ -1,9 +1,15 @@
-//! XXH3-64 over pieces of pages, on threads of its own, so that neither the desk nor the wire waits for it.
+//! Checksums over pieces of pages, on threads of its own, so that neither the desk nor the wire waits for it.
 //!
 //! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
+//!
+//! Which checksum is the sender's choice, and named with it: XXH3-64 of pages in the host's memory, [`crate::page::fold`] of a device's,
+//! which the device computes where the page lies, many pieces in one call. Whoever receives it computes the same one,
+//! with what it has.
 
 use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -12,8 +18,56 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::inbox::{Checked, Happening, Inbox, Mismatch, SumsOf};
 use crate::page::Page;
+use crate::page::fold::Fold;
 use crate::transport::checksum::sum_of;
 use crate::transport::{RegionId, Runs, TransferId};
+
+/// Pieces that a device sums in one call at most.
+const DEVICE_PIECES_MAX: usize = 64;
+
+/// Which function of the bytes a checksum is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Algorithm {
+    /// XXH3-64.
+    Xxh3,
+    /// [`crate::page::fold`].
+    Fold,
+}
+
+impl Algorithm {
+    /// The one that suits a page best.
+    pub(super) const fn of(page: &Page) -> Self {
+        if page.is_on_device() {
+            Self::Fold
+        } else {
+            Self::Xxh3
+        }
+    }
+
+    /// Its number in notes.
+    pub(super) const fn number(self) -> u8 {
+        match self {
+            Self::Xxh3 => 1,
+            Self::Fold => 2,
+        }
+    }
+
+    /// The one with this number.
+    pub(super) const fn numbered(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Xxh3),
+            2 => Some(Self::Fold),
+            _ => None,
+        }
+    }
+}
+
+/// A checksum with its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Checksum {
+    pub(super) algorithm: Algorithm,
+    pub(super) value: u64,
+}
 
 /// A piece in a page, whose transport did not sum it.
 #[derive(Debug)]
@@ -22,7 +76,7 @@ pub(super) struct Unsummed {
     pub(super) part: usize,
     pub(super) runs: Runs,
     /// The checksum that it shall have.
-    pub(super) expected: u64,
+    pub(super) expected: Checksum,
 }
 
 /// A page whose pieces have all landed.
@@ -44,26 +98,124 @@ pub(super) struct Summing {
     pub(super) given_up: Arc<AtomicBool>,
 }
 
-/// Of the stretches of a page that a piece is read from, in their order.
-pub(super) fn source_sum(page: &Page, runs: &Runs) -> u64 {
-    sum_of(page.as_bytes(), runs.stretches().map(|(source, _)| source))
+/// Bytes to sum: a page's, in the order of the stretches.
+struct Piece<'a> {
+    page: &'a Page,
+    algorithm: Algorithm,
+    stretches: Vec<Range<usize>>,
 }
 
-/// Of the stretches of a page that a piece was written to, in their order.
-fn target_sum(page: &Page, runs: &Runs) -> u64 {
-    sum_of(page.as_bytes(), runs.stretches().map(|(_, target)| target))
+impl<'a> Piece<'a> {
+    /// What a piece is read from.
+    fn source(page: &'a Page, runs: &Runs) -> Self {
+        Self {
+            page,
+            algorithm: Algorithm::of(page),
+            stretches: runs.stretches().map(|(source, _)| source).collect(),
+        }
+    }
+
+    /// What a piece was written to.
+    fn target(page: &'a Page, runs: &Runs, algorithm: Algorithm) -> Self {
+        Self {
+            page,
+            algorithm,
+            stretches: runs.stretches().map(|(_, target)| target).collect(),
+        }
+    }
+
+    /// Whether the device that the page lies on sums it.
+    const fn is_for_device(&self) -> bool {
+        self.page.is_on_device() && matches!(self.algorithm, Algorithm::Fold)
+    }
+
+    /// Its sum, by this thread.
+    fn sum(&self) -> io::Result<u64> {
+        let bytes = self.page.to_host()?;
+        Ok(match self.algorithm {
+            Algorithm::Xxh3 => sum_of(&bytes, self.stretches.iter().cloned()),
+            Algorithm::Fold => {
+                let stretches = self.stretches.iter().map(|range| &bytes[range.clone()]);
+                let mut fold = Fold::default();
+                stretches.for_each(|stretch| fold.update(stretch));
+                fold.digest()
+            }
+        })
+    }
+}
+
+/// The sums of some pieces, in order. Those of one device's memory are made by it, together.
+fn sums(pieces: Vec<Piece<'_>>) -> io::Result<Vec<u64>> {
+    let first = pieces.first().and_then(|piece| piece.page.arena());
+    let device = first.and_then(|(arena, _)| Some((arena.id(), arena.device()?)));
+    let Some((id, device)) = device else {
+        return pieces.iter().map(Piece::sum).collect();
+    };
+    let is_its_own = |piece: &Piece<'_>| {
+        let arena = piece.page.arena();
+        piece.is_for_device() && arena.is_some_and(|(arena, _)| arena.id() == id)
+    };
+    if !pieces.iter().all(is_its_own) {
+        return pieces.iter().map(Piece::sum).collect();
+    }
+    let in_arena: Vec<_> = pieces
+        .into_iter()
+        .map(|piece| {
+            let offset = piece.page.arena().map_or(0, |(_, offset)| offset);
+            let moved = |range: Range<usize>| range.start + offset..range.end + offset;
+            piece.stretches.into_iter().map(moved).collect()
+        })
+        .collect();
+    device.fold(&in_arena)
 }
 
 impl Landed {
-    fn mismatch(&self) -> Option<Mismatch> {
+    fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
         let parts = self.parts.iter();
+        parts.map(|part| Piece::target(&self.page, &part.runs, part.expected.algorithm))
+    }
+
+    /// The first piece that is not what was sent, by its sums.
+    fn mismatch(&self, found: &[u64]) -> Option<Mismatch> {
+        let parts = self.parts.iter().zip(found);
         parts
-            .map(|part| Mismatch {
+            .map(|(part, found)| Mismatch {
                 part: part.part,
-                expected: part.expected,
-                found: target_sum(&self.page, &part.runs),
+                expected: part.expected.value,
+                found: *found,
             })
             .find(|part| part.found != part.expected)
+    }
+}
+
+/// Checks pages together. What a device cannot read back is as good as damaged.
+fn check(batch: Vec<Landed>, inbox: &Inbox) {
+    let pieces = batch.iter().flat_map(Landed::pieces).collect();
+    let found = sums(pieces).unwrap_or_else(|error| {
+        tracing::error!(%error, "kv on a device cannot be summed");
+        Vec::new()
+    });
+    let mut rest = &found[..];
+    for landed in batch {
+        let (own, later) = rest.split_at(landed.parts.len().min(rest.len()));
+        rest = later;
+        let mismatch = if own.len() == landed.parts.len() {
+            landed.mismatch(own)
+        } else {
+            let expected = landed.parts.first().map_or(0, |part| part.expected.value);
+            Some(Mismatch {
+                part: 0,
+                expected,
+                found: !expected,
+            })
+        };
+        inbox.happened(Happening::Checked(Checked {
+            transfer: landed.transfer,
+            region: landed.region,
+            index: landed.index,
+            page: landed.page,
+            mismatch,
+        }));
     }
 }
 
@@ -72,6 +224,8 @@ struct Jobs {
     landed: VecDeque<Landed>,
     offered: VecDeque<Summing>,
     stopped: bool,
+    /// Threads that sleep. The others look again by themselves, so nobody need be woken for them.
+    idle: usize,
 }
 
 #[derive(Debug, Default)]
@@ -89,7 +243,7 @@ pub(super) struct ChecksumThreads {
 
 impl ChecksumThreads {
     /// Starts `count` threads that report to the inbox.
-    pub(super) fn start(count: usize, inbox: &Arc<Inbox>) -> std::io::Result<Self> {
+    pub(super) fn start(count: usize, inbox: &Arc<Inbox>) -> io::Result<Self> {
         let queue = Arc::new(Queue::default());
         let mut started = Self {
             queue,
@@ -107,8 +261,13 @@ impl ChecksumThreads {
     }
 
     pub(super) fn check(&self, landed: Landed) {
-        self.queue.lock().landed.push_back(landed);
-        self.queue.wake.notify_one();
+        let mut jobs = self.queue.lock();
+        jobs.landed.push_back(landed);
+        let idle = jobs.idle;
+        drop(jobs);
+        if idle > 0 {
+            self.queue.wake.notify_one();
+        }
     }
 
     pub(super) fn sum(&self, offered: Summing) {
@@ -137,46 +296,88 @@ impl Queue {
     fn work(&self, inbox: &Inbox) {
         loop {
             let mut jobs = self.lock();
+            jobs.idle += 1;
             self.wake.wait_while(&mut jobs, |jobs| {
                 !jobs.stopped && jobs.landed.is_empty() && jobs.offered.is_empty()
             });
+            jobs.idle -= 1;
             if jobs.stopped {
                 return;
             }
             if let Some(landed) = jobs.landed.pop_front() {
+                let batch = jobs.with_neighbours(landed);
                 drop(jobs);
-                let mismatch = landed.mismatch();
-                inbox.happened(Happening::Checked(Checked {
-                    transfer: landed.transfer,
-                    region: landed.region,
-                    index: landed.index,
-                    page: landed.page,
-                    mismatch,
-                }));
+                check(batch, inbox);
             } else if let Some(offered) = jobs.offered.pop_front() {
                 drop(jobs);
-                self.sum_one(offered, inbox);
+                self.sum_some(offered, inbox);
             }
         }
     }
 
-    /// Sums one piece and puts the job back in front, so that a long sequence holds up no landed page.
-    fn sum_one(&self, mut offered: Summing, inbox: &Inbox) {
+    /// Sums one piece, or as many as a device takes, and puts the job back in front, so that a long sequence holds up no
+    /// landed page.
+    fn sum_some(&self, mut offered: Summing, inbox: &Inbox) {
         let of = offered.of;
         let given_up = offered.given_up.load(Ordering::Acquire);
-        match offered.parts.pop_front() {
-            Some((page, runs)) if !given_up => {
-                let checksum = source_sum(&page, &runs);
-                drop(page);
-                inbox.happened(Happening::Hashed { of, checksum });
+        let count = match offered.parts.front() {
+            Some((page, _)) if page.is_on_device() => DEVICE_PIECES_MAX,
+            Some(_) => 1,
+            None => 0,
+        };
+        if count == 0 || given_up {
+            drop(offered);
+            inbox.happened(Happening::HashingEnded { of });
+            return;
+        }
+        let some: Vec<_> = offered
+            .parts
+            .drain(..count.min(offered.parts.len()))
+            .collect();
+        let pieces: Vec<_> = some
+            .iter()
+            .map(|(page, runs)| Piece::source(page, runs))
+            .collect();
+        let algorithms: Vec<_> = pieces.iter().map(|piece| piece.algorithm).collect();
+        let made = sums(pieces);
+        drop(some);
+        match made {
+            Ok(made) => {
+                for (algorithm, value) in algorithms.into_iter().zip(made) {
+                    let checksum = Checksum { algorithm, value };
+                    inbox.happened(Happening::Hashed { of, checksum });
+                }
                 self.lock().offered.push_front(offered);
                 self.wake.notify_one();
             }
-            last => {
-                drop(last);
+            Err(error) => {
+                // Nobody gets the lease's KV; it ends as one that nobody asked for.
+                tracing::error!(%error, "kv on a device cannot be summed");
                 drop(offered);
                 inbox.happened(Happening::HashingEnded { of });
             }
         }
+    }
+}
+
+impl Jobs {
+    /// A landed page with those that its device sums in the same call.
+    fn with_neighbours(&mut self, first: Landed) -> Vec<Landed> {
+        let arena = |landed: &Landed| {
+            let (arena, _) = landed.page.arena()?;
+            landed.page.is_on_device().then(|| arena.id())
+        };
+        let Some(of) = arena(&first) else {
+            return vec![first];
+        };
+        let mut pieces = first.parts.len();
+        let mut batch = vec![first];
+        while pieces < DEVICE_PIECES_MAX
+            && let Some(next) = self.landed.pop_front_if(|next| arena(next) == Some(of))
+        {
+            pieces += next.parts.len();
+            batch.push(next);
+        }
+        batch
     }
 }

@@ -14,6 +14,7 @@ use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
+use super::checksum::Checksum;
 use super::state::{Nonce, OpaqueState, RankRecord};
 
 /// Events that wait for the desk at most.
@@ -96,7 +97,7 @@ pub(super) enum Happening {
     /// The next checksum.
     Hashed {
         of: SumsOf,
-        checksum: u64,
+        checksum: Checksum,
     },
     /// The checksum threads hold no page for these any more.
     HashingEnded {

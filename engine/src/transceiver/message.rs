@@ -1,10 +1,11 @@
 //! What the two transceivers say to each other, over any transport's messages and notes.
 //!
 //! Generation to context: request, acknowledge, release, cancel. Context to generation: refuse, done, abort. Messages
-//! are JSON, bounded by the transport; a piece's note is 32 fixed bytes, as it comes with every piece.
+//! are JSON, bounded by the transport; a piece's note is 33 fixed bytes, as it comes with every piece.
 
 use serde::{Deserialize, Serialize};
 
+use super::checksum::{Algorithm, Checksum};
 use super::desk::RankEvent;
 use super::info::RankTotals;
 use super::state::{LayoutRecord, Nonce};
@@ -113,32 +114,36 @@ pub(super) struct PieceNote {
     pub(super) rank: u32,
     /// Index among the pieces that this sender has for this receiver.
     pub(super) piece: u32,
-    /// XXH3-64 of the payload.
-    pub(super) checksum: u64,
+    /// Of the payload.
+    pub(super) checksum: Checksum,
 }
 
 /// Bytes of an encoded note.
-const NOTE_BYTES: usize = 32;
+const NOTE_BYTES: usize = 33;
 
 impl PieceNote {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(NOTE_BYTES);
         out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
-        out.extend_from_slice(&self.checksum.to_le_bytes());
+        out.extend_from_slice(&self.checksum.value.to_le_bytes());
         out.extend_from_slice(&self.piece.to_le_bytes());
         out.extend_from_slice(&self.rank.to_le_bytes());
+        out.push(self.checksum.algorithm.number());
         out
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; NOTE_BYTES] = bytes.try_into().ok()?;
-        let (words, _) = bytes.as_chunks::<8>();
+        let (words, algorithm) = bytes.as_chunks::<8>();
         let (halves, _) = words[3].as_chunks::<4>();
         Some(Self {
             ctx_request_id: u64::from_le_bytes(words[0]),
             epoch: u64::from_le_bytes(words[1]),
-            checksum: u64::from_le_bytes(words[2]),
+            checksum: Checksum {
+                algorithm: Algorithm::numbered(algorithm[0])?,
+                value: u64::from_le_bytes(words[2]),
+            },
             piece: u32::from_le_bytes(halves[0]),
             rank: u32::from_le_bytes(halves[1]),
         })
@@ -157,10 +162,15 @@ mod tests {
             epoch: u64::MAX,
             rank: 3,
             piece: 7,
-            checksum: 0xdead_beef,
+            checksum: Checksum {
+                algorithm: Algorithm::Fold,
+                value: 0xdead_beef,
+            },
         };
         let bytes = note.encode();
         assert_eq!(PieceNote::decode(&bytes), Some(note));
+        let unknown = [&bytes[..bytes.len() - 1], &[9]].concat();
+        assert_eq!(PieceNote::decode(&unknown), None);
         assert_eq!(PieceNote::decode(&bytes[1..]), None);
     }
 
@@ -190,7 +200,9 @@ mod tests {
         #[test]
         fn any_bytes_decode_or_fail(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             prop_assert!(Message::decode(&bytes).is_err());
-            prop_assert_eq!(PieceNote::decode(&bytes).is_some(), bytes.len() == NOTE_BYTES);
+            let known = bytes.last().is_some_and(|number| Algorithm::numbered(*number).is_some());
+            let right = bytes.len() == NOTE_BYTES && known;
+            prop_assert_eq!(PieceNote::decode(&bytes).is_some(), right);
         }
     }
 }

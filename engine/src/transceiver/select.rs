@@ -1,6 +1,6 @@
 //! In which order transports are preferred, and what came of it. Pure.
 //!
-//! `DEFAULT` takes the fastest that loads; a name takes that one first and, where it is not there, says so once and
+//! `DEFAULT` takes the fastest that loads, between devices first where the pages lie on one; a name takes that one first and, where it is not there, says so once and
 //! goes on with what needs no library. TCP is always last, because it always works; asked for, it is alone.
 
 use std::ffi::OsString;
@@ -9,6 +9,9 @@ use baton_configs::transceiver::{PreferredTransport, TransportChoice};
 
 /// What is tried when nothing is asked for, best first.
 const DEFAULT_ORDER: [&str; 4] = ["nixl", "ucx", "shm", "tcp"];
+
+/// The fabric between devices; what it moves is nowhere else.
+const BETWEEN_DEVICES: &str = "cuda_ipc";
 
 /// What is left when what was asked for is not there.
 const FALL_BACK: [&str; 2] = ["shm", "tcp"];
@@ -43,9 +46,10 @@ pub(super) struct Choice {
 pub(super) type Tried = (&'static str, Option<String>);
 
 impl Preference {
-    /// What config and environment ask for.
+    /// What config and environment ask for, of pages on this device or in the host's memory.
     pub(super) fn new(
         choice: TransportChoice,
+        device: Option<usize>,
         variable: impl Fn(&str) -> Option<OsString>,
     ) -> Self {
         let set = |name: &str| variable(name).is_some_and(|value| value == "1");
@@ -59,7 +63,11 @@ impl Preference {
             TransportChoice::Preferred(preferred) => Some((name_of(preferred), config)),
         };
         let order = match asked {
-            None => DEFAULT_ORDER.to_vec(),
+            None => device
+                .map(|_| BETWEEN_DEVICES)
+                .into_iter()
+                .chain(DEFAULT_ORDER)
+                .collect(),
             Some(("tcp", _)) => vec!["tcp"],
             Some((first, _)) => {
                 let rest = FALL_BACK.into_iter().filter(|name| *name != first);
@@ -111,6 +119,7 @@ const fn name_of(preferred: PreferredTransport) -> &'static str {
         PreferredTransport::Mpi => "mpi",
         PreferredTransport::Mooncake => "mooncake",
         PreferredTransport::Shm => "shm",
+        PreferredTransport::CudaIpc => BETWEEN_DEVICES,
     }
 }
 
@@ -123,7 +132,7 @@ mod tests {
     }
 
     fn preferred(preferred: PreferredTransport) -> Preference {
-        Preference::new(TransportChoice::Preferred(preferred), nothing_set)
+        Preference::new(TransportChoice::Preferred(preferred), None, nothing_set)
     }
 
     fn missing(name: &'static str) -> Tried {
@@ -132,8 +141,11 @@ mod tests {
 
     #[test]
     fn default_takes_the_best_that_is_there_and_says_what_is_not() {
-        let preference = Preference::new(TransportChoice::Default, nothing_set);
+        let preference = Preference::new(TransportChoice::Default, None, nothing_set);
         assert_eq!(preference.order, DEFAULT_ORDER);
+        let on_device = Preference::new(TransportChoice::Default, Some(0), nothing_set);
+        assert_eq!(on_device.order[0], "cuda_ipc");
+        assert_eq!(on_device.order[1..], DEFAULT_ORDER);
         let all = DEFAULT_ORDER.map(|name| (name, None));
         let choice = preference.choose(&all).unwrap();
         assert_eq!((choice.transport, choice.fell_back), ("nixl", false));
@@ -165,18 +177,20 @@ mod tests {
             "cache_transceiver_config.backend asks for ucx; using shm (no ucx: its library is not there)"
         );
         assert_eq!(preferred(PreferredTransport::Shm).order, ["shm", "tcp"]);
+        let between = preferred(PreferredTransport::CudaIpc);
+        assert_eq!(between.order, ["cuda_ipc", "shm", "tcp"]);
     }
 
     #[test]
     fn tcp_asked_for_is_alone() {
-        let tcp = Preference::new(TransportChoice::Tcp, nothing_set);
+        let tcp = Preference::new(TransportChoice::Tcp, None, nothing_set);
         assert_eq!(tcp.order, ["tcp"]);
     }
 
     #[test]
     fn variables_choose_where_the_config_does_not() {
         let mpi = |name: &str| (name == "TRTLLM_USE_MPI_KVCACHE").then(|| "1".into());
-        let asked = Preference::new(TransportChoice::Default, mpi);
+        let asked = Preference::new(TransportChoice::Default, None, mpi);
         assert_eq!(asked.order, ["mpi", "shm", "tcp"]);
         let fallen = asked.choose(&[missing("mpi"), ("tcp", None)]).unwrap();
         assert!(
@@ -184,12 +198,15 @@ mod tests {
                 .reason
                 .starts_with("TRTLLM_USE_MPI_KVCACHE asks for mpi")
         );
-        assert_eq!(Preference::new(TransportChoice::Tcp, mpi).order, ["tcp"]);
+        assert_eq!(
+            Preference::new(TransportChoice::Tcp, None, mpi).order,
+            ["tcp"]
+        );
         let not_one = |_: &str| Some("true".into());
-        let untouched = Preference::new(TransportChoice::Default, not_one);
+        let untouched = Preference::new(TransportChoice::Default, None, not_one);
         assert_eq!(untouched.order, DEFAULT_ORDER);
         let all = |_: &str| Some("1".into());
-        let first = Preference::new(TransportChoice::Default, all);
+        let first = Preference::new(TransportChoice::Default, None, all);
         assert_eq!(first.order, ["ucx", "shm", "tcp"]);
     }
 }

@@ -12,7 +12,7 @@ use crate::page::PageShape;
 use crate::transport::EndpointRecord;
 
 /// Of the state and of the messages; both sides must have the same.
-pub(super) const PROTOCOL_VERSION: u32 = 2;
+pub(super) const PROTOCOL_VERSION: u32 = 3;
 
 /// Longest state that is read.
 const STATE_BYTES_MAX: usize = 256 << 10;
@@ -276,10 +276,9 @@ mod tests {
         let mut newer = state();
         newer.version = 9;
         let error = OpaqueState::decode(&newer.encode().unwrap()).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "hand-off state not understood: version 9 there, 2 here"
-        );
+        let expected =
+            format!("hand-off state not understood: version 9 there, {PROTOCOL_VERSION} here");
+        assert_eq!(error.to_string(), expected);
     }
 
     #[test]

@@ -12,9 +12,10 @@ use super::*;
 use crate::backend::BlockId;
 use crate::handoff::{HandoffStats, LeaseEnd, RanksEvent};
 use crate::page::{KvDtype, Page, PageShape};
-use crate::transport::memory;
+use crate::transport::{MemoryKind, memory};
 
 mod adversity;
+mod device;
 mod life;
 mod ranks;
 mod resharding;
@@ -51,7 +52,8 @@ impl Wire {
 /// Every transport between processes that this machine has: those that can be cut, stalled and lied over.
 fn links() -> Vec<Wire> {
     let there = |kind: &Kind| match (kind.probe)() {
-        Ok(_) => Some(Wire(kind.name)),
+        Ok(there) if there.memory.contains(&MemoryKind::Host) => Some(Wire(kind.name)),
+        Ok(_) => None,
         Err(missing) => {
             eprintln!("not over {}: {missing}", kind.name);
             None
@@ -108,6 +110,8 @@ struct Instance {
     /// What the ranks have to do together.
     ranks_events: Vec<RanksEvent>,
     next_block: BlockId,
+    /// Its pages lie on a device.
+    on_device: bool,
 }
 
 impl Instance {
@@ -133,13 +137,23 @@ impl Instance {
             ended: BTreeMap::new(),
             ranks_events: Vec::new(),
             next_block: 0,
+            on_device: false,
         }
+    }
+
+    /// Empty pages; see [`blank_pages`].
+    fn blank_pages(&self, count: usize, number: u64) -> Vec<Page> {
+        if self.on_device {
+            return device::pool(self.shape, count);
+        }
+        blank_pages(self.shape, count, number)
     }
 
     /// Offers pages whose content depends on `id`.
     fn offer(&mut self, id: u64, pages: usize) -> HandoffTicket {
         let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
-        let pages: Vec<_> = blank_pages(self.shape, pages, id)
+        let pages: Vec<_> = self
+            .blank_pages(pages, id)
             .into_iter()
             .enumerate()
             .map(|(index, mut page)| {
@@ -167,7 +181,8 @@ impl Instance {
 
     fn fetch(&mut self, request: u64, ticket: &HandoffTicket, pages: usize) {
         let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
-        let pages = blank_pages(self.shape, pages, request)
+        let pages = self
+            .blank_pages(pages, request)
             .into_iter()
             .map(|page| {
                 let block = self.next_block;
@@ -265,8 +280,12 @@ impl Instance {
         let tokens = (pages * block).saturating_sub(5);
         for (index, page) in (0..pages).zip(first..) {
             let sent = filled(shape, id, index);
-            let rows = self.back[&page].as_bytes().chunks(row);
-            for (at, (came, sent)) in rows.zip(sent.as_bytes().chunks(row)).enumerate() {
+            let came = self.back[&page].to_host().unwrap();
+            for (at, (came, sent)) in came
+                .chunks(row)
+                .zip(sent.as_bytes().chunks(row))
+                .enumerate()
+            {
                 if index * block + at % block < tokens {
                     assert_eq!(came, sent, "row {at} of page {index} of {id}");
                 } else {
@@ -303,9 +322,9 @@ fn filled(shape: PageShape, id: u64, index: usize) -> Page {
 
 fn fill(page: &mut Page, id: u64, index: usize) {
     let seed = id.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
-    for (at, byte) in page.as_bytes_mut().iter_mut().enumerate() {
-        *byte = u8::try_from((seed + at as u64 * 13 + at as u64 / 251) % 255).unwrap() + 1;
-    }
+    let byte = |at: u64| u8::try_from((seed + at * 13 + at / 251) % 255).unwrap() + 1;
+    let bytes: Vec<u8> = (0..page.shape().bytes() as u64).map(byte).collect();
+    page.write(0, &bytes).unwrap();
 }
 
 /// A context and a generation instance over one wire.

@@ -17,7 +17,7 @@ use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::staging::StagingSize;
 use crate::transport::{
     Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
-    TransportSink, Write, mpi, nixl, shm, tcp, ucx,
+    TransportSink, Write, cuda_ipc, mpi, nixl, shm, tcp, ucx,
 };
 
 /// A transport that this build has.
@@ -35,6 +35,17 @@ pub(super) type Start = fn(&TransceiverParams, TransportSink) -> Result<Arc<dyn 
 
 /// All of them.
 pub(super) const KINDS: &[Kind] = &[
+    Kind {
+        name: "cuda_ipc",
+        probe: || match cuda_ipc::probe() {
+            Ok(()) => Ok(cuda_ipc::CAPABILITY),
+            Err(missing) => Err(missing.to_string()),
+        },
+        start: |params, events| match params.device {
+            Some(device) => link(cuda_ipc::start(device, link_params(params, 0), events)),
+            None => Err("this instance's kv is in the host's memory".to_owned()),
+        },
+    },
     Kind {
         name: "nixl",
         probe: || match nixl::probe() {

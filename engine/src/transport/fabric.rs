@@ -39,6 +39,8 @@ pub(crate) struct FabricTerms {
     pub(crate) target_in_arena: bool,
     /// Bytes that one call of [`FabricPeer::read`] is given at most, if it has more than one job.
     pub(crate) batch_bytes_max: usize,
+    /// Whether a read may be begun while the one before it is under way. Else [`FabricPeer::begin`] reads, and waits.
+    pub(crate) reads_ahead: bool,
 }
 
 /// An imported arena: what [`FabricPeer::import`] gave, for [`ReadJob::from`].
@@ -200,4 +202,27 @@ pub(crate) trait FabricPeer: Debug + Send {
         deadline: Instant,
         cancelled: &AtomicBool,
     ) -> Result<(), FabricError>;
+
+    /// Begins to read all jobs, as [`FabricPeer::read`] does; what was begun before may still be under way. Whoever calls keeps
+    /// the pages to himself until as many calls of [`FabricPeer::finish`] have returned. After an error nothing of these jobs is
+    /// under way, and no such call is due.
+    ///
+    /// # Errors
+    /// As [`FabricPeer::read`].
+    fn begin(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
+        self.read(jobs, deadline, cancelled)
+    }
+
+    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns.
+    ///
+    /// # Errors
+    /// The first thing that went wrong with it.
+    fn finish(&mut self) -> Result<(), FabricError> {
+        Ok(())
+    }
 }

@@ -291,6 +291,7 @@ impl Fabric for NixlFabric {
             stretch_bytes_min: STRETCH_BYTES_MIN,
             target_in_arena: true,
             batch_bytes_max: BATCH_BYTES_MAX,
+            reads_ahead: false,
         }
     }
 

@@ -240,6 +240,7 @@ impl Fabric for ShmFabric {
             stretch_bytes_min: 0,
             target_in_arena: false,
             batch_bytes_max: 32 << 20,
+            reads_ahead: false,
         }
     }
 

@@ -64,6 +64,7 @@ const TERMS: FabricTerms = FabricTerms {
     // UCX registers what it reads into, and remembers.
     target_in_arena: false,
     batch_bytes_max: 64 << 20,
+    reads_ahead: false,
 };
 
 /// Longest sleep of the thread that answers readers; it wakes when there is something to answer.

@@ -1,8 +1,8 @@
 //! `baton bench kv`: moves the KV of a model's shape between two processes with the engine's own transceiver.
 //!
 //! One process holds the KV and the other fetches it; the first is a child of the second, a process of another machine,
-//! or the next rank of one srun or mpirun. Every byte of every round is compared off the clock, besides the checksums on it. Absent: a model, a
-//! device other than the processor.
+//! or the next rank of one srun or mpirun. Every byte of every round is compared off the clock, besides the checksums on it. The
+//! KV lies in ordinary memory, or in that of GPUs. Absent: a model.
 //!
 //! Invariant: a run is valid only when each case that was planned passed and moved exactly what it should.
 
@@ -31,11 +31,12 @@ use self::control::Control;
 use self::fetch::{Failure, Rounds, Tally};
 use self::hold::of_control;
 use self::message::{Answer, Ask, PROTOCOL, Setting};
+use self::pages::{Device, Side};
 use self::ranks::Part;
 use self::report::{CaseResult, Status};
 use self::shape::{Cut, Geometry, Shape, ShapeRecord};
 use self::transports::Selection;
-use crate::cli::{BenchKvArgs, ShapeArgs, TransportArg};
+use crate::cli::{BenchKvArgs, KvDeviceArg, ShapeArgs, TransportArg};
 use crate::exit::{Outcome, WithOutcome};
 
 pub(crate) use self::report::Report;
@@ -66,6 +67,7 @@ struct Case {
 #[derive(Debug, Clone, PartialEq)]
 struct Plan {
     shape: ShapeRecord,
+    device: Device,
     /// Tokens, tokens per block, KV of a request.
     sizes: Vec<(usize, Option<usize>, Geometry)>,
     concurrency: Vec<usize>,
@@ -93,7 +95,8 @@ pub(crate) fn run(args: &BenchKvArgs) -> anyhow::Result<Outcome> {
     }
     let plan = Plan::new(args)?;
     // What is missing here is said before anything is started.
-    transports::select(&args.transport, &[])?;
+    transports::select(&args.transport, plan.device, &[])?;
+    plan.device.ordinal(Side::Fetching)?;
     let (mut control, pair) = match &args.peer.peer {
         Some(address) => (Control::connect(address, wait).map_err(of_control)?, None),
         None => match ranks::part(wait)? {
@@ -118,7 +121,7 @@ pub(crate) fn run(args: &BenchKvArgs) -> anyhow::Result<Outcome> {
             (false, None) => say(line),
         }
     };
-    let select = |missing: &[_]| transports::select(&args.transport, missing);
+    let select = |missing: &[_]| transports::select(&args.transport, plan.device, missing);
     let mut report = plan.run(&mut control, select, &mut print)?;
     report.ranks = pair;
     print(&report.footer())?;
@@ -172,7 +175,7 @@ pub(crate) fn quick(floor: Option<f64>) -> anyhow::Result<Report> {
     };
     plan.check_memory(true)?;
     let mut control = Control::child().map_err(of_control)?;
-    let select = |missing: &[_]| transports::select(&[TransportArg::All], missing);
+    let select = |missing: &[_]| transports::select(&[TransportArg::All], Device::Cpu, missing);
     plan.run(&mut control, select, &mut |_| Ok(()))
 }
 
@@ -200,6 +203,10 @@ impl Plan {
             return Err(anyhow!("a concurrency of 0 moves nothing")).outcome(Outcome::Usage);
         }
         Ok(Self {
+            device: match args.device {
+                KvDeviceArg::Cpu => Device::Cpu,
+                KvDeviceArg::Cuda => Device::Cuda,
+            },
             concurrency: args.concurrency.clone(),
             rounds: Rounds {
                 warmup: args.warmup,
@@ -229,6 +236,7 @@ impl Plan {
         }
         Ok(Self {
             shape: record.clone(),
+            device: Device::Cpu,
             sizes,
             concurrency: vec![1],
             rounds: QUICK,
@@ -252,6 +260,10 @@ impl Plan {
 
     /// Half an hour of small cases must not end in a large one that cannot be.
     fn check_memory(&self, both_sides: bool) -> anyhow::Result<()> {
+        if self.device != Device::Cpu {
+            // What a GPU has is said when it is asked for.
+            return Ok(());
+        }
         let needed = self
             .bytes_max()
             .saturating_mul(if both_sides { 2 } else { 1 });
@@ -294,7 +306,10 @@ impl Plan {
         let Selection { names, skipped } = select(&missing)?;
         let cases = self.cases(&names);
         let bytes = usize::try_from(self.bytes_max()).unwrap_or(usize::MAX);
-        let references = reference::measure(bytes);
+        let references = match self.device {
+            Device::Cpu => reference::measure(bytes),
+            Device::Cuda => reference::measure_gpus()?,
+        };
         say(&report::header())?;
         let mut results = Vec::new();
         for case in &cases {
@@ -311,6 +326,7 @@ impl Plan {
             bench: "kv",
             version: env!("CARGO_PKG_VERSION"),
             shape: self.shape.clone(),
+            device: self.device,
             from,
             to: hold::host_name(),
             ranks: None,
@@ -329,6 +345,7 @@ impl Plan {
     fn run_case(&self, control: &mut Control, case: &Case) -> (CaseResult, bool) {
         let setting = Setting {
             transport: case.transport.to_owned(),
+            device: self.device,
             geometry: case.geometry,
             concurrency: case.concurrency,
             run: fresh(),

@@ -156,7 +156,8 @@ fn run_on_stale<B: Backend>(
     for block in (0..).take(blocks) {
         let mut page = backend.lend_page(block);
         // All ones are NaN in every type.
-        page.as_bytes_mut().fill(0xff);
+        let all_ones = vec![0xff; case.shape.bytes()];
+        page.write(0, &all_ones).expect("a page of this device");
         backend.return_page(block, page);
     }
     feed(backend, case, sequences, steps)
@@ -391,7 +392,10 @@ pub(crate) fn written_kv_is_rounded_to_nearest_even<B: Backend>(backend: &mut B)
             logit_rows: Vec::new(),
         };
         backend.write_kv(1, &batch, &k, &v);
-        let page = backend.share_page(0);
+        let page = backend
+            .share_page(0)
+            .copied()
+            .expect("a page of this device");
         let found: Vec<f64> = match dtype {
             KvDtype::F32 => page.as_f32().iter().map(|x| f64::from(*x)).collect(),
             KvDtype::F16 => page
@@ -419,12 +423,10 @@ pub(crate) fn written_kv_is_rounded_to_nearest_even<B: Backend>(backend: &mut B)
             expected[at(1)] = 2.0;
         }
         assert_eq!(found, expected, "{dtype:?}");
-        assert!(
-            backend
-                .share_page(1)
-                .as_bytes()
-                .iter()
-                .all(|byte| *byte == 0)
-        );
+        let other = backend
+            .share_page(1)
+            .copied()
+            .expect("a page of this device");
+        assert!(other.as_bytes().iter().all(|byte| *byte == 0));
     }
 }

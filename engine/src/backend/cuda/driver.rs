@@ -3,7 +3,7 @@
 //! Everything is ordered by the one stream: a copy or kernel sees what was put there before it, and memory that is given
 //! back may be handed out again at once, because whoever uses it next comes later in the stream. Nothing here waits but
 //! [`Gpu::synchronize`] and what says so. Invariant: every owner of something of the driver's holds an `Arc` of its [`Gpu`], so
-//! the context outlives it. Absent: other streams, peers, unified memory.
+//! the context outlives it. Another stream is another [`Gpu`] of the same device (`peer.rs`). Absent: unified memory.
 
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
@@ -38,6 +38,7 @@ pub(super) fn check(call: &'static str, status: CUresult) -> Result<(), CudaErro
 /// A device and the stream that all its work is put on.
 pub(super) struct Gpu {
     device: sys::CUdevice,
+    ordinal: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
     pub(super) name: String,
@@ -61,6 +62,11 @@ impl fmt::Debug for Gpu {
 impl Gpu {
     /// The first device that this process may see (`CUDA_VISIBLE_DEVICES`).
     pub(super) fn open() -> Result<Arc<Self>, CudaError> {
+        Self::open_at(0)
+    }
+
+    /// How many devices this process may see; at least one.
+    pub(super) fn count() -> Result<usize, CudaError> {
         // SAFETY: it opens the library and looks for nothing in it.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
@@ -73,13 +79,23 @@ impl Gpu {
         check("cuDeviceGetCount", unsafe {
             sys::cuDeviceGetCount(&raw mut count)
         })?;
-        if count == 0 {
-            return Err(CudaError::NoDevice("the driver shows none".to_owned()));
+        match usize::try_from(count) {
+            Ok(count) if count > 0 => Ok(count),
+            _ => Err(CudaError::NoDevice("the driver shows none".to_owned())),
         }
+    }
+
+    /// One of these devices, with a stream of its own. All that are opened of one device share its context.
+    pub(super) fn open_at(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        let count = Self::count()?;
+        let number = c_int::try_from(ordinal).ok().filter(|_| ordinal < count);
+        let number = number.ok_or_else(|| {
+            CudaError::NoDevice(format!("number {ordinal} of {count} that the driver shows"))
+        })?;
         let mut device = 0;
-        // SAFETY: there is at least one device, and the target is a valid integer.
+        // SAFETY: there are more devices than that, and the target is a valid integer.
         check("cuDeviceGet", unsafe {
-            sys::cuDeviceGet(&raw mut device, 0)
+            sys::cuDeviceGet(&raw mut device, number)
         })?;
         let name = name_of(device)?;
         let major = attribute(
@@ -101,6 +117,7 @@ impl Gpu {
         })?;
         let mut gpu = Self {
             device,
+            ordinal,
             context,
             stream: ptr::null_mut(),
             name,
@@ -130,9 +147,19 @@ impl Gpu {
         Ok(())
     }
 
+    /// Its number among the devices that this process may see.
+    pub(super) const fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
     /// For libraries that put work on the stream.
     pub(super) const fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// For calls that name it.
+    pub(super) const fn context(&self) -> sys::CUcontext {
+        self.context
     }
 
     /// The compiler's name of this device's instruction set.

@@ -37,11 +37,12 @@ pub(super) enum Source {
     AttentionAny,
     AttentionPrefill,
     AttentionDecode,
+    Handoff,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -57,6 +58,7 @@ impl Source {
         Self::AttentionAny,
         Self::AttentionPrefill,
         Self::AttentionDecode,
+        Self::Handoff,
     ];
 
     /// File name and text.
@@ -82,6 +84,7 @@ impl Source {
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
             Self::AttentionDecode => kernel!("attention_decode.cu"),
+            Self::Handoff => kernel!("handoff.cu"),
         }
     }
 

@@ -570,7 +570,7 @@ fn kv_target(
     assert!(layer < shape.layers, "layer {layer} is not in the page");
     KvTarget {
         pages: pages.memory().address(),
-        page_len: long(shape.len()),
+        page_len: long(pages.stride_len()),
         row_blocks: step.row_blocks,
         positions: step.positions,
         layer: int(layer),

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use crate::handoff::LeaseEnd;
 use crate::page::Page;
+use crate::transceiver::checksum::Checksum;
 use crate::transceiver::message::Taker;
 use crate::transceiver::reshard::Piece;
 use crate::transceiver::state::{LayoutRecord, Nonce};
@@ -29,7 +30,7 @@ pub(super) struct Lease {
     /// What is held of each page, as this rank would send it to its like.
     pub(super) held: Vec<Runs>,
     /// Of what is held of the first pages, as far as they are summed.
-    pub(super) checksums: Vec<u64>,
+    pub(super) checksums: Vec<Checksum>,
     /// Jobs of the checksum threads that hold pages.
     pub(super) hashing: usize,
     pub(super) given_up: Arc<AtomicBool>,
@@ -71,7 +72,7 @@ pub(super) struct Serving {
     /// For each piece, where its checksum is.
     pub(super) sums: Vec<Sum>,
     /// Checksums of pieces that are not all that is held of a page, as far as they are made.
-    pub(super) own_sums: Vec<u64>,
+    pub(super) own_sums: Vec<Checksum>,
     pub(super) given_up: Arc<AtomicBool>,
     /// The next piece to submit.
     pub(super) next: usize,
@@ -139,7 +140,7 @@ impl Lease {
     }
 
     /// A piece's checksum, once it is made.
-    pub(super) fn checksum(&self, serving: &Serving, piece: usize) -> Option<u64> {
+    pub(super) fn checksum(&self, serving: &Serving, piece: usize) -> Option<Checksum> {
         match serving.sums[piece] {
             Sum::Page(page) => self.checksums.get(page).copied(),
             Sum::Own(index) => serving.own_sums.get(index).copied(),

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::Desk;
 use super::lease::{Lease, Serving, Taking};
 use crate::handoff::{LeaseEnd, Offer};
-use crate::transceiver::checksum::Summing;
+use crate::transceiver::checksum::{Checksum, Summing};
 use crate::transceiver::inbox::SumsOf;
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, PieceNote, Request, Taker};
@@ -294,7 +294,7 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_hashed(&mut self, of: SumsOf, checksum: u64) {
+    pub(super) fn on_hashed(&mut self, of: SumsOf, checksum: Checksum) {
         match of {
             SumsOf::Lease(id) => {
                 let Some(lease) = self.leases.get_mut(&id) else {

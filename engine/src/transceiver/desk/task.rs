@@ -8,7 +8,7 @@ use crate::backend::BlockId;
 use crate::handoff::HandoffError;
 use crate::page::Page;
 use crate::request::RequestId;
-use crate::transceiver::checksum::Unsummed;
+use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
 use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, PieceNote, Taker};
 use crate::transceiver::state::printable;
@@ -66,7 +66,7 @@ pub(super) struct Part {
     pub(super) source: usize,
     /// Index among the source's pieces.
     pub(super) piece: usize,
-    pub(super) checksum: u64,
+    pub(super) checksum: Checksum,
     /// What the transport has found, if it has looked.
     pub(super) found: Option<u64>,
 }
@@ -77,6 +77,7 @@ pub(super) struct Landing<'a> {
     pub(super) region: RegionId,
     pub(super) runs: &'a Runs,
     pub(super) note: &'a [u8],
+    /// XXH3-64, where the transport has made it.
     pub(super) checksum: Option<u64>,
 }
 
@@ -208,6 +209,10 @@ impl FetchTask {
                 note.ctx_request_id, self.claim.ctx_request_id
             ));
         }
+        // A transport sums as processors do, whatever the note asks for.
+        let found = landing
+            .checksum
+            .filter(|_| note.checksum.algorithm == Algorithm::Xxh3);
         let from = &mut self.sources[source];
         if note.rank as usize != from.rank {
             return Err(format!("a piece of rank {}", note.rank));
@@ -228,15 +233,15 @@ impl FetchTask {
             source,
             piece: index,
             checksum: note.checksum,
-            found: landing.checksum,
+            found,
         });
-        let differs = landing.checksum.filter(|found| *found != note.checksum);
+        let differs = found.filter(|found| *found != note.checksum.value);
         Ok(Landed {
             page: expected.page,
             is_last: slot.landed.len() == slot.pieces,
             mismatch: differs.map(|found| Mismatch {
                 part: slot.landed.len() - 1,
-                expected: note.checksum,
+                expected: note.checksum.value,
                 found,
             }),
         })

@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use super::*;
+use crate::transceiver::checksum::{Algorithm, Checksum};
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
 use crate::transport::{
     EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
@@ -372,7 +373,8 @@ fn a_request_of_another_protocol_is_refused_by_number() {
         };
         match Message::decode(&message).unwrap() {
             Message::Refused { reason, .. } => {
-                assert_eq!(reason, "hand-off protocol 99 asked for, 2 here");
+                let expected = format!("hand-off protocol 99 asked for, {PROTOCOL_VERSION} here");
+                assert_eq!(reason, expected);
             }
             other => panic!("{other:?}"),
         }
@@ -457,7 +459,10 @@ fn a_lying_context_server_is_found_out_and_no_page_is_lost() {
 fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let transfer = request.transfer;
     let source = Arc::new(filled(SHAPE, 1, 0));
-    let checksum = xxhash_rust::xxh3::xxh3_64(source.as_bytes());
+    let checksum = Checksum {
+        algorithm: Algorithm::Xxh3,
+        value: xxhash_rust::xxh3::xxh3_64(source.as_bytes()),
+    };
     let note = PieceNote {
         ctx_request_id: request.claim.ctx_request_id,
         epoch: request.claim.epoch,

@@ -20,10 +20,12 @@ use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
 use super::pulls::Pulls;
 use crate::page::Page;
 
-/// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`].
+/// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`]. A gigabyte of
+/// an 8B model's pages, as one device reads them from another in 3 ms: less would leave it waiting for descriptors.
 pub(super) const WRITES_OPEN_MAX: usize = 256;
-/// Bytes of those that wait for the wire; the first write is always taken.
-const WRITE_BYTES_QUEUED_MAX: usize = 16 << 20;
+/// Bytes of those that wait for the wire where they follow in the stream; the first write is always taken. What is only
+/// described takes no room.
+pub(super) const STREAM_BYTES_QUEUED_MAX: usize = 16 << 20;
 /// Messages that wait for the wire at most.
 const MESSAGES_QUEUED_MAX: usize = 1024;
 /// Bytes of these.
@@ -125,14 +127,17 @@ pub(super) struct Connection {
     pub(super) pulls: Pulls,
     /// Set with the end; a fabric's read looks at it.
     pub(super) ended: AtomicBool,
+    /// Bytes of writes that may wait for the wire.
+    write_bytes_max: usize,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
 
 impl Connection {
-    pub(super) fn new(id: PeerId, address: String) -> Self {
+    pub(super) fn new(id: PeerId, address: String, write_bytes_max: usize) -> Self {
         Self {
             id,
+            write_bytes_max,
             address,
             pulls: Pulls::default(),
             ended: AtomicBool::new(false),
@@ -171,7 +176,7 @@ impl Connection {
     }
 
     pub(super) fn submit_write(&self, write: Write) -> Submission {
-        let page_bytes = write.source.as_bytes().len();
+        let page_bytes = write.source.shape().bytes();
         // How long the target is, the peer says.
         if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > NOTE_BYTES_MAX {
             return Submission::Invalid;
@@ -180,9 +185,9 @@ impl Connection {
         if !queue.takes_more() {
             return Submission::Gone;
         }
-        let bytes = queue.write_bytes + write.runs.total_bytes();
+        let bytes = queue.write_bytes.saturating_add(write.runs.total_bytes());
         let open = queue.writes.len() + queue.in_flight.len();
-        let full = open >= WRITES_OPEN_MAX || bytes > WRITE_BYTES_QUEUED_MAX;
+        let full = open >= WRITES_OPEN_MAX || bytes > self.write_bytes_max;
         if full && open > 0 {
             return Submission::Busy;
         }

@@ -1,7 +1,8 @@
 //! The writer's side of a pulled write: how the peer may get at the bytes, and what has to stay put meanwhile.
 //!
 //! A source in an arena is read where it lies. Stretches that are too short for the fabric, and pages of private memory,
-//! are gathered into staging memory first. What fits neither way goes through the stream: slower, never wrong.
+//! are gathered into staging memory first; so are pages of a device, where the fabric does not take its memory. What fits
+//! neither way goes through the stream: slower, never wrong.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,9 +13,9 @@ use super::connection::{Connection, Kept};
 use super::frame::Descriptor;
 use crate::page::Page;
 use crate::page::arena::Arena;
-use crate::transport::Write;
 use crate::transport::fabric::{ArenaKey, Fabric};
 use crate::transport::staging::{Staging, StagingSize, plain_shape};
+use crate::transport::{MemoryKind, Write};
 
 /// An arena that peers can read.
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub(super) enum Way {
     Pull(Lent),
     /// Not yet: staging memory is needed and none is free. The connection is woken when that changes.
     Later,
+    /// Not at all: the device failed that the source lies on.
+    Failed(io::Error),
 }
 
 /// See the module. One per transport.
@@ -102,7 +105,9 @@ impl Lender {
             return Way::Later;
         };
         connection.slot_may_be_free();
-        gather(write, slot.page_mut());
+        if let Err(error) = gather(write, slot.page_mut()) {
+            return Way::Failed(error);
+        }
         let placed = slot.page().arena().and_then(|(arena, offset)| {
             let exported = self.export(arena)?;
             Some((exported, offset))
@@ -116,17 +121,27 @@ impl Lender {
     /// A copy with one wrong byte, for a test's fault plan: the peer really reads what is wrong.
     pub(super) fn spoilt(&self, write: &Write, at: usize) -> io::Result<Lent> {
         let bytes = write.runs.total_bytes();
-        let mut pages = Page::pool(plain_shape(bytes), 1)?;
-        let mut page = pages.pop().ok_or(io::ErrorKind::OutOfMemory)?;
-        gather(write, &mut page);
-        let spoilt = &mut page.as_bytes_mut()[at];
-        *spoilt = !*spoilt;
+        let source = write.source.arena().map(|(arena, _)| arena);
+        let mut page = blank(source.filter(|arena| self.takes(arena)), bytes)?;
+        gather(write, &mut page)?;
+        let mut spoilt = [0];
+        page.read(at, &mut spoilt)?;
+        page.write(at, &[!spoilt[0]])?;
         let placed = page.arena().and_then(|(arena, offset)| {
             let exported = self.export(arena)?;
             Some((exported, offset))
         });
         let (arena, offset) = placed.ok_or(io::ErrorKind::Unsupported)?;
         Ok(self.lent(arena, offset, true, Kept::Spoilt(page)))
+    }
+
+    /// Whether the fabric takes memory of this kind.
+    fn takes(&self, arena: &Arena) -> bool {
+        let kind = match arena.device() {
+            Some(_) => MemoryKind::Device,
+            None => MemoryKind::Host,
+        };
+        self.fabric.capability().memory.contains(&kind)
     }
 
     fn lent(&self, arena: Exported, offset: usize, gathered: bool, kept: Kept) -> Lent {
@@ -144,6 +159,9 @@ impl Lender {
     }
 
     fn export(&self, arena: &Arc<Arena>) -> Option<Exported> {
+        if !self.takes(arena) {
+            return None;
+        }
         let number = arena.id();
         let mut exported = self.exported.lock().unwrap_or_else(|e| e.into_inner());
         let key = exported.entry(number).or_insert_with(|| {
@@ -160,12 +178,30 @@ impl Lender {
 }
 
 /// Copies the stretches of a write one after the other.
-fn gather(write: &Write, page: &mut Page) {
-    let source = write.source.as_bytes();
-    let mut rest = page.as_bytes_mut();
+fn gather(write: &Write, page: &mut Page) -> io::Result<()> {
+    if page.is_on_device() {
+        let mut bytes = vec![0; write.runs.total_bytes()];
+        gather_into(write, &mut bytes)?;
+        return page.write(0, &bytes);
+    }
+    gather_into(write, page.as_bytes_mut())
+}
+
+fn gather_into(write: &Write, mut rest: &mut [u8]) -> io::Result<()> {
     for (range, _) in write.runs.stretches() {
         let (now, later) = rest.split_at_mut(range.len());
-        now.copy_from_slice(&source[range]);
+        write.source.read(range.start, now)?;
         rest = later;
     }
+    Ok(())
+}
+
+/// A page for so many bytes in an arena of its own, of the same kind of memory as this one.
+fn blank(like: Option<&Arc<Arena>>, bytes: usize) -> io::Result<Page> {
+    let shape = plain_shape(bytes);
+    let mut pages = match like.and_then(|arena| arena.device()) {
+        Some(device) => Page::pool_on(device.another(Page::arena_bytes(shape, 1)?)?, shape, 1)?,
+        None => Page::pool(shape, 1)?,
+    };
+    pages.pop().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }

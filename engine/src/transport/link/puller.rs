@@ -2,11 +2,14 @@
 //!
 //! A region's page is out of the regions while the fabric writes it, as it is with the thread that reads a stream; so
 //! giving it up meanwhile is `Later`, and it comes back when this thread lets go. Everything that is queued is
-//! read in one call, as much as suits the fabric. Stale regions are not read, but acknowledged.
+//! read in one call, as much as suits the fabric; where it reads ahead, a batch is begun while the one before is under way, so that
+//! the wire does not wait for what follows a read here. Stale regions are not read, but acknowledged. A page of a device is written
+//! by the fabric where it takes such memory, else by way of the host's.
 //!
 //! Invariant: whatever the fabric says, each page that was taken is put back before anything else happens.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +21,8 @@ use crate::page::Page;
 use crate::transport::fabric::{
     Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena,
 };
-use crate::transport::staging::{Slot, Staging};
-use crate::transport::{RegionId, Runs, RunsError, TransportEvent, TransportSink};
+use crate::transport::staging::{Slot, Staging, plain_shape};
+use crate::transport::{MemoryKind, RegionId, Runs, RunsError, TransportEvent, TransportSink};
 
 /// Arenas of one peer at most.
 const ARENAS_MAX: usize = 1024;
@@ -41,6 +44,8 @@ pub(super) enum PullEnd {
     Occupied(Duration),
     #[error("{0}")]
     Runs(#[from] RunsError),
+    #[error("a page on a device cannot be written: {0}")]
+    Device(#[from] io::Error),
 }
 
 /// What all pullers of a transport share.
@@ -56,6 +61,8 @@ pub(super) struct PullerParts {
 pub(super) struct Puller<'a> {
     parts: &'a PullerParts,
     terms: FabricTerms,
+    /// Whether the fabric takes no memory of devices.
+    host_only: bool,
     tuning: &'a LinkTuning,
     connection: &'a Connection,
     regions: &'a Regions,
@@ -63,6 +70,8 @@ pub(super) struct Puller<'a> {
     address: &'a [u8],
     peer: Option<Box<dyn FabricPeer>>,
     arenas: HashMap<u64, RemoteArena>,
+    /// Begun and not finished.
+    flying: Option<Ready>,
 }
 
 /// A pull whose page was taken out.
@@ -72,33 +81,46 @@ struct Landing {
     from: RemoteArena,
     page: Page,
     /// Where the bytes go first, when their targets do not suit the fabric.
-    slot: Option<Slot>,
+    by: Option<Detour>,
     /// From the arena to the page or the slot.
     runs: Runs,
     /// Where the fabric made it.
     checksum: Option<u64>,
 }
 
+/// Memory of the host's on the way to a page.
+#[derive(Debug)]
+enum Detour {
+    /// Of the staging memory.
+    Slot(Slot),
+    /// Of its own, for what no slot takes and no fabric writes.
+    Own(Page),
+}
+
 impl Landing {
     fn job(&mut self) -> ReadJob<'_> {
-        let page = match &mut self.slot {
-            Some(slot) => slot.page_mut(),
+        let page = match &mut self.by {
+            Some(Detour::Slot(slot)) => slot.page_mut(),
+            Some(Detour::Own(page)) => page,
             None => &mut self.page,
         };
         ReadJob::new(self.from, &self.runs, page)
     }
 
-    /// Moves what came into a slot to where it belongs.
-    fn scatter(&mut self) {
-        let Some(slot) = self.slot.take() else {
-            return;
+    /// Moves what went by a detour to where it belongs.
+    fn scatter(&mut self) -> io::Result<()> {
+        let by = self.by.take();
+        let mut rest = match &by {
+            None => return Ok(()),
+            Some(Detour::Slot(slot)) => slot.page().as_bytes(),
+            Some(Detour::Own(page)) => page.as_bytes(),
         };
-        let mut rest = slot.page().as_bytes();
         for (_, target) in self.pull.runs.stretches() {
             let (now, later) = rest.split_at(target.len());
-            self.page.as_bytes_mut()[target].copy_from_slice(now);
+            self.page.write(target.start, now)?;
             rest = later;
         }
+        Ok(())
     }
 }
 
@@ -119,6 +141,11 @@ impl<'a> Puller<'a> {
     ) -> Self {
         Self {
             terms: parts.fabric.terms(),
+            host_only: !parts
+                .fabric
+                .capability()
+                .memory
+                .contains(&MemoryKind::Device),
             parts,
             tuning,
             connection,
@@ -126,6 +153,7 @@ impl<'a> Puller<'a> {
             address,
             peer: None,
             arenas: HashMap::new(),
+            flying: None,
         }
     }
 
@@ -135,9 +163,28 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    /// Reads until the connection's end.
+    /// Reads until the connection's end; what was begun is over then.
     pub(super) fn run(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
-        while let Some(batch) = self.connection.pulls.next(self.terms.batch_bytes_max) {
+        let end = self.pull(sink);
+        let settled = self.settle(sink);
+        end.and(settled)
+    }
+
+    fn pull(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
+        let (pulls, bytes) = (&self.connection.pulls, self.terms.batch_bytes_max);
+        loop {
+            let batch = match self.flying {
+                Some(_) => pulls.try_next(bytes),
+                None => pulls.next(bytes),
+            };
+            let batch = match batch {
+                Some(batch) => batch,
+                None if self.flying.is_some() => {
+                    self.settle(sink)?;
+                    continue;
+                }
+                None => return Ok(()),
+            };
             match batch {
                 Batch::Arena { number, key } => {
                     if self.arenas.len() >= ARENAS_MAX {
@@ -149,7 +196,6 @@ impl<'a> Puller<'a> {
                 Batch::Pulls(pulls) => self.read(pulls, sink)?,
             }
         }
-        Ok(())
     }
 
     fn peer(&mut self) -> Result<&mut Box<dyn FabricPeer>, FabricError> {
@@ -163,26 +209,54 @@ impl<'a> Puller<'a> {
         Ok(self.peer.insert(opened))
     }
 
+    /// Reads a batch, or begins to while the one before is under way. That one is over when this returns.
     fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
         let mut ready = Ready::default();
         let taken = self.take(pulls, &mut ready);
-        let read = taken.and_then(|()| self.carry_out(&mut ready.landings));
+        let begun = taken.and_then(|()| self.begin(&mut ready.landings));
+        let settled = self.settle(sink);
+        if let Err(end) = begun {
+            for landing in ready.landings {
+                self.let_go(landing, false, sink)?;
+            }
+            return Err(end);
+        }
+        // Nothing is in flight where all had to wait for what was: then the next turn may wait.
+        self.flying = Some(ready).filter(|ready| !ready.over.is_empty());
+        settled?;
+        if self.terms.reads_ahead {
+            return Ok(());
+        }
+        self.settle(sink)
+    }
+
+    /// Waits for what was begun and lets it go.
+    fn settle(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
+        let Some(ready) = self.flying.take() else {
+            return Ok(());
+        };
+        let finished = match &mut self.peer {
+            Some(peer) if !ready.landings.is_empty() => peer.finish(),
+            Some(_) | None => Ok(()),
+        };
+        let mut read = finished.map_err(PullEnd::from);
         for landing in ready.landings {
-            self.let_go(landing, read.is_ok(), sink);
+            let scattered = self.let_go(landing, read.is_ok(), sink);
+            read = read.and(scattered);
         }
         read?;
         self.connection.acknowledge(&ready.over);
         Ok(())
     }
 
-    fn carry_out(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
+    fn begin(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
         if landings.is_empty() {
             return Ok(());
         }
         let deadline = Instant::now() + self.tuning.pull_timeout;
         let connection = self.connection;
         let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
-        self.peer()?.read(&mut jobs, deadline, &connection.ended)?;
+        self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
         let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
         for (landing, checksum) in landings.iter_mut().zip(checksums) {
             landing.checksum = checksum;
@@ -190,10 +264,14 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    fn let_go(&self, mut landing: Landing, read: bool, sink: &TransportSink) {
-        if read {
-            landing.scatter();
-        }
+    fn let_go(
+        &self,
+        mut landing: Landing,
+        mut read: bool,
+        sink: &TransportSink,
+    ) -> Result<(), PullEnd> {
+        let scattered = if read { landing.scatter() } else { Ok(()) };
+        read &= scattered.is_ok();
         let Landing {
             pull,
             page,
@@ -213,6 +291,7 @@ impl<'a> Puller<'a> {
                 checksum,
             });
         }
+        Ok(scattered?)
     }
 
     /// Takes the pages of as many pulls as can be read at once; the others wait for the next turn.
@@ -231,7 +310,8 @@ impl<'a> Puller<'a> {
     /// Takes one page; gives the pull back when it has to wait for those before it.
     fn take_one(&self, pull: Pull, ready: &mut Ready) -> Result<Option<Pull>, PullEnd> {
         let sequence = pull.descriptor.sequence;
-        let first = ready.landings.is_empty();
+        // Only who holds nothing may wait.
+        let first = ready.landings.is_empty() && self.flying.is_none();
         let (from, source) = self.source(&pull)?;
         let fine = !source.is_coarse(self.terms.stretch_bytes_min);
         let patience = if first {
@@ -239,7 +319,9 @@ impl<'a> Puller<'a> {
         } else {
             Duration::ZERO
         };
-        let may_need_slot = fine || self.terms.target_in_arena;
+        // Where the fabric writes the host's memory only.
+        let abroad = self.host_only && self.regions.is_on_device(pull.region);
+        let may_need_slot = fine || abroad || self.terms.target_in_arena;
         let mut slot = None;
         if may_need_slot && self.parts.staging.fits(source.total_bytes()) {
             slot = if first {
@@ -263,10 +345,19 @@ impl<'a> Puller<'a> {
             Taken::Occupied => return Ok(Some(pull)),
             Taken::OutOfRange { bytes } => return Err(PullEnd::OutOfRange { end, bytes }),
         };
-        if !fine && page.arena().is_some() {
+        let abroad = self.host_only && page.is_on_device();
+        if !fine && !abroad && page.arena().is_some() {
             slot = None;
         }
-        let runs = match slot {
+        let by = match slot {
+            Some(slot) => Some(Detour::Slot(slot)),
+            None if abroad => {
+                let shape = plain_shape(source.total_bytes());
+                Some(Detour::Own(Page::zeroed(shape)))
+            }
+            None => None,
+        };
+        let runs = match by {
             Some(_) => source.packed(),
             None => source,
         };
@@ -275,7 +366,7 @@ impl<'a> Puller<'a> {
             pull,
             from,
             page,
-            slot,
+            by,
             runs,
             checksum: None,
         });

@@ -82,7 +82,16 @@ impl Pulls {
         let mut state = self.lock();
         self.filled
             .wait_while(&mut state, |state| !state.closed && state.orders.is_empty());
-        if state.closed {
+        Self::batch(state, bytes)
+    }
+
+    /// The same without waiting: `None` too when there are none at the moment.
+    pub(super) fn try_next(&self, bytes: usize) -> Option<Batch> {
+        Self::batch(self.lock(), bytes)
+    }
+
+    fn batch(mut state: MutexGuard<'_, State>, bytes: usize) -> Option<Batch> {
+        if state.closed || state.orders.is_empty() {
             return None;
         }
         let mut pulls: Vec<Pull> = Vec::new();

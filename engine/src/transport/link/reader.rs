@@ -29,6 +29,9 @@ const AHEAD_BYTES: usize = 16 << 10;
 /// Read ahead where bytes for pages follow, which are better read into those: about what precedes them.
 const AHEAD_BYTES_BEFORE_PAGES: usize = 256;
 
+/// Bytes that are copied to a device at once.
+const ABROAD_BYTES: usize = 1 << 20;
+
 /// Why a connection's reading ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReadEnd {
@@ -66,6 +69,8 @@ pub(super) enum ReadEnd {
     Payload { runs: usize, payload: u64 },
     #[error("region still written by another peer after {0:?}")]
     Occupied(Duration),
+    #[error("a page on a device cannot be written: {0}")]
+    Device(std::io::Error),
     #[error("{0}")]
     Io(std::io::Error),
 }
@@ -231,6 +236,9 @@ impl<'a> Reader<'a> {
     /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer. Returns
     /// the payload's checksum.
     fn scatter(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
+        if page.is_on_device() {
+            return self.scatter_abroad(runs, page);
+        }
         let bytes = page.as_bytes_mut();
         let mut summing = Summing::default();
         if runs.is_coarse(COARSE_BYTES) {
@@ -259,6 +267,22 @@ impl<'a> Reader<'a> {
                 now.copy_from_slice(&buffer[ready.start..ready.start + count]);
                 ready.start += count;
                 target = later;
+            }
+        }
+        Ok(summing.finish())
+    }
+
+    /// The same into a page of a device: through a buffer of the host's.
+    fn scatter_abroad(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
+        let longest = runs.as_slice().iter().map(|run| run.bytes).max();
+        let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
+        let mut summing = Summing::default();
+        for (_, target) in runs.stretches() {
+            for start in target.clone().step_by(ABROAD_BYTES) {
+                let part = &mut buffer[..ABROAD_BYTES.min(target.end - start)];
+                self.fill(part, Patience::Frame)?;
+                summing.update(part);
+                page.write(start, part).map_err(ReadEnd::Device)?;
             }
         }
         Ok(summing.finish())

@@ -53,7 +53,7 @@ impl Regions {
         let region = RegionId::fresh();
         let id = region.0;
         let (key, _) = uuid::Uuid::new_v4().as_u64_pair();
-        let bytes = page.as_bytes().len() as u64;
+        let bytes = page.shape().bytes() as u64;
         let slot = Slot {
             key,
             bytes,
@@ -113,6 +113,13 @@ impl Regions {
             }
             self.put_back.wait_for(&mut slots, left);
         }
+    }
+
+    /// Whether a region's page lies on a device, as far as it is in its slot.
+    pub(super) fn is_on_device(&self, id: u64) -> bool {
+        let slots = self.lock();
+        let holder = slots.get(&id).map(|slot| &slot.holder);
+        matches!(holder, Some(Holder::Slot(page)) if page.is_on_device())
     }
 
     /// Ends a reader's hold. The page comes back when its region was given up meanwhile.

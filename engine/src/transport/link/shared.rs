@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::LinkTuning;
-use super::connection::Connection;
+use super::connection::{Connection, STREAM_BYTES_QUEUED_MAX};
 use super::lender::Lender;
 use super::puller::{Puller, PullerParts};
 use super::reader::{Greeting, Reader, Receiving};
@@ -151,7 +151,12 @@ impl Shared {
         self.connections
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, room)
             .map_err(|_| ConnectError::TooMany(limit))?;
-        Ok(Arc::new(Connection::new(PeerId::fresh(), address)))
+        let write_bytes_max = match self.pulling {
+            Some(_) => usize::MAX,
+            None => STREAM_BYTES_QUEUED_MAX,
+        };
+        let peer = PeerId::fresh();
+        Ok(Arc::new(Connection::new(peer, address, write_bytes_max)))
     }
 
     /// Makes a connection known to callers; from now on its end is reported.

@@ -24,6 +24,9 @@ const SLICES_MAX: usize = 1024;
 /// Writes that are described to the peer in one go at most.
 const DESCRIBED_AT_ONCE_MAX: usize = 32;
 
+/// Bytes that are copied from a device at once.
+const ABROAD_BYTES: usize = 1 << 20;
+
 /// Why a connection's writing ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteEnd {
@@ -35,6 +38,8 @@ pub(super) enum WriteEnd {
     StalledByPlan,
     #[error("no spoilt copy for a test's fault plan: {0}")]
     NoCopy(std::io::Error),
+    #[error("a page on a device cannot be read: {0}")]
+    Device(std::io::Error),
     #[error("{0}")]
     Io(std::io::Error),
 }
@@ -156,6 +161,11 @@ impl<'a> Writer<'a> {
                     connection.put_back(std::iter::once(write).chain(writes).collect());
                     return self.flush();
                 }
+                Way::Failed(error) => {
+                    // Its completion comes with the end.
+                    connection.put_back(vec![write]);
+                    sent = Err(WriteEnd::Device(error));
+                }
                 Way::Pull(lent) => sent = self.describe(write, lent, connection),
                 Way::Stream => sent = self.stream_one(write, connection, sink),
             }
@@ -263,9 +273,14 @@ impl<'a> Writer<'a> {
     fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {
         let payload_bytes = write.runs.total_bytes();
         let head = head(Kind::Write, write, payload_bytes);
-        let source = write.source.as_bytes();
+        let fault = self.faults.next(write.transfer, payload_bytes);
+        if fault.is_none() && write.source.is_on_device() {
+            self.send([&head[..]])?;
+            return self.send_from_abroad(write);
+        }
+        let source = write.source.to_host().map_err(WriteEnd::Device)?;
         let payload = write.runs.stretches().map(|(range, _)| &source[range]);
-        match self.faults.next(write.transfer, payload_bytes) {
+        match fault {
             None => self.send(std::iter::once(&head[..]).chain(payload)),
             Some((offset, fault)) => {
                 // Rare and only in tests: the payload in one piece is simplest to spoil.
@@ -275,6 +290,21 @@ impl<'a> Writer<'a> {
                 self.fault(fault, write.transfer, after, connection)
             }
         }
+    }
+
+    /// The stretches of a page that lies on a device, through a buffer of the host's.
+    fn send_from_abroad(&self, write: &Write) -> Result<(), WriteEnd> {
+        let longest = write.runs.as_slice().iter().map(|run| run.bytes).max();
+        let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
+        for (range, _) in write.runs.stretches() {
+            for start in range.clone().step_by(ABROAD_BYTES) {
+                let part = &mut buffer[..ABROAD_BYTES.min(range.end - start)];
+                let read = write.source.read(start, part);
+                read.map_err(WriteEnd::Device)?;
+                self.send([&part[..]])?;
+            }
+        }
+        Ok(())
     }
 
     fn fault(

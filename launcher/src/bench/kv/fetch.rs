@@ -13,7 +13,7 @@ use super::control::{Control, ControlError};
 use super::cpu::{CpuLook, CpuTime};
 use super::message::{Answer, Ask, Setting, from_hex};
 use super::node::{GRACE, Node};
-use super::pages;
+use super::pages::{self, Side};
 use super::reference::{gigabytes_per_second, median};
 use super::report::{Figures, Status};
 use super::wire;
@@ -166,10 +166,11 @@ struct Fetching<'a> {
 
 impl<'a> Fetching<'a> {
     fn prepare(control: &Control, setting: &'a Setting) -> anyhow::Result<Self> {
-        let node = Node::start(setting, &control.host)?;
+        let ordinal = setting.device.ordinal(Side::Fetching)?;
+        let node = Node::start(setting, ordinal, &control.host)?;
         let shape = setting.geometry.page().context("no such page")?;
         // Another stir than the other side's: no piece lies there where it lies here.
-        let pages = pages::allocate(shape, setting.page_count()?, !setting.run)?;
+        let pages = pages::allocate(ordinal, shape, setting.page_count()?, !setting.run)?;
         Ok(Self {
             setting,
             node,
@@ -179,7 +180,7 @@ impl<'a> Fetching<'a> {
     }
 
     fn round(&mut self, control: &mut Control, index: usize) -> Result<Round, Failure> {
-        pages::poison(&mut self.pages);
+        pages::poison(&mut self.pages).context("poisoning the pages")?;
         let states = self.states(control, index)?;
         let before = CpuLook::now();
         let fetches = self.fetches(states);
@@ -308,7 +309,9 @@ impl<'a> Fetching<'a> {
     }
 
     fn compare(&mut self, round: usize) -> Result<(), Failure> {
-        match pages::first_difference(&mut self.pages, self.setting.run, round) {
+        let difference = pages::first_difference(&mut self.pages, self.setting.run, round)
+            .context("comparing the pages")?;
+        match difference {
             None => Ok(()),
             Some((page, offset)) => {
                 let each = self.setting.geometry.pages;

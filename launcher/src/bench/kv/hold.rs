@@ -12,7 +12,7 @@ use super::control::{Control, ControlError};
 use super::cpu::CpuLook;
 use super::message::{Answer, Ask, PROTOCOL, Setting, to_hex};
 use super::node::{GRACE, Node};
-use super::pages;
+use super::pages::{self, Side};
 use super::transports::Skipped;
 use crate::exit::{Outcome, WithOutcome};
 
@@ -110,11 +110,12 @@ fn missing() -> Vec<Skipped> {
 
 impl Held {
     fn prepare(setting: Setting, host: &str) -> anyhow::Result<Self> {
-        let node = Node::start(&setting, host)?;
+        let ordinal = setting.device.ordinal(Side::Holding)?;
+        let node = Node::start(&setting, ordinal, host)?;
         let count = setting.page_count()?;
         let shape = setting.geometry.page().context("no such page")?;
-        let mut pages = pages::allocate(shape, count, setting.run)?;
-        pages::fill(&mut pages, setting.run);
+        let mut pages = pages::allocate(ordinal, shape, count, setting.run)?;
+        pages::fill(&mut pages, setting.run).context("filling the pages")?;
         Ok(Self {
             node,
             pages: pages.into_iter().map(Arc::new).collect(),

@@ -6,12 +6,13 @@ use anyhow::anyhow;
 use serde::{Deserialize, Serialize};
 
 use super::cpu::CpuTime;
+use super::pages::Device;
 use super::shape::Geometry;
 use super::transports::Skipped;
 use crate::exit::{Outcome, WithOutcome};
 
 /// Both sides speak the same or not at all.
-pub(super) const PROTOCOL: u32 = 1;
+pub(super) const PROTOCOL: u32 = 2;
 
 /// What the fetching side asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +44,8 @@ pub(super) enum Ask {
 pub(super) struct Setting {
     /// The engine's name of the transport.
     pub(super) transport: String,
+    /// Where the KV lies.
+    pub(super) device: Device,
     /// One request's KV.
     pub(super) geometry: Geometry,
     /// Requests in flight at once.

@@ -25,11 +25,15 @@ pub(super) struct Node {
 }
 
 impl Node {
-    /// Starts one at this address of the machine.
+    /// Starts one at this address of the machine, for pages of this GPU or of the host's memory.
     ///
     /// # Errors
     /// When the transport is not there or does not start.
-    pub(super) fn start(setting: &Setting, host: &str) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        setting: &Setting,
+        device: Option<usize>,
+        host: &str,
+    ) -> anyhow::Result<Self> {
         let page = setting
             .geometry
             .page()
@@ -48,6 +52,7 @@ impl Node {
         };
         let mut params = TransceiverParams::new(config, layout, host);
         "bench".clone_into(&mut params.instance);
+        params.device = device;
         params.limits.fetches_running = params.limits.fetches_running.max(setting.concurrency);
         params.faults = FaultPlan::from_environment().outcome(Outcome::Usage)?;
         if !params.faults.is_empty() {

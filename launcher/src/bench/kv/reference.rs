@@ -1,4 +1,5 @@
-//! What this machine's memory can do at most, measured in the same run: copies between two buffers, and checksums.
+//! What this machine's memory can do at most, measured in the same run: copies between two buffers, and checksums; or
+//! copies between two GPUs.
 //!
 //! Ratios within one run say more than figures of different days. Nothing of the transceiver is in here.
 
@@ -7,8 +8,12 @@ use std::hint::black_box;
 use std::num::NonZero;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
+use baton_engine::backend::cuda;
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64;
+
+use crate::exit::{Outcome, WithOutcome};
 
 /// Beyond the caches of most machines, and quick.
 const BYTES_MAX: usize = 512 << 20;
@@ -17,7 +22,7 @@ const ROUNDS: usize = 5;
 /// One figure to compare with.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Reference {
-    /// `memcpy` (bytes copied once, so read and written once) or `xxh3` (bytes read once).
+    /// `memcpy` (bytes copied once, so read and written once), `xxh3` (bytes read once) or `gpu_copy`.
     pub(crate) name: &'static str,
     /// Threads that share the bytes.
     pub(crate) threads: usize,
@@ -31,6 +36,15 @@ impl Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = match self.name {
             "memcpy" => "copying between two buffers",
+            "gpu_copy" => {
+                let (mib, rate) = (self.bytes >> 20, self.gb_per_s);
+                let what = "copying from the first GPU's memory to the last one's";
+                return write!(
+                    f,
+                    "{:<9} {rate:.2} GB/s: {what}, {mib} MiB by the driver",
+                    self.name
+                );
+            }
             _ => "summing a buffer",
         };
         let s = if self.threads == 1 { "" } else { "s" };
@@ -71,6 +85,22 @@ pub(super) fn measure(bytes: usize) -> Vec<Reference> {
         }),
     });
     references
+}
+
+/// Measures the driver's own copy between the GPUs of the two sides, in one process.
+///
+/// # Errors
+/// When there is no GPU, or its memory is full.
+pub(super) fn measure_gpus() -> anyhow::Result<Vec<Reference>> {
+    let mut times = cuda::peer_copies(BYTES_MAX, ROUNDS)
+        .context("copying between the gpus")
+        .outcome(Outcome::Unavailable)?;
+    Ok(vec![Reference {
+        name: "gpu_copy",
+        threads: 1,
+        bytes: BYTES_MAX,
+        gb_per_s: gigabytes_per_second(BYTES_MAX as u64, median(&mut times)),
+    }])
 }
 
 fn copy(source: &[u8], target: &mut [u8], threads: usize) {

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 
 use serde::{Serialize, Serializer};
 
+use super::pages::Device;
 use super::ranks::Pair;
 use super::reference::Reference;
 use super::shape::ShapeRecord;
@@ -111,6 +112,8 @@ pub(crate) struct Report {
     pub(crate) version: &'static str,
     /// The KV.
     pub(crate) shape: ShapeRecord,
+    /// Where it lay, on both sides.
+    pub(crate) device: Device,
     /// Host that held the KV.
     pub(crate) from: String,
     /// Host that fetched it.

@@ -3,8 +3,10 @@
 use anyhow::anyhow;
 use baton_configs::transceiver::TransportChoice;
 use baton_engine::transceiver::{TransportState, transports};
+use baton_engine::transport::{Capability, MemoryKind};
 use serde::{Deserialize, Serialize};
 
+use super::pages::Device;
 use crate::cli::TransportArg;
 use crate::exit::{Outcome, WithOutcome};
 
@@ -30,9 +32,17 @@ pub(super) struct Selection {
 /// When one that was asked for by name cannot be used.
 pub(super) fn select(
     asked: &[TransportArg],
+    device: Device,
     missing_there: &[Skipped],
 ) -> anyhow::Result<Selection> {
     let mut known = transports();
+    for transport in &mut known {
+        let abroad = |there: &Capability| !there.memory.contains(&MemoryKind::Host);
+        if device == Device::Cpu && transport.state.as_ref().is_ok_and(abroad) {
+            let reason = "it moves the memory of GPUs\nhint: --device cuda";
+            transport.state = Err(reason.to_owned());
+        }
+    }
     for transport in &mut known {
         let there = missing_there
             .iter()

@@ -117,7 +117,7 @@ impl AttentionCall<'_> {
             ld_out: int(self.out.ld),
             padding_out: 0,
             pages: self.pages.memory().address(),
-            page_len: long(shape.len()),
+            page_len: long(self.pages.stride_len()),
             first_rows: step.first_rows,
             row_counts: step.row_counts,
             past_lens: step.past_lens,

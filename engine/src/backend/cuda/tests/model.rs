@@ -222,7 +222,7 @@ fn pages_of_one_backend_serve_the_other() {
     let mut pages = Vec::new();
     for (&block, page) in blocks.iter().zip(cpu.share_pages(&blocks).unwrap()) {
         let mut copy = gpu.lend_page(block);
-        copy.as_bytes_mut().copy_from_slice(page.as_bytes());
+        copy.write(0, page.as_bytes()).unwrap();
         pages.push((block, copy));
     }
     gpu.return_pages(pages).unwrap();

@@ -1,0 +1,291 @@
+//! The hand-off's side of a GPU: arenas of its memory, and reading those of other processes of this host.
+//!
+//! *Streams.* The model's stream never waits for a hand-off, and no hand-off for the model but for one point: when a page is
+//! shared or lent, an event is recorded on the model's stream, and every copy or sum of that arena begins behind the last such
+//! event. What is copied into a page is done before the page comes back, as its mover waits for its own stream. So the model's
+//! stream needs no event of theirs.
+//!
+//! Invariant: memory is only touched by whoever holds its page; this file checks ranges, not holders.
+
+use std::any::Any;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::driver::{DeviceMemory, Gpu};
+use super::error::CudaError;
+use super::peer::{
+    Copies, Event, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of,
+    let_reach,
+};
+use crate::page::arena::Arena;
+use crate::page::device::DeviceArena;
+use crate::page::fold::{Fold, finish};
+use crate::page::{Page, PageShape};
+use crate::transport::Runs;
+
+/// Allocations are whole units of what the driver maps, so that a peer that maps one sees nothing else.
+const UNIT_BYTES: usize = 2 << 20;
+
+/// Multiprocessors that a read from a peer is given, of all: one of so many. See `handoff.cu`.
+const READ_SHARE: usize = 2;
+
+impl From<CudaError> for io::Error {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::OutOfMemory { .. } => Self::new(io::ErrorKind::OutOfMemory, error),
+            other => Self::other(other),
+        }
+    }
+}
+
+/// Memory of a GPU that pages lie in.
+#[derive(Debug)]
+pub(crate) struct CudaArena {
+    memory: DeviceMemory,
+    bytes: usize,
+    ordinal: usize,
+    /// Of the stream that the model runs on.
+    shown: Event,
+    /// For copies from and to the host, and for sums.
+    reach: Mutex<Reach>,
+    copies: Arc<Gpu>,
+}
+
+impl CudaArena {
+    /// Zeroed memory on a device; `gpu` has the stream that writes it.
+    pub(super) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Box<Self>, CudaError> {
+        let memory = DeviceMemory::new(gpu, bytes.max(1).next_multiple_of(UNIT_BYTES))?;
+        gpu.zero(&memory)?;
+        let shown = Event::new(gpu)?;
+        shown.record()?;
+        let reach = Reach::open(gpu.ordinal())?;
+        Ok(Box::new(Self {
+            copies: Arc::clone(reach.gpu()),
+            reach: Mutex::new(reach),
+            ordinal: gpu.ordinal(),
+            memory,
+            bytes,
+            shown,
+        }))
+    }
+
+    /// Whatever is put on the model's stream after this, no copy or sum waits for; until it is called again.
+    pub(super) fn show(&self) -> Result<(), CudaError> {
+        self.shown.record()
+    }
+
+    pub(super) const fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    /// What lets another process read it.
+    pub(crate) fn handle(&self) -> Result<[u8; HANDLE_BYTES], CudaError> {
+        handle_of(&self.copies, &self.memory)
+    }
+}
+
+impl DeviceArena for CudaArena {
+    fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
+        self.shown.hold_back(&self.copies)?;
+        Ok(self.copies.download(&self.memory, at, to)?)
+    }
+
+    fn write(&self, at: usize, from: &[u8]) -> io::Result<()> {
+        self.shown.hold_back(&self.copies)?;
+        self.copies.upload(&self.memory, at, from)?;
+        Ok(self.copies.synchronize()?)
+    }
+
+    fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
+        let mut sums = Sums::default();
+        let ground = Ground::from(&self.memory);
+        if !pieces.iter().all(|ranges| sums.add(ground, ranges)) {
+            return fold_on_host(self, pieces);
+        }
+        let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shown.hold_back(reach.gpu())?;
+        let sums = reach.fold(&sums)?;
+        let bytes = |piece: &Vec<Range<usize>>| piece.iter().map(|range| range.len() as u64).sum();
+        let pieces = sums.into_iter().zip(pieces);
+        Ok(pieces
+            .map(|(sum, piece)| finish(sum, bytes(piece)))
+            .collect())
+    }
+
+    fn another(&self, bytes: usize) -> io::Result<Box<dyn DeviceArena>> {
+        Ok(Self::new(&Gpu::open_at(self.ordinal)?, bytes)?)
+    }
+}
+
+/// The same of bytes that lie as no kernel takes them.
+fn fold_on_host(arena: &CudaArena, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
+    let sum = |piece: &Vec<Range<usize>>| {
+        let mut fold = Fold::default();
+        for range in piece {
+            let mut bytes = vec![0; range.len()];
+            arena.read(range.start, &mut bytes)?;
+            fold.update(&bytes);
+        }
+        Ok(fold.digest())
+    };
+    pieces.iter().map(sum).collect()
+}
+
+/// An arena as one of a GPU's, if it is.
+pub(crate) fn cuda_arena(arena: &Arena) -> Option<&CudaArena> {
+    let device: &dyn Any = arena.device()?;
+    device.downcast_ref()
+}
+
+/// Zeroed pages in the memory of a device, by its number among those that this process sees.
+///
+/// # Errors
+/// When there is no such device, or too little memory.
+pub fn device_pages(ordinal: usize, shape: PageShape, count: usize) -> io::Result<Vec<Page>> {
+    let bytes = Page::arena_bytes(shape, count)?;
+    let gpu = Gpu::open_at(ordinal)?;
+    Page::pool_on(CudaArena::new(&gpu, bytes)?, shape, count)
+}
+
+/// How many devices this process sees.
+///
+/// # Errors
+/// When there is no driver.
+pub fn device_count() -> Result<usize, CudaError> {
+    Gpu::count()
+}
+
+/// Times of so many copies, by the driver, from the first device's memory to the last one's: what a hand-off between them is to be
+/// compared with.
+///
+/// # Errors
+/// When there is no device, or too little memory.
+pub fn peer_copies(bytes: usize, rounds: usize) -> Result<Vec<Duration>, CudaError> {
+    let hold = |ordinal| {
+        let gpu = Gpu::open_at(ordinal)?;
+        let memory = DeviceMemory::new(&gpu, bytes)?;
+        gpu.zero(&memory)?;
+        gpu.synchronize()?;
+        Ok(Held { gpu, memory })
+    };
+    let (source, target) = (hold(0)?, hold(device_count()? - 1)?);
+    if source.gpu.ordinal() != target.gpu.ordinal() {
+        let_reach(&source.gpu, &target.gpu)?;
+    }
+    let copy = || {
+        let began = Instant::now();
+        copy_between(&source, &target)?;
+        source.gpu.synchronize()?;
+        Ok(began.elapsed())
+    };
+    copy()?;
+    (0..rounds).map(|_| copy()).collect()
+}
+
+/// Memory that is read from.
+#[derive(Debug)]
+enum Lender {
+    /// Of another process.
+    Peer(Imported),
+    /// Of this one.
+    Own(Arc<Arena>),
+}
+
+/// A stretch of runs, and the page that it goes to.
+#[derive(Debug)]
+pub(crate) struct Move<'a> {
+    /// What [`Mover::import`] gave.
+    pub(crate) from: usize,
+    /// Source offsets are within that arena.
+    pub(crate) runs: &'a Runs,
+    /// On this mover's device.
+    pub(crate) page: &'a mut Page,
+}
+
+/// Reads memory of one peer into pages of this process, over whatever joins the two GPUs.
+#[derive(Debug)]
+pub(crate) struct Mover {
+    ordinal: usize,
+    reach: Reach,
+    blocks: usize,
+    lenders: Vec<Lender>,
+}
+
+impl Mover {
+    /// One with a stream of its own.
+    pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
+        let reach = Reach::open(ordinal)?;
+        Ok(Self {
+            ordinal,
+            blocks: (reach.gpu().processors / READ_SHARE).max(1),
+            reach,
+            lenders: Vec::new(),
+        })
+    }
+
+    /// Maps a peer's arena. Returns its number here, and how long it is.
+    pub(crate) fn import(
+        &mut self,
+        handle: [u8; HANDLE_BYTES],
+    ) -> Result<(usize, usize), CudaError> {
+        let imported = Imported::open(self.reach.gpu(), handle)?;
+        let bytes = imported.bytes();
+        self.lenders.push(Lender::Peer(imported));
+        Ok((self.lenders.len() - 1, bytes))
+    }
+
+    /// Takes an arena of this process, which needs no mapping.
+    pub(crate) fn import_own(&mut self, arena: Arc<Arena>) -> (usize, usize) {
+        let bytes = arena.bytes();
+        self.lenders.push(Lender::Own(arena));
+        (self.lenders.len() - 1, bytes)
+    }
+
+    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(crate) fn finish(&mut self) -> Result<(), CudaError> {
+        self.reach.finish()
+    }
+
+    /// Begins to read all of it; two reads may be under way.
+    ///
+    /// # Errors
+    /// When a page is not on this device, an arena is none, or the device fails; then nothing of it is under way.
+    pub(crate) fn begin(&mut self, moves: &mut [Move<'_>]) -> Result<(), CudaError> {
+        let mut copies = Copies::default();
+        let mut behind: Option<*const CudaArena> = None;
+        for piece in moves.iter() {
+            let elsewhere = || CudaError::NotServed("a page that is not on this device".to_owned());
+            let (arena, offset) = piece.page.arena().ok_or_else(elsewhere)?;
+            let target = cuda_arena(arena)
+                .filter(|arena| arena.ordinal == self.ordinal)
+                .ok_or_else(elsewhere)?;
+            if behind != Some(&raw const *target) {
+                behind = Some(&raw const *target);
+                target.shown.hold_back(self.reach.gpu())?;
+            }
+            let unknown = || CudaError::NotServed(format!("arena {}", piece.from));
+            let source = match self.lenders.get(piece.from).ok_or_else(unknown)? {
+                Lender::Peer(imported) => Ground::from(imported),
+                Lender::Own(arena) => Ground::from(&cuda_arena(arena).ok_or_else(unknown)?.memory),
+            };
+            for (from, to) in piece.runs.stretches() {
+                let target = (Ground::from(&target.memory), offset + to.start);
+                copies.add((source, from.start), target, from.len());
+            }
+        }
+        self.reach.begin(&copies, self.blocks)
+    }
+}

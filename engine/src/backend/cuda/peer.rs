@@ -1,0 +1,501 @@
+//! What the hand-off needs of the driver beyond one stream: events that order one stream after another, memory of other
+//! processes, and the two kernels that reach over stretches of memory.
+//!
+//! Each mover has a stream of its own, which is a [`Gpu`] of its own on the same device. Invariant: an [`Imported`] is closed
+//! only when its mover has finished, because a mover waits for its stream before it returns.
+
+#![expect(unsafe_code, reason = "the driver is a C library")]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::ptr;
+use std::sync::Arc;
+
+use bytemuck::NoUninit;
+use cudarc::driver::sys;
+
+use super::driver::{
+    Args, DeviceMemory, DevicePtr, Function, Gpu, LaunchShape, PinnedMemory, check,
+};
+use super::error::CudaError;
+use super::kernels::{Kernel, Kernels, Source, Variant};
+use crate::page::fold::VECTOR_BYTES;
+
+/// Bytes of a handle that lets another process in.
+pub(crate) const HANDLE_BYTES: usize = 64;
+
+/// Threads of a block; `THREADS` in `handoff.cu`.
+const THREADS: u32 = 512;
+
+/// Room for lists and sums to begin with: allocating more waits for all that the device does.
+const LIST_BYTES_MIN: usize = 256 << 10;
+const SUMS_BYTES_MIN: usize = 4 << 10;
+
+/// Blocks of a sum, per multiprocessor.
+const SUM_BLOCKS: usize = 2;
+
+/// A point of a stream that others can be put behind.
+#[derive(Debug)]
+pub(super) struct Event {
+    event: sys::CUevent,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: a handle that the driver guards.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// One that has passed, until it is recorded.
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+        gpu.bind()?;
+        let mut event = ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the context is current; the event is destroyed when self is dropped.
+        check("cuEventCreate", unsafe {
+            sys::cuEventCreate(&raw mut event, flags)
+        })?;
+        Ok(Self {
+            event,
+            gpu: Arc::clone(gpu),
+        })
+    }
+
+    /// From now on it is the point that its stream has come to.
+    pub(super) fn record(&self) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        // SAFETY: event and stream are of the same context and alive.
+        check("cuEventRecord", unsafe {
+            sys::cuEventRecord(self.event, self.gpu.stream())
+        })
+    }
+
+    /// Waits until the point has passed.
+    pub(super) fn wait(&self) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        // SAFETY: the event is alive.
+        check("cuEventSynchronize", unsafe {
+            sys::cuEventSynchronize(self.event)
+        })
+    }
+
+    /// What is put on another stream after this waits until the point has passed.
+    pub(super) fn hold_back(&self, other: &Gpu) -> Result<(), CudaError> {
+        other.bind()?;
+        // SAFETY: event and stream are of the same device's context and alive.
+        check("cuStreamWaitEvent", unsafe {
+            sys::cuStreamWaitEvent(other.stream(), self.event, 0)
+        })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        drop(self.gpu.bind());
+        // SAFETY: made in new, destroyed nowhere else; the driver keeps it for work that waits for it.
+        drop(check("cuEventDestroy", unsafe {
+            sys::cuEventDestroy_v2(self.event)
+        }));
+    }
+}
+
+/// What lets another process into an allocation.
+pub(super) fn handle_of(gpu: &Gpu, memory: &DeviceMemory) -> Result<[u8; HANDLE_BYTES], CudaError> {
+    gpu.bind()?;
+    let mut handle = sys::CUipcMemHandle {
+        reserved: [0; HANDLE_BYTES],
+    };
+    // SAFETY: the address begins an allocation, and the target is a valid handle.
+    check("cuIpcGetMemHandle", unsafe {
+        sys::cuIpcGetMemHandle(&raw mut handle, memory.address())
+    })?;
+    Ok(handle.reserved.map(|byte| byte.cast_unsigned()))
+}
+
+/// An allocation of another process, mapped.
+#[derive(Debug)]
+pub(super) struct Imported {
+    address: DevicePtr,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl Imported {
+    /// Maps what a handle names, whichever GPU of this host it is on.
+    pub(super) fn open(gpu: &Arc<Gpu>, handle: [u8; HANDLE_BYTES]) -> Result<Self, CudaError> {
+        gpu.bind()?;
+        let handle = sys::CUipcMemHandle {
+            reserved: handle.map(u8::cast_signed),
+        };
+        let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+        let mut address = 0;
+        // SAFETY: the driver refuses what is no handle; what it maps is closed when self is dropped.
+        check("cuIpcOpenMemHandle", unsafe {
+            sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, flags)
+        })?;
+        let mut opened = Self {
+            address,
+            bytes: 0,
+            gpu: Arc::clone(gpu),
+        };
+        // SAFETY: the address was just mapped; of the targets one is a valid integer and the other is not wanted.
+        check("cuMemGetAddressRange", unsafe {
+            sys::cuMemGetAddressRange_v2(ptr::null_mut(), &raw mut opened.bytes, address)
+        })?;
+        Ok(opened)
+    }
+
+    pub(super) const fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Imported {
+    fn drop(&mut self) {
+        drop(self.gpu.bind());
+        // SAFETY: opened once in open, and no mover uses it any more (see the module).
+        drop(check("cuIpcCloseMemHandle", unsafe {
+            sys::cuIpcCloseMemHandle(self.address)
+        }));
+    }
+}
+
+/// Lets a device reach the other's memory, so that copies need not pass through the host. It may be allowed already.
+pub(super) fn let_reach(from: &Gpu, to: &Gpu) -> Result<(), CudaError> {
+    from.bind()?;
+    // SAFETY: both contexts are alive.
+    let status = unsafe { sys::cuCtxEnablePeerAccess(to.context(), 0) };
+    match status {
+        sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        status => check("cuCtxEnablePeerAccess", status),
+    }
+}
+
+/// Puts a copy between two devices' memories on the first one's stream.
+pub(super) fn copy_between(source: &Held, target: &Held) -> Result<(), CudaError> {
+    let bytes = source.memory.bytes().min(target.memory.bytes());
+    let (from, to) = (source.gpu.context(), target.gpu.context());
+    source.gpu.bind()?;
+    // SAFETY: both ranges are whole allocations of these contexts, and whoever calls waits for the stream before he drops them.
+    check("cuMemcpyPeerAsync", unsafe {
+        let (source, stream) = (source.memory.address(), source.gpu.stream());
+        sys::cuMemcpyPeerAsync(target.memory.address(), to, source, from, bytes, stream)
+    })
+}
+
+/// Memory with the device that it is on.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) memory: DeviceMemory,
+}
+
+/// Bytes of a stretch at most: what a block has in flight at once.
+pub(super) const STRETCH_BYTES: usize = 64 << 10;
+
+/// `Stretch` in `handoff.cu`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, NoUninit)]
+struct Stretch {
+    source: DevicePtr,
+    /// Of a copy.
+    target: DevicePtr,
+    /// Index of its first vector within the piece.
+    first: u64,
+    /// Of 16 bytes.
+    vectors: u32,
+    /// Of a sum.
+    piece: u32,
+}
+
+/// Device memory that is there for as long as it is borrowed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ground<'a> {
+    address: DevicePtr,
+    bytes: usize,
+    of: PhantomData<&'a ()>,
+}
+
+impl<'a> From<&'a DeviceMemory> for Ground<'a> {
+    fn from(memory: &'a DeviceMemory) -> Self {
+        Self {
+            address: memory.address(),
+            bytes: memory.bytes(),
+            of: PhantomData,
+        }
+    }
+}
+
+impl<'a> From<&'a Imported> for Ground<'a> {
+    fn from(memory: &'a Imported) -> Self {
+        Self {
+            address: memory.address,
+            bytes: memory.bytes,
+            of: PhantomData,
+        }
+    }
+}
+
+impl Ground<'_> {
+    /// The address of bytes within it. Panics beyond it: that is a bug of the caller.
+    fn at(&self, start: usize, bytes: usize) -> DevicePtr {
+        let end = start.checked_add(bytes);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes),
+            "bytes within the memory"
+        );
+        self.address + start as u64
+    }
+}
+
+/// Copies to be made together.
+#[derive(Debug, Default)]
+pub(super) struct Copies<'a> {
+    stretches: Vec<Stretch>,
+    /// Source, target and bytes of what no kernel takes because it is of no whole, aligned vectors.
+    odd: Vec<(DevicePtr, DevicePtr, usize)>,
+    of: PhantomData<&'a ()>,
+}
+
+impl<'a> Copies<'a> {
+    /// One more: bytes of `source` from `from` on, to `target` from `to` on.
+    pub(super) fn add(
+        &mut self,
+        (source, from): (Ground<'a>, usize),
+        (target, to): (Ground<'a>, usize),
+        bytes: usize,
+    ) {
+        let (source, target) = (source.at(from, bytes), target.at(to, bytes));
+        let vector = VECTOR_BYTES as u64;
+        if [source, target, bytes as u64]
+            .iter()
+            .any(|n| !n.is_multiple_of(vector))
+        {
+            self.odd.push((source, target, bytes));
+            return;
+        }
+        for start in (0..bytes).step_by(STRETCH_BYTES) {
+            self.stretches.push(Stretch {
+                source: source + start as u64,
+                target: target + start as u64,
+                first: 0,
+                vectors: vectors(STRETCH_BYTES.min(bytes - start)),
+                piece: 0,
+            });
+        }
+    }
+}
+
+/// Sums to be made together.
+#[derive(Debug, Default)]
+pub(super) struct Sums<'a> {
+    stretches: Vec<Stretch>,
+    pieces: u32,
+    of: PhantomData<&'a ()>,
+}
+
+impl<'a> Sums<'a> {
+    /// One more piece, of these ranges one after the other. False when they are of no whole, aligned vectors.
+    pub(super) fn add(&mut self, source: Ground<'a>, ranges: &[Range<usize>]) -> bool {
+        let aligned = |at: usize| at.is_multiple_of(VECTOR_BYTES);
+        let fit = |range: &Range<usize>| aligned(range.start) && aligned(range.len());
+        if !ranges.iter().all(fit) {
+            return false;
+        }
+        let mut first = 0;
+        for range in ranges {
+            let address = source.at(range.start, range.len());
+            for start in (0..range.len()).step_by(STRETCH_BYTES) {
+                let vectors = vectors(STRETCH_BYTES.min(range.len() - start));
+                self.stretches.push(Stretch {
+                    source: address + start as u64,
+                    target: 0,
+                    first,
+                    vectors,
+                    piece: self.pieces,
+                });
+                first += u64::from(vectors);
+            }
+        }
+        self.pieces += 1;
+        true
+    }
+}
+
+fn vectors(bytes: usize) -> u32 {
+    u32::try_from(bytes / VECTOR_BYTES).expect("a stretch is short")
+}
+
+/// Puts the kernels of the hand-off on a stream of its own, and waits for them.
+#[derive(Debug)]
+pub(super) struct Reach {
+    gpu: Arc<Gpu>,
+    copy: Function,
+    fold: Function,
+    /// One for the copies that are under way, and one for those that are begun meanwhile.
+    lists: [Option<List>; 2],
+    /// The list that comes next, and how many are in use.
+    next: usize,
+    begun: usize,
+    sums: Option<DeviceMemory>,
+}
+
+/// A kernel's list, here and there. It grows to the longest so far.
+#[derive(Debug)]
+struct List {
+    pinned: PinnedMemory,
+    on_device: DeviceMemory,
+    /// When no kernel uses it any more.
+    done: Event,
+}
+
+impl Reach {
+    /// On a device; compiles the kernels where nobody did yet.
+    pub(super) fn open(ordinal: usize) -> Result<Self, CudaError> {
+        let gpu = Gpu::open_at(ordinal)?;
+        let mut kernels = Kernels::new(&gpu);
+        let mut kernel = |name| {
+            kernels.get(&Kernel {
+                source: Source::Handoff,
+                variant: Variant::default(),
+                name,
+                shared_bytes: 0,
+            })
+        };
+        Ok(Self {
+            copy: kernel("copy_stretches")?,
+            fold: kernel("fold_stretches")?,
+            lists: [None, None],
+            next: 0,
+            begun: 0,
+            sums: None,
+            gpu,
+        })
+    }
+
+    pub(super) const fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Begins copies by so many blocks; whoever calls holds the targets and keeps the sources until [`Reach::finish`] has
+    /// returned for them. Two may be under way. After an error none of these is.
+    pub(super) fn begin(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+        assert!(
+            self.begun < self.lists.len(),
+            "reads are finished before a third begins"
+        );
+        let begun = self.put(copies, blocks);
+        if begun.is_err() {
+            drop(self.gpu.synchronize());
+            return begun;
+        }
+        self.begun += 1;
+        self.next = (self.next + 1) % self.lists.len();
+        Ok(())
+    }
+
+    /// Waits for the first of the copies that were begun.
+    pub(super) fn finish(&mut self) -> Result<(), CudaError> {
+        let count = self.lists.len();
+        let first = (self.next + count - self.begun) % count;
+        let Some(left) = self.begun.checked_sub(1) else {
+            return Ok(());
+        };
+        self.begun = left;
+        match &self.lists[first] {
+            Some(list) => list.done.wait(),
+            None => self.gpu.synchronize(),
+        }
+    }
+
+    fn put(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        for &(source, target, bytes) in &copies.odd {
+            // SAFETY: both ranges were checked, and the caller keeps their memory until it has been waited for.
+            check("cuMemcpyDtoDAsync", unsafe {
+                sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.gpu.stream())
+            })?;
+        }
+        if let Some(list) = self.upload(&copies.stretches)? {
+            let mut args = Args::default().with(list).with(count(&copies.stretches));
+            let shape = spread(&copies.stretches, blocks);
+            // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that the caller keeps until it
+            // has been waited for.
+            unsafe { self.gpu.launch(self.copy, shape, &mut args) }?;
+        }
+        match &self.lists[self.next] {
+            Some(list) => list.done.record(),
+            // Odd ones only, and never a list: `finish` waits for the stream.
+            None => Ok(()),
+        }
+    }
+
+    /// Adds up the terms of each piece.
+    pub(super) fn fold(&mut self, sums: &Sums<'_>) -> Result<Vec<u64>, CudaError> {
+        let mut found = vec![0_u64; sums.pieces as usize];
+        let Some(list) = self.upload(&sums.stretches)? else {
+            return Ok(found);
+        };
+        let bytes = size_of_val(&found[..]);
+        let fitting = self.sums.take().filter(|held| held.bytes() >= bytes);
+        let target = match fitting {
+            Some(held) => held,
+            None => DeviceMemory::new(&self.gpu, bytes.next_power_of_two().max(SUMS_BYTES_MIN))?,
+        };
+        self.gpu.zero(&target)?;
+        let mut args = Args::default()
+            .with(list)
+            .with(count(&sums.stretches))
+            .with(target.address());
+        let shape = spread(&sums.stretches, self.gpu.processors * SUM_BLOCKS);
+        // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that is borrowed until the wait
+        // within the download, and there is a sum for each piece.
+        unsafe { self.gpu.launch(self.fold, shape, &mut args) }?;
+        self.gpu
+            .download(&target, 0, bytemuck::cast_slice_mut(&mut found))?;
+        self.sums = Some(target);
+        Ok(found)
+    }
+
+    /// Puts a list where kernels find it, in the place that comes next, which no kernel uses; none where it is empty.
+    fn upload(&mut self, stretches: &[Stretch]) -> Result<Option<DevicePtr>, CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(stretches);
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let slot = &mut self.lists[self.next];
+        let fitting = slot
+            .take()
+            .filter(|list| list.pinned.as_slice().len() >= bytes.len());
+        let list = match fitting {
+            Some(list) => slot.insert(list),
+            None => {
+                let room = bytes.len().next_power_of_two().max(LIST_BYTES_MIN);
+                slot.insert(List {
+                    pinned: PinnedMemory::new(&self.gpu, room)?,
+                    on_device: DeviceMemory::new(&self.gpu, room)?,
+                    done: Event::new(&self.gpu)?,
+                })
+            }
+        };
+        let pinned = &mut list.pinned.as_mut_slice()[..bytes.len()];
+        pinned.copy_from_slice(bytes);
+        self.gpu.upload(&list.on_device, 0, pinned)?;
+        Ok(Some(list.on_device.address()))
+    }
+}
+
+fn count(stretches: &[Stretch]) -> i32 {
+    i32::try_from(stretches.len()).expect("as many stretches as a list in memory has")
+}
+
+/// A block a stretch, as far as there are blocks.
+fn spread(stretches: &[Stretch], blocks: usize) -> LaunchShape {
+    let blocks = stretches.len().min(blocks.max(1));
+    LaunchShape {
+        grid: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1],
+        threads: THREADS,
+        shared_bytes: 0,
+    }
+}

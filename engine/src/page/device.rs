@@ -1,0 +1,116 @@
+//! Memory of a device: pages lie in it that this process can neither read nor write through a reference.
+//!
+//! An arena of such memory is a value with few calls, so that nothing outside a backend knows whose device it is. Pages in
+//! it are moved by transports that take device memory, and by all others through copies in the host's. Absent: streams,
+//! kernels, the ways in which peers are let in; those are the backend's and its transport's.
+
+use std::any::Any;
+use std::fmt::Debug;
+use std::io;
+use std::ops::Range;
+
+/// One allocation on a device.
+///
+/// Each call sees what the backend had put on its streams before the page in question was shared or lent, and is done when it
+/// returns. Ranges are in bytes within [`DeviceArena::bytes`]; whoever calls holds the pages that they are of.
+pub trait DeviceArena: Any + Debug + Send + Sync {
+    /// Where it begins, in the device's addresses; a multiple of 64.
+    fn address(&self) -> u64;
+
+    /// Its length.
+    fn bytes(&self) -> usize;
+
+    /// Copies to the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()>;
+
+    /// Copies from the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn write(&self, at: usize, from: &[u8]) -> io::Result<()>;
+
+    /// For each piece, the checksum ([`super::fold`]) of its stretches one after the other.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>>;
+
+    /// More memory of the same device, zeroed.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn another(&self, bytes: usize) -> io::Result<Box<dyn DeviceArena>>;
+}
+
+#[cfg(test)]
+pub(crate) mod fake {
+    //! A device that is none, for what can be tested of device memory without one.
+
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    use super::{DeviceArena, Range, io};
+    use crate::page::fold::Fold;
+    use crate::page::{Page, PageShape};
+
+    /// No address of this process: who follows it is found out at once.
+    const ADDRESS: u64 = 0x40;
+
+    /// Memory that only its calls reach.
+    #[derive(Debug)]
+    pub(crate) struct FakeArena(Mutex<Vec<u8>>);
+
+    impl FakeArena {
+        fn new(bytes: usize) -> Box<Self> {
+            Box::new(Self(Mutex::new(vec![0; bytes])))
+        }
+
+        fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
+
+    impl DeviceArena for FakeArena {
+        fn address(&self) -> u64 {
+            ADDRESS
+        }
+
+        fn bytes(&self) -> usize {
+            self.lock().len()
+        }
+
+        fn read(&self, at: usize, to: &mut [u8]) -> io::Result<()> {
+            to.copy_from_slice(&self.lock()[at..at + to.len()]);
+            Ok(())
+        }
+
+        fn write(&self, at: usize, from: &[u8]) -> io::Result<()> {
+            self.lock()[at..at + from.len()].copy_from_slice(from);
+            Ok(())
+        }
+
+        fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
+            let memory = self.lock();
+            let sum = |piece: &Vec<Range<usize>>| {
+                let mut fold = Fold::default();
+                piece
+                    .iter()
+                    .for_each(|range| fold.update(&memory[range.clone()]));
+                fold.digest()
+            };
+            Ok(pieces.iter().map(sum).collect())
+        }
+
+        fn another(&self, bytes: usize) -> io::Result<Box<dyn DeviceArena>> {
+            Ok(Self::new(bytes))
+        }
+    }
+
+    /// Zeroed pages on the device that is none.
+    pub(crate) fn pool(shape: PageShape, count: usize) -> Vec<Page> {
+        let bytes = Page::arena_bytes(shape, count).expect("a small pool");
+        Page::pool_on(FakeArena::new(bytes), shape, count).expect("it is large enough")
+    }
+}
