@@ -1,4 +1,4 @@
-//! A place in the stream that can be waited for without waiting for what was put there later.
+//! A place in a stream that can be waited for without waiting for what was put there later, by the host or by another stream.
 
 #![expect(unsafe_code, reason = "the driver is a C library")]
 
@@ -10,7 +10,7 @@ use cudarc::driver::sys;
 use super::driver::{Gpu, check};
 use super::error::CudaError;
 
-/// A mark that is set in the stream.
+/// A mark in a stream.
 #[derive(Debug)]
 pub(super) struct Event {
     event: sys::CUevent,
@@ -19,9 +19,11 @@ pub(super) struct Event {
 
 // SAFETY: a handle with one owner, which the driver guards.
 unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
 
 impl Event {
-    /// One that has not been set: waiting for it does not wait.
+    /// One that is in no stream yet: waiting for it does not wait.
     pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         gpu.bind()?;
         let mut event = ptr::null_mut();
@@ -36,8 +38,8 @@ impl Event {
         })
     }
 
-    /// Sets it behind everything that was put on the stream so far.
-    pub(super) fn set(&self) -> Result<(), CudaError> {
+    /// Puts it behind everything that was put on the stream so far.
+    pub(super) fn record(&self) -> Result<(), CudaError> {
         self.gpu.bind()?;
         // SAFETY: event and stream are alive and of one context.
         check("cuEventRecord", unsafe {
@@ -51,6 +53,15 @@ impl Event {
         // SAFETY: the event is alive.
         check("cuEventSynchronize", unsafe {
             sys::cuEventSynchronize(self.event)
+        })
+    }
+
+    /// What is put on another stream after this waits until the point has passed.
+    pub(super) fn hold_back(&self, other: &Gpu) -> Result<(), CudaError> {
+        other.bind()?;
+        // SAFETY: event and stream are of the same device's context and alive.
+        check("cuStreamWaitEvent", unsafe {
+            sys::cuStreamWaitEvent(other.stream(), self.event, 0)
         })
     }
 }

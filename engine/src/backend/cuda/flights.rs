@@ -77,7 +77,7 @@ impl CudaBackend {
             self.gpu
                 .download_later(tokens, &mut slot.tokens, rows * 4)?;
         }
-        slot.landed.set()?;
+        slot.landed.record()?;
         self.flights.under_way.push_back(Flight {
             slot,
             out,

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use super::driver::{DeviceMemory, Gpu};
 use super::error::CudaError;
+use super::event::Event;
 use super::peer::{
-    Copies, Event, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of,
-    let_reach,
+    Copies, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of, let_reach,
 };
 use crate::page::arena::Arena;
 use crate::page::device::DeviceArena;

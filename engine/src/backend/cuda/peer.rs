@@ -1,5 +1,4 @@
-//! What the hand-off needs of the driver beyond one stream: events that order one stream after another, memory of other
-//! processes, and the two kernels that reach over stretches of memory.
+//! What the hand-off needs of the driver beyond one stream: memory of other processes, and the two kernels that reach over stretches of memory.
 //!
 //! Each mover has a stream of its own, which is a [`Gpu`] of its own on the same device. Invariant: an [`Imported`] is closed
 //! only when its mover has finished, because a mover waits for its stream before it returns.
@@ -18,6 +17,7 @@ use super::driver::{
     Args, DeviceMemory, DevicePtr, Function, Gpu, LaunchShape, PinnedMemory, check,
 };
 use super::error::CudaError;
+use super::event::Event;
 use super::kernels::{Kernel, Kernels, Source, Variant};
 use crate::page::fold::VECTOR_BYTES;
 
@@ -33,72 +33,6 @@ const SUMS_BYTES_MIN: usize = 4 << 10;
 
 /// Blocks of a sum, per multiprocessor.
 const SUM_BLOCKS: usize = 2;
-
-/// A point of a stream that others can be put behind.
-#[derive(Debug)]
-pub(super) struct Event {
-    event: sys::CUevent,
-    gpu: Arc<Gpu>,
-}
-
-// SAFETY: a handle that the driver guards.
-unsafe impl Send for Event {}
-// SAFETY: as above.
-unsafe impl Sync for Event {}
-
-impl Event {
-    /// One that has passed, until it is recorded.
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
-        gpu.bind()?;
-        let mut event = ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: the context is current; the event is destroyed when self is dropped.
-        check("cuEventCreate", unsafe {
-            sys::cuEventCreate(&raw mut event, flags)
-        })?;
-        Ok(Self {
-            event,
-            gpu: Arc::clone(gpu),
-        })
-    }
-
-    /// From now on it is the point that its stream has come to.
-    pub(super) fn record(&self) -> Result<(), CudaError> {
-        self.gpu.bind()?;
-        // SAFETY: event and stream are of the same context and alive.
-        check("cuEventRecord", unsafe {
-            sys::cuEventRecord(self.event, self.gpu.stream())
-        })
-    }
-
-    /// Waits until the point has passed.
-    pub(super) fn wait(&self) -> Result<(), CudaError> {
-        self.gpu.bind()?;
-        // SAFETY: the event is alive.
-        check("cuEventSynchronize", unsafe {
-            sys::cuEventSynchronize(self.event)
-        })
-    }
-
-    /// What is put on another stream after this waits until the point has passed.
-    pub(super) fn hold_back(&self, other: &Gpu) -> Result<(), CudaError> {
-        other.bind()?;
-        // SAFETY: event and stream are of the same device's context and alive.
-        check("cuStreamWaitEvent", unsafe {
-            sys::cuStreamWaitEvent(other.stream(), self.event, 0)
-        })
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        drop(self.gpu.bind());
-        // SAFETY: made in new, destroyed nowhere else; the driver keeps it for work that waits for it.
-        drop(check("cuEventDestroy", unsafe {
-            sys::cuEventDestroy_v2(self.event)
-        }));
-    }
-}
 
 /// What lets another process into an allocation.
 pub(super) fn handle_of(gpu: &Gpu, memory: &DeviceMemory) -> Result<[u8; HANDLE_BYTES], CudaError> {

@@ -112,7 +112,7 @@ impl Staging {
         let staged = &mut pinned.memory.as_mut_slice()[..bytes.len()];
         staged.copy_from_slice(bytes);
         self.gpu.upload(&self.target, 0, staged)?;
-        pinned.copied.set()?;
+        pinned.copied.record()?;
         self.current = Some(Current {
             batch: ptr::from_ref(batch).addr(),
             tokens: batch.tokens.as_ptr().addr(),
