@@ -200,7 +200,7 @@ llm.yaml:8:21: kv_cache_config.tokens_per_block: found 48, expected a power of t
 llm.yaml:9:29: kv_cache_config.free_gpu_memory_fraction: found 1.5, expected a number above 0 and at most 1
 llm.yaml:10:3: kv_cache_config.tokens_per_blok: unknown key `tokens_per_blok`
   hint: did you mean `tokens_per_block`?
-llm.yaml:12:12: cache_transceiver_config.backend: found text \"RDMA\", expected one of `DEFAULT`, `TCP`, `UCX`, `NIXL`, `MPI`, `MOONCAKE`, `SHM`
+llm.yaml:12:12: cache_transceiver_config.backend: found text \"RDMA\", expected one of `DEFAULT`, `TCP`, `UCX`, `NIXL`, `MPI`, `MOONCAKE`, `SHM`, `CUDA_IPC`
 llm.yaml:13:27: cache_transceiver_config.kv_transfer_timeout_ms: found 0, expected a whole number from 1 to 2592000000
 llm.yaml:14:17: max_beam_width: 4 is not served by this version: beam search
 llm.yaml:15:21: speculative_config: `speculative_config` is not served by this version: speculative and guided decoding modes
