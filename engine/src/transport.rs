@@ -1,8 +1,9 @@
 //! What moves bytes between instances: one trait that fits a two-sided stream and a one-sided fabric alike.
 //!
 //! The life cycle is that of one-sided libraries (register, connect, write, notify, complete, deregister); a
-//! stream plays it by naming the remote region in each frame. A transport knows nothing of leases, checksums or
-//! requests: those belong to [`crate::transceiver`]. It moves pages that it owns and never copies them.
+//! stream plays it by naming the remote region in each frame. A transport knows nothing of leases or requests: those
+//! belong to [`crate::transceiver`]. It may sum what it copies, and leaves it to the transceiver to compare. It moves
+//! pages that it owns and never copies them.
 //!
 //! Invariant: a page that a peer may still write is inside the transport and nowhere else.
 
