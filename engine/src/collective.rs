@@ -1,5 +1,6 @@
 //! What the ranks of one instance say to each other: sums over tensor-parallel ranks, bytes between pipeline stages,
-//! and one message from rank 0 to all. Ranks are numbered `pp * TP + tp` (COMPAT.md §13.3), rank 0 leads.
+//! and one message from rank 0 to all. Ranks are numbered `pp * TP + tp` (COMPAT.md §13.3), rank 0 leads. GPUs that have joined sum
+//! and hand over rows by themselves (`backend/cuda/ranks.rs`); what their ranks say here is all the rest.
 //!
 //! Invariant: a sum is taken in the order of the ranks, whatever the message size, so every rank gets the same bits and
 //! a row's result does not depend on the rows beside it. Every call has a deadline and names the peer that missed it.

@@ -23,10 +23,13 @@ use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::load::LoadProgress;
 use crate::model::micro;
 use crate::model::peers::Peers;
-use crate::model::shard::Shard;
+use crate::model::shard::{Grid, Shard};
 use crate::model::weights::{DecoderWeights, LayerWeights, Linear, Slot};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
+
+/// What a device's library takes to reach those of other ranks, once they have joined; generous.
+const JOINING_BYTES: u64 = 1 << 30;
 
 /// A decoder on its backend, or the part of one that a rank holds.
 #[derive(Debug)]
@@ -105,10 +108,13 @@ impl<B: Backend> Decoder<B> {
         let heads = config.heads + 2 * config.kv_heads;
         let per_token = 2 * config.ffn_width + 4 * config.width + 2 * heads * config.head_dim;
         let (tokens, sequences) = (options.max_num_tokens, options.max_batch_size);
-        let per_sequence = 4 * (config.vocab + config.width);
+        // Every rank of a stage may have whole logits.
+        let per_sequence = 4 * (self.shape.vocab + config.width);
         let activations = 2 * per_token as u64 * u64::from(tokens);
         let results = per_sequence as u64 * u64::from(sequences.min(tokens));
-        Some(free.saturating_sub(activations + results))
+        let alone = self.part.shard.place.grid == Grid::ALONE;
+        let joining = if alone { 0 } else { JOINING_BYTES };
+        Some(free.saturating_sub(activations + results + joining))
     }
 
     /// Joins the other ranks, whose shards these are. From now on all of them make each step together.

@@ -48,6 +48,7 @@ pub(crate) struct Step<'a> {
 pub(crate) struct OrderError(&'static str);
 
 const STEP: u8 = 1;
+const WARM_UP: u8 = 13;
 const PING: u8 = 2;
 const ALLOCATE: u8 = 3;
 const JOIN_HANDOFF: u8 = 4;
@@ -57,7 +58,6 @@ const OFFER: u8 = 7;
 const WITHDRAW: u8 = 8;
 const FETCH: u8 = 9;
 const CANCEL_FETCH: u8 = 10;
-const WARM_UP: u8 = 11;
 
 impl Order<'_> {
     /// The message.

@@ -141,3 +141,19 @@ impl Collective for MemoryGroup {
         (1..self.size()).try_for_each(|peer| self.send(peer, message))
     }
 }
+
+#[test]
+fn what_each_rank_says_is_told_to_all() {
+    let ends = group(3, 10_000);
+    let ranks = ends.into_iter().map(|mut end| {
+        std::thread::spawn(move || {
+            let own = vec![7; end.rank()];
+            crate::collective::tell_all(&mut end, &own)
+        })
+    });
+    let ranks: Vec<_> = ranks.collect();
+    for rank in ranks {
+        let said = rank.join().expect("no rank panics").expect("all are there");
+        assert_eq!(said, [vec![], vec![7], vec![7, 7]]);
+    }
+}
