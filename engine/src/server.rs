@@ -21,6 +21,7 @@ mod logprobs;
 pub(crate) mod metrics;
 pub(crate) mod perf;
 pub(crate) mod port;
+mod prefetch;
 mod prompt;
 pub(crate) mod pulse;
 pub(crate) mod registration;

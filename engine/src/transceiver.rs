@@ -18,6 +18,7 @@ use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
     RanksEvent,
 };
+use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
@@ -364,6 +365,14 @@ impl Handoff for Transceiver {
         let state = state.encode()?;
         self.hold(offer, nonce)?;
         Ok(state)
+    }
+
+    fn extend(&mut self, ctx_request_id: u64, pages: Vec<Arc<Page>>) {
+        // A transceiver that is gone has ended its leases.
+        drop(self.inbox.command(Command::Extend {
+            ctx_request_id,
+            pages,
+        }));
     }
 
     fn withdraw(&mut self, ctx_request_id: u64) {

@@ -45,6 +45,7 @@ const OFFER: u8 = 7;
 const WITHDRAW: u8 = 8;
 const FETCH: u8 = 9;
 const CANCEL_FETCH: u8 = 10;
+const EXTEND: u8 = 11;
 
 impl Order<'_> {
     /// The message.
@@ -92,7 +93,7 @@ impl Order<'_> {
             },
             TAKE_BACK => Order::TakeBack(from.blocks()?),
             GOODBYE => Order::Goodbye,
-            kind @ (OFFER | WITHDRAW | FETCH | CANCEL_FETCH) => {
+            kind @ (OFFER | EXTEND | WITHDRAW | FETCH | CANCEL_FETCH) => {
                 Order::HandOff(Cow::Owned(from.hand_off(kind)?))
             }
             _ => return Err(OrderError("its kind is unknown")),
@@ -158,6 +159,14 @@ impl Writer {
                 self.number(*token_count as u64);
                 self.blocks(blocks);
                 self.bytes(state);
+            }
+            RankOrder::Extend {
+                ctx_request_id,
+                blocks,
+            } => {
+                self.byte(EXTEND);
+                self.number(*ctx_request_id);
+                self.blocks(blocks);
             }
             RankOrder::Withdraw(ctx_request_id) => {
                 self.byte(WITHDRAW);
@@ -301,6 +310,10 @@ impl Reader<'_> {
                 token_count: self.size()?,
                 blocks: self.blocks()?,
                 state: self.bytes()?,
+            },
+            EXTEND => RankOrder::Extend {
+                ctx_request_id: self.number()?,
+                blocks: self.blocks()?,
             },
             WITHDRAW => RankOrder::Withdraw(self.number()?),
             FETCH => RankOrder::Fetch {

@@ -323,12 +323,17 @@ fn counters(stats: &EngineStats) -> [Reading<u64>; 9] {
     ]
 }
 
-fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 8] {
+fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 10] {
     [
         (
             "handoffs_offered",
             "Leases given",
             stats.handoffs_offered_total,
+        ),
+        (
+            "handoffs_opened_early",
+            "Leases opened while the prompt was still being read",
+            stats.handoffs_opened_early_total,
         ),
         (
             "handoffs_delivered",
@@ -349,6 +354,11 @@ fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 8] {
             "handoffs_fetched",
             "Fetches that brought verified KV",
             stats.handoffs_fetched_total,
+        ),
+        (
+            "handoffs_prefetched",
+            "Fetches that began before the context server had read the prompt to its end",
+            stats.handoffs_prefetched_total,
         ),
         (
             "handoffs_failed",

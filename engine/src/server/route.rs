@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_configs::wire::KV_PREFETCH_PATH;
 use hyper::body::Incoming;
 use hyper::header::HeaderMap;
 use hyper::{Method, Request, Response};
@@ -12,6 +13,7 @@ use crate::server::app::App;
 use crate::server::error::ApiError;
 use crate::server::generate::{Api, generate};
 use crate::server::info;
+use crate::server::prefetch::prefetch;
 use crate::server::reply::ReplyBody;
 
 /// Header of the proxy of TensorRT-LLM that announces a MessagePack body under a JSON content type.
@@ -29,6 +31,7 @@ enum Endpoint {
     ServerInfo,
     Clock,
     KvCacheEvents,
+    KvPrefetch,
     Generate(Api),
 }
 
@@ -45,6 +48,7 @@ impl Endpoint {
             "/server_info" => Self::ServerInfo,
             "/steady_clock_offset" => Self::Clock,
             "/kv_cache_events" => Self::KvCacheEvents,
+            KV_PREFETCH_PATH => Self::KvPrefetch,
             "/v1/completions" => Self::Generate(Api::Completions),
             "/v1/chat/completions" => Self::Generate(Api::Chat),
             _ => return None,
@@ -54,7 +58,7 @@ impl Endpoint {
     fn methods(self) -> &'static str {
         match self {
             Self::Clock => "GET, HEAD, POST",
-            Self::KvCacheEvents | Self::Generate(_) => "POST",
+            Self::KvCacheEvents | Self::KvPrefetch | Self::Generate(_) => "POST",
             // These take something out or do work, which nobody who asks for a head means.
             Self::HealthGenerate | Self::Metrics | Self::PerfMetrics => "GET",
             Self::Health | Self::Version | Self::Models | Self::Prometheus | Self::ServerInfo => {
@@ -109,6 +113,11 @@ async fn dispatch(
             info::set_clock_offset(app, &body)
         }
         Endpoint::Clock => Ok(info::clock(app, arrived)),
+        Endpoint::KvPrefetch => {
+            app.ready()?;
+            let body = app.bodies.read(body).await?;
+            prefetch(app.ready()?, body).await
+        }
         Endpoint::Generate(api) => {
             app.ready()?;
             refuse_msgpack(&head.headers)?;

@@ -28,6 +28,7 @@ mod lease;
 mod lending;
 mod moving;
 mod ranks;
+mod summing;
 mod task;
 
 pub(super) use ranks::RankEvent;
@@ -160,6 +161,10 @@ impl Desk {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Offer { offer, nonce } => self.on_offer(offer, nonce),
+            Command::Extend {
+                ctx_request_id,
+                pages,
+            } => self.on_extend(ctx_request_id, pages),
             Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
             Command::Fetch(fetch) => self.on_fetch(fetch),
             Command::CancelFetch(request) => self.on_cancel_fetch(request),
@@ -236,6 +241,7 @@ impl Desk {
         };
         match message {
             Message::Request(request) => self.on_request(peer, request),
+            Message::Extended { transfer } => self.on_extended(peer, transfer),
             Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
             Message::Release { transfer } => self.on_release(peer, transfer),
             Message::Cancel {

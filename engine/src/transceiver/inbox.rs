@@ -27,6 +27,10 @@ pub(super) enum Command {
         offer: Offer,
         nonce: Nonce,
     },
+    Extend {
+        ctx_request_id: u64,
+        pages: Vec<Arc<Page>>,
+    },
     Withdraw(u64),
     Fetch(Fetch),
     CancelFetch(RequestId),

@@ -1,6 +1,6 @@
 //! What the two transceivers say to each other, over any transport's messages and notes.
 //!
-//! Generation to context: request, acknowledge, release, cancel. Context to generation: refuse, done, abort. Messages
+//! Generation to context: request, acknowledge, release, cancel. Context to generation: refuse, extended, done, abort. Messages
 //! are JSON, bounded by the transport; a piece's note is 33 fixed bytes, as it comes with every piece.
 
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,8 @@ pub(super) enum Message {
         transfer: TransferId,
         reason: String,
     },
+    /// Context: the prompt is still being read, and one more chunk of it is there. The time allowed starts anew.
+    Extended { transfer: TransferId },
     /// Context: all pieces were handed to the transport.
     Done {
         transfer: TransferId,

@@ -157,7 +157,10 @@ impl EventSource for ScriptedEvents {
             },
             (None, None) => None,
         };
-        self.ended = !matches!(event, Some(Event::Token { .. } | Event::PromptLogprobs(_)));
+        self.ended = !matches!(
+            event,
+            Some(Event::LeaseOpened(_) | Event::Token { .. } | Event::PromptLogprobs(_))
+        );
         Poll::Ready(event)
     }
 
@@ -270,7 +273,9 @@ pub(super) fn answer(request: &GenerateRequest, tokens: &[TokenId]) -> Vec<Event
     }
     let forced = match &request.kind {
         RequestKind::GenerationOnly(ticket) => ticket.first_tokens.clone(),
-        RequestKind::Aggregated | RequestKind::ContextOnly { .. } => Vec::new(),
+        RequestKind::Aggregated | RequestKind::ContextOnly { .. } | RequestKind::Prefetch(_) => {
+            Vec::new()
+        }
     };
     assert!(tokens.starts_with(&forced), "{forced:?}");
     let endless = tokens.iter().copied().chain(std::iter::repeat(ids("x")[0]));
@@ -286,7 +291,10 @@ pub(super) fn answer(request: &GenerateRequest, tokens: &[TokenId]) -> Vec<Event
             events.push(finished(reason));
             return events;
         }
-        if let RequestKind::ContextOnly { disagg_request_id } = request.kind {
+        if let RequestKind::ContextOnly {
+            disagg_request_id, ..
+        } = request.kind
+        {
             let first = given.map(|given| [vec![given.chosen], given.top].concat());
             events.push(Event::Finished {
                 reason: FinishReason::NotFinished,
