@@ -26,6 +26,7 @@ mod metrics;
 mod object;
 mod options;
 mod perf;
+mod prefetch;
 mod prompt;
 mod proxy;
 mod reply;

@@ -17,6 +17,8 @@ mod limits;
 #[cfg(test)]
 mod mock;
 #[cfg(test)]
+mod prefetch;
+#[cfg(test)]
 mod retries;
 #[cfg(test)]
 mod startup;
