@@ -195,6 +195,21 @@ pub const KV_PREFETCH_HEADER: &str = "x-baton-kv-prefetch";
 /// generation-only request with the same ticket has come, or when it fetches no more; whoever goes away before ends the fetch.
 pub const KV_PREFETCH_PATH: &str = "/kv_prefetch";
 
+/// Where a server tells how its KV transceiver is reached ([`KvEndpoint`]).
+pub const KV_ENDPOINT_PATH: &str = "/kv_endpoint";
+
+/// Where a server is told of another one whose KV it will fetch: it connects, so that the first request finds the
+/// connection there. What [`KV_ENDPOINT_PATH`] gave is posted as it is; KV that could not be taken is refused with a line.
+pub const KV_PEERS_PATH: &str = "/kv_peers";
+
+/// How a KV transceiver is reached, and what its KV looks like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvEndpoint {
+    /// As in a ticket, of no lease.
+    pub encoded_opaque_state: String,
+}
+
 /// See [`KV_PREFETCH_HEADER`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AnswerHead {

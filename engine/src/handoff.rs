@@ -192,6 +192,8 @@ pub enum RankOrder {
     },
     /// As [`Handoff::cancel_fetch`].
     CancelFetch(RequestId),
+    /// As [`Handoff::meet`].
+    Meet(Vec<u8>),
 }
 
 /// Why a hand-off failed or was refused.
@@ -273,6 +275,13 @@ pub trait Handoff: Debug + Send {
 
     /// Gives a fetch up. `FetchEnded` with [`HandoffError::Cancelled`] still comes, unless it was decided already.
     fn cancel_fetch(&mut self, request: RequestId);
+
+    /// Connects to a context instance before there is anything to fetch, by the state that it gives out for that. Both
+    /// sides say in one line when its KV could not be taken here.
+    ///
+    /// # Errors
+    /// [`HandoffError::Layout`] or [`HandoffError::State`].
+    fn meet(&mut self, state: &[u8]) -> Result<(), HandoffError>;
 }
 
 /// Where the transceiver reports; made by the engine thread's inbox, called from any thread, never waits long.

@@ -19,6 +19,7 @@ mod info;
 pub(crate) mod listener;
 mod logprobs;
 pub(crate) mod metrics;
+mod peers;
 pub(crate) mod perf;
 pub(crate) mod port;
 mod prefetch;

@@ -22,6 +22,7 @@ mod error;
 mod flow;
 mod health;
 mod ids;
+mod introduce;
 mod metrics;
 mod object;
 mod options;

@@ -61,6 +61,31 @@ async fn kv_moves_while_its_prompt_is_read() {
 }
 
 #[tokio::test]
+async fn they_are_connected_before_the_first_request() {
+    let model = baton_tests::tiny_model("llama");
+    let engine = "dtype: float32\nmax_seq_len: 256\nmax_batch_size: 2\ntensor_parallel_size: 2\nnum_threads: 1\n\
+        kv_cache_config: {max_tokens: 512}\ncache_transceiver_config: {backend: TCP}\n";
+    let one = engine.replace("tensor_parallel_size: 2\n", "");
+    let mut options = Options::new(&model, engine);
+    options.generation_engine = Some(&one);
+    let deployment = Deployment::start(&options).await;
+    // Two instances of two ranks each, and the generation server takes something of every rank.
+    eventually("four connections", LIMIT, async || {
+        let count = deployment.generation.counter("baton_kv_connections ").await;
+        (count == 4).then_some(())
+    })
+    .await;
+    let item = golden::tiny()
+        .remove("llama")
+        .expect("it is there")
+        .remove(0);
+    let answer = client::ids(&deployment.address, &item, 4).await;
+    assert_eq!(answer, item.output_token_ids[..4]);
+    let count = deployment.generation.counter("baton_kv_connections ").await;
+    assert_eq!(count, 4, "the request has opened no other");
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_meanwhile_leaves_nothing_behind() {
     let (deployment, item) = (start(1).await, long_item());
     let address = deployment.address.clone();

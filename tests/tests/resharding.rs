@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_tests::client;
 use baton_tests::deployment::{Deployment, Options, Worker};
 use baton_tests::golden::{self, Item};
-use baton_tests::process::Baton;
+use baton_tests::process::{Baton, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -311,20 +311,26 @@ async fn kv_that_cannot_be_converted_is_refused_on_both_sides_and_to_the_client(
     options.context_count = 1;
     options.generation_engine = Some(&generation);
     let deployment = Deployment::start(&options).await;
+    let (context, generation) = (&deployment.context[0], &deployment.generation);
+    let said = |worker: &Worker, reason: &str| {
+        let log = worker.process.log();
+        log.lines().filter(|line| line.contains(reason)).count()
+    };
+    let reason = "kv layouts differ: kv dtype float16 here, float32 there";
+    let turned = "kv layouts differ: kv dtype float32 here, float16 there";
+    // They are introduced to each other, and say so then.
+    eventually("a line on both sides", BACK, async || {
+        (said(generation, reason) == 1 && said(context, turned) == 1).then_some(())
+    })
+    .await;
     let body = json!({"model": "m", "prompt": [1, 2, 3, 4, 5], "max_tokens": 4, "temperature": 0});
     let answer = client::post(&deployment.address, "/v1/completions", &body).await;
     let answer = answer.expect("an answer");
-    let reason = "kv layouts differ: kv dtype float16 here, float32 there";
     assert!((400..500).contains(&answer.status), "{}", answer.body);
     assert!(answer.body.contains(reason), "{}", answer.body);
     // The lease does not have to run out, on either rank of the context server.
     deployment.blocks_return(BACK).await;
-    let (context, generation) = (&deployment.context[0], &deployment.generation);
-    for worker in [context, generation] {
-        let log = worker.process.log();
-        let lines = log.lines().filter(|line| line.contains(reason));
-        assert_eq!(lines.count(), 1, "{log}");
-    }
+    assert_eq!((said(context, reason), said(generation, reason)), (1, 2));
     assert_eq!(context.counter("baton_handoffs_cancelled_total").await, 1);
     assert_eq!(generation.counter("baton_kv_received_bytes_total").await, 0);
 }

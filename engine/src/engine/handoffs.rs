@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use tokio::sync::oneshot;
+
 use crate::backend::{BackendError, BlockId};
 use crate::handoff::{
     Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer, RankOrder,
@@ -63,6 +65,19 @@ impl Core {
             handoff.cancel_fetch(fetch);
             self.tell_ranks(&RankOrder::CancelFetch(fetch));
         }
+    }
+
+    /// Has every rank connect to a context instance.
+    pub(super) fn meet(&mut self, state: Vec<u8>, met: oneshot::Sender<Result<(), HandoffError>>) {
+        let fits = match &mut self.handoff {
+            Some(handoff) => handoff.meet(&state),
+            None => Err(HandoffError::Refused("there is no transceiver".to_owned())),
+        };
+        if fits.is_ok() {
+            self.tell_ranks(&RankOrder::Meet(state));
+        }
+        // Whoever asked may have gone.
+        drop(met.send(fits));
     }
 
     /// Whether a request's ticket fits this instance and this prompt, where there is one.

@@ -225,6 +225,10 @@ impl Hands {
                 });
             }
             RankOrder::CancelFetch(request) => self.transceiver.cancel_fetch(request),
+            RankOrder::Meet(state) => {
+                // What does not fit, rank 0 has said.
+                drop(self.transceiver.meet(&state));
+            }
         }
         Ok(())
     }

@@ -46,6 +46,7 @@ const WITHDRAW: u8 = 8;
 const FETCH: u8 = 9;
 const CANCEL_FETCH: u8 = 10;
 const EXTEND: u8 = 11;
+const MEET: u8 = 12;
 
 impl Order<'_> {
     /// The message.
@@ -93,7 +94,7 @@ impl Order<'_> {
             },
             TAKE_BACK => Order::TakeBack(from.blocks()?),
             GOODBYE => Order::Goodbye,
-            kind @ (OFFER | EXTEND | WITHDRAW | FETCH | CANCEL_FETCH) => {
+            kind @ (OFFER | EXTEND | WITHDRAW | FETCH | CANCEL_FETCH | MEET) => {
                 Order::HandOff(Cow::Owned(from.hand_off(kind)?))
             }
             _ => return Err(OrderError("its kind is unknown")),
@@ -191,6 +192,10 @@ impl Writer {
             RankOrder::CancelFetch(request) => {
                 self.byte(CANCEL_FETCH);
                 self.number(request.0);
+            }
+            RankOrder::Meet(state) => {
+                self.byte(MEET);
+                self.bytes(state);
             }
         }
     }
@@ -324,6 +329,7 @@ impl Reader<'_> {
                 blocks: self.blocks()?,
                 state: self.bytes()?,
             },
+            MEET => RankOrder::Meet(self.bytes()?),
             _ => RankOrder::CancelFetch(RequestId(self.number()?)),
         })
     }

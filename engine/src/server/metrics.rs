@@ -378,8 +378,13 @@ fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 10] {
     ]
 }
 
-fn transceiver_gauges(stats: &TransceiverStats) -> [Reading<usize>; 2] {
+fn transceiver_gauges(stats: &TransceiverStats) -> [Reading<usize>; 3] {
     [
+        (
+            "kv_connections",
+            "Connections to other transceivers",
+            stats.connections,
+        ),
         (
             "kv_leases_serving",
             "Leases whose KV is on its way to a generation server",

@@ -136,6 +136,7 @@ impl Desk {
             self.start_waiting();
             self.send_reports();
             self.around.info.set_serving(self.sending.len());
+            self.around.info.set_connections(self.around.wires.count());
         }
         if self.out_of_patience {
             tracing::error!(
@@ -179,6 +180,7 @@ impl Desk {
                 state,
                 reason,
             } => self.on_reject(ctx_request_id, &state, reason),
+            Command::Meet(state) => self.on_meet(&state),
             Command::Stop => self.on_stop(),
         }
     }
@@ -241,6 +243,9 @@ impl Desk {
         };
         match message {
             Message::Request(request) => self.on_request(peer, request),
+            Message::Hello {
+                instance, layout, ..
+            } => self.on_hello(peer, &instance, &layout),
             Message::Extended { transfer } => self.on_extended(peer, transfer),
             Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
             Message::Release { transfer } => self.on_release(peer, transfer),

@@ -57,6 +57,8 @@ pub(super) enum Command {
         state: Box<OpaqueState>,
         reason: String,
     },
+    /// Connect to the instance of this state.
+    Meet(Box<OpaqueState>),
     Stop,
 }
 

@@ -13,6 +13,8 @@ mod flow;
 #[cfg(test)]
 mod harness;
 #[cfg(test)]
+mod introduce;
+#[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod mock;

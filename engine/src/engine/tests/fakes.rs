@@ -469,4 +469,11 @@ impl Handoff for FakeHandoff {
     fn cancel_fetch(&mut self, request: RequestId) {
         self.0.lock().cancelled.push(request);
     }
+
+    fn meet(&mut self, state: &[u8]) -> Result<(), HandoffError> {
+        match state {
+            [] => Err(HandoffError::State("0 bytes".to_owned())),
+            _ => Ok(()),
+        }
+    }
 }

@@ -83,6 +83,7 @@ fn orders_survive_their_bytes() {
             blocks: vec![2],
         },
         RankOrder::CancelFetch(RequestId(1 << 40)),
+        RankOrder::Meet(b"there".to_vec()),
     ];
     for handoff in handoffs {
         survives(&Order::HandOff(Cow::Owned(handoff)));
