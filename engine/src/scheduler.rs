@@ -157,13 +157,13 @@ impl Scheduler {
         prefetch: RequestId,
         mut sequence: Sequence,
         now: Instant,
-    ) -> Result<(), Sequence> {
+    ) -> Option<Sequence> {
         let Some(prefetch) = self.fetching.remove(&prefetch) else {
-            return Err(sequence);
+            return Some(sequence);
         };
         sequence.take_over(prefetch, now);
         self.fetching.insert(sequence.id, sequence);
-        Ok(())
+        None
     }
 
     /// Requests in any state, oldest first within each.

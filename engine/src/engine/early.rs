@@ -83,7 +83,7 @@ impl Core {
             return Some(sequence);
         };
         let (id, now) = (sequence.id, Instant::now());
-        let left = self.scheduler.take_over(prefetch, sequence, now).err();
+        let left = self.scheduler.take_over(prefetch, sequence, now);
         if left.is_some() {
             // It waits for blocks, as this one will.
             self.scheduler.remove(prefetch);

@@ -33,7 +33,7 @@ enum Endpoint {
     Clock,
     KvCacheEvents,
     KvPrefetch,
-    KvEndpoint,
+    KvAddress,
     KvPeers,
     Generate(Api),
 }
@@ -52,7 +52,7 @@ impl Endpoint {
             "/steady_clock_offset" => Self::Clock,
             "/kv_cache_events" => Self::KvCacheEvents,
             KV_PREFETCH_PATH => Self::KvPrefetch,
-            KV_ENDPOINT_PATH => Self::KvEndpoint,
+            KV_ENDPOINT_PATH => Self::KvAddress,
             KV_PEERS_PATH => Self::KvPeers,
             "/v1/completions" => Self::Generate(Api::Completions),
             "/v1/chat/completions" => Self::Generate(Api::Chat),
@@ -71,7 +71,7 @@ impl Endpoint {
             | Self::Models
             | Self::Prometheus
             | Self::ServerInfo
-            | Self::KvEndpoint => "GET, HEAD",
+            | Self::KvAddress => "GET, HEAD",
         }
     }
 
@@ -121,7 +121,7 @@ async fn dispatch(
             info::set_clock_offset(app, &body)
         }
         Endpoint::Clock => Ok(info::clock(app, arrived)),
-        Endpoint::KvEndpoint => peers::endpoint(app.loaded()?),
+        Endpoint::KvAddress => peers::endpoint(app.loaded()?),
         Endpoint::KvPeers => {
             app.ready()?;
             let (body, _place) = app.bodies.read(body).await?;
