@@ -9,7 +9,9 @@
 //! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of few rows read them beside bf16 activations, larger ones
 //! round the activations to 8 bits too, with a scale a row; elsewhere they become bf16 when they are loaded.
 //!
-//! Absent: several devices in one process. Peers reach the pool of pages and nothing else (`handoff.rs`).
+//! Several ranks, each with a GPU of its own, compute a model together through NCCL and each other's memory (`ranks.rs`).
+//!
+//! Absent: several devices in one process. Peers of a hand-off reach the pool of pages and nothing else (`handoff.rs`).
 
 mod calls;
 mod compiler;
@@ -22,12 +24,16 @@ mod handoff;
 mod kernels;
 mod linear;
 mod memory;
+mod nccl;
+mod one_shot;
 mod ops;
 mod pages;
 mod peer;
+mod ranks;
 mod step;
 mod tensor;
 mod upload;
+mod watch;
 mod weight;
 
 use std::cell::RefCell;
@@ -49,12 +55,13 @@ use self::linear::{Linear, Product, ProductShape};
 use self::memory::{Buffer, Pool};
 use self::ops::{AttentionCall, Ops, Parts, Rotation};
 use self::pages::Pages;
+use self::ranks::Ranks;
 use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, PrefillRows, RopePairing, RopeTable, StepBatch, StepOutput, StepPass, StepWish,
-    TokenId, WeightDtype, WeightSource, e4m3,
+    PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch, StepOutput, StepPass,
+    StepWish, TokenId, WeightDtype, WeightSource, e4m3,
 };
 use crate::page::{Page, PageShape};
 
@@ -82,6 +89,8 @@ pub struct CudaBackend {
     /// What failed first.
     failure: RefCell<Option<BackendError>>,
     graphs: Graphs,
+    /// The other ranks' GPUs, where they have joined. Behind the recordings: these are dropped first.
+    ranks: Option<Ranks>,
     ops: RefCell<Ops>,
     linear: RefCell<Linear>,
     store: WeightStore,
@@ -106,8 +115,10 @@ impl Backend for CudaBackend {
     type Tensor = CudaTensor;
 
     fn capability(&self) -> BackendCapability {
+        let ranks = self.ranks.as_ref().map(Ranks::description);
+        let ranks = ranks.map_or_else(String::new, |ranks| format!("; {ranks}"));
         BackendCapability {
-            description: format!("cuda ({}, bfloat16)", self.gpu.name),
+            description: format!("cuda ({}, bfloat16{ranks})", self.gpu.name),
             host_pages: false,
             batch_invariant: false,
             runs_by_itself: true,
@@ -126,6 +137,40 @@ impl Backend for CudaBackend {
 
     fn page_device(&self) -> Option<usize> {
         Some(self.gpu.ordinal())
+    }
+
+    fn expect_ranks(&mut self) -> Result<(), BackendError> {
+        let opened = nccl::Nccl::open();
+        opened
+            .map(drop)
+            .map_err(|error| error.of("several ranks on gpus"))
+    }
+
+    fn join_ranks(&mut self, group: RankGroup<'_>) -> Result<bool, BackendError> {
+        self.ranks = Ranks::meet(&self.gpu, group)?;
+        Ok(self.ranks.is_some())
+    }
+
+    fn sum_over_ranks(&self, x: &mut CudaTensor) {
+        self.sum_of_ranks(x);
+    }
+
+    fn send_rows(&self, x: &CudaTensor, to: usize) {
+        self.send_to_rank(x, to);
+    }
+
+    fn receive_rows(&self, x: &mut CudaTensor, from: usize) {
+        self.receive_from_rank(x, from);
+    }
+
+    fn linear_over_ranks(
+        &self,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        columns: Range<usize>,
+        out: &mut CudaTensor,
+    ) {
+        self.product_of_ranks(x, weight, columns, out);
     }
 
     fn expect_weights(&mut self, elements: usize) -> Result<(), BackendError> {
@@ -219,17 +264,20 @@ impl Backend for CudaBackend {
         wish: StepWish<'_>,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<Option<StepOutput>, BackendError> {
-        let out = graphs::run(self, batch, wish, pass)?;
-        // What failed meanwhile comes first.
-        self.check()?;
-        let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
-        begun.map_err(|error| error.of("beginning a step"))?;
-        Ok(None)
+        self.step_goes_on();
+        let begun = graphs::run(self, batch, wish, pass).and_then(|out| {
+            // What failed meanwhile comes first.
+            self.check()?;
+            let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
+            begun.map_err(|error| error.of("beginning a step"))
+        });
+        self.unless_lost(begun.map(|()| None))
     }
 
     fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
         let landed = self.land_step();
-        landed.map_err(|error| error.of("reading results"))
+        self.step_ended();
+        self.unless_lost(landed.map_err(|error| error.of("reading results")))
     }
 
     fn warm_up(
@@ -237,7 +285,10 @@ impl Backend for CudaBackend {
         sequences_max: usize,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<(), BackendError> {
-        graphs::warm_up(self, sequences_max, pass)
+        self.step_goes_on();
+        let warm = graphs::warm_up(self, sequences_max, pass);
+        self.step_ended();
+        self.unless_lost(warm)
     }
 
     fn embed(&self, table: &CudaWeight, tokens: &[TokenId], out: &mut CudaTensor) {
@@ -251,7 +302,27 @@ impl Backend for CudaBackend {
         }
         self.attempt("embed", || {
             let tokens = self.staging.of_words(&self.pool, tokens)?;
-            self.ops.borrow_mut().embed(table, tokens.address, out)
+            self.ops.borrow_mut().embed((table, 0), tokens.address, out)
+        });
+    }
+
+    fn embed_part(
+        &self,
+        (table, held): (&CudaWeight, Range<usize>),
+        tokens: &[TokenId],
+        out: &mut CudaTensor,
+    ) {
+        assert_eq!(
+            (out.rows, out.cols),
+            (tokens.len(), table.cols),
+            "shape of out"
+        );
+        assert_eq!(held.len(), table.rows, "rows of the table");
+        self.attempt("embed", || {
+            let first = TokenId::try_from(held.start).expect("the vocabulary is bounded");
+            let tokens = self.staging.of_words(&self.pool, tokens)?;
+            let mut ops = self.ops.borrow_mut();
+            ops.embed((table, first), tokens.address, out)
         });
     }
 

@@ -15,6 +15,7 @@ impl CudaBackend {
         Ok(Self {
             failure: RefCell::default(),
             graphs: Graphs::default(),
+            ranks: None,
             ops: RefCell::new(Ops::new(&gpu)?),
             linear: RefCell::new(Linear::open(&gpu)?),
             store: WeightStore::default(),

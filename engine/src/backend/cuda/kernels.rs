@@ -38,11 +38,12 @@ pub(super) enum Source {
     AttentionPrefill,
     AttentionDecode,
     Handoff,
+    SumOverRanks,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -59,6 +60,7 @@ impl Source {
         Self::AttentionPrefill,
         Self::AttentionDecode,
         Self::Handoff,
+        Self::SumOverRanks,
     ];
 
     /// File name and text.
@@ -85,6 +87,7 @@ impl Source {
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
             Self::AttentionDecode => kernel!("attention_decode.cu"),
             Self::Handoff => kernel!("handoff.cu"),
+            Self::SumOverRanks => kernel!("sum_over_ranks.cu"),
         }
     }
 

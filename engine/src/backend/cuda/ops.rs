@@ -16,6 +16,7 @@ use super::linear::Product;
 use super::pages::Pages;
 use super::tensor::CudaTensor;
 use super::weight::CudaWeight;
+use crate::backend::TokenId;
 use crate::page::PageShape;
 
 /// Threads of a block where nothing asks for another number.
@@ -101,10 +102,10 @@ impl Ops {
         [grid(blocks.min(most)), 1, 1]
     }
 
-    /// `out[t] = table[tokens[t]]`; the tokens have been checked to be in the table.
+    /// `out[t] = table[tokens[t] - first]`, zeros where the table has no such row.
     pub(super) fn embed(
         &mut self,
-        table: &CudaWeight,
+        (table, first): (&CudaWeight, TokenId),
         tokens: DevicePtr,
         out: &CudaTensor,
     ) -> Result<(), CudaError> {
@@ -114,7 +115,9 @@ impl Ops {
             .with(tokens)
             .with(out.address())
             .with(int(out.cols))
-            .with(int(out.ld));
+            .with(int(out.ld))
+            .with(first)
+            .with(int(table.rows));
         let kernel = plain(Source::Embed, "embed_bf16");
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }

@@ -97,6 +97,10 @@ impl Collective for MemoryGroup {
         Ok(())
     }
 
+    fn peer_timeout(&self) -> Duration {
+        Duration::from_millis(self.patience.load(Ordering::Relaxed))
+    }
+
     fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError> {
         let count = |left: usize| left.checked_sub(1);
         let left = &self.messages_left;
