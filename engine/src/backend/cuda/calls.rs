@@ -147,7 +147,7 @@ impl CudaBackend {
         if !few && self.linear.borrow_mut().run(&product)? {
             return Ok(());
         }
-        self.ops.borrow_mut().linear(&product)
+        self.ops.borrow_mut().linear(&product, None)
     }
 
     /// The same with a weight in 8 bits. The library wants x in 8 bits as well.
@@ -175,7 +175,7 @@ impl CudaBackend {
                 return Ok(());
             }
         }
-        self.ops.borrow_mut().linear_e4m3(&product, scales)
+        self.ops.borrow_mut().linear(&product, Some(scales))
     }
 
     /// Puts the tokens that the step before chose where this step's rows go on with them.

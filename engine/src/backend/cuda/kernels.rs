@@ -36,13 +36,14 @@ pub(super) enum Source {
     Rope,
     AttentionAny,
     AttentionPrefill,
+    AttentionPrefillHopper,
     AttentionDecode,
     Handoff,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -57,6 +58,7 @@ impl Source {
         Self::Rope,
         Self::AttentionAny,
         Self::AttentionPrefill,
+        Self::AttentionPrefillHopper,
         Self::AttentionDecode,
         Self::Handoff,
     ];
@@ -83,6 +85,7 @@ impl Source {
             Self::Rope => kernel!("rope.cu"),
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
+            Self::AttentionPrefillHopper => kernel!("attention_prefill_hopper.cu"),
             Self::AttentionDecode => kernel!("attention_decode.cu"),
             Self::Handoff => kernel!("handoff.cu"),
         }
@@ -92,10 +95,21 @@ impl Source {
     fn text(self) -> String {
         let (_, text) = self.file();
         let shared = match self {
-            Self::AttentionAny | Self::AttentionPrefill | Self::AttentionDecode => ATTENTION,
+            Self::AttentionAny
+            | Self::AttentionPrefill
+            | Self::AttentionPrefillHopper
+            | Self::AttentionDecode => ATTENTION,
             _ => "",
         };
         [PRELUDE, shared, text].concat()
+    }
+
+    /// What it is compiled for where the device is of this kind. `sm_90a` has what only Hopper has, and runs nowhere else.
+    fn target(self, device: &str) -> String {
+        match self {
+            Self::AttentionPrefillHopper => format!("{device}a"),
+            _ => device.to_owned(),
+        }
     }
 }
 
@@ -201,7 +215,7 @@ impl Kernels {
 
     fn load(&self, source: Source, variant: Variant) -> Result<Module, CudaError> {
         let compiler = self.compiler.clone()?;
-        let (target, defines) = (self.gpu.target(), variant.defines());
+        let (target, defines) = (source.target(&self.gpu.target()), variant.defines());
         let text = source.text();
         let file = self.folder.as_ref().map(|folder| {
             let key = format!("{text}\0{defines:?}\0{:?}\0{target}", compiler.version);

@@ -29,6 +29,15 @@ fn variants(source: Source) -> Vec<Variant> {
         }
         Source::AttentionAny => pages(&[24, 256], &all),
         Source::AttentionPrefill => pages(&[64, 80, 128], &half),
+        Source::AttentionPrefillHopper => {
+            let mut variants = pages(&[128], &half);
+            // Pages that a pass of rows does not divide, and one that is larger than a tile.
+            variants.extend([5, 256].map(|tokens| Variant {
+                head_dim: 128,
+                pages: Some((tokens, KvDtype::Fp8)),
+            }));
+            variants
+        }
         Source::AttentionDecode => pages(&[64, 128], &half),
         _ => vec![Variant::default()],
     }
@@ -53,9 +62,12 @@ fn compiler() -> Option<Compiler> {
 fn compiles_for(target: &str) {
     let Some(compiler) = compiler() else { return };
     for source in Source::ALL {
+        if source == Source::AttentionPrefillHopper && target != "sm_90" {
+            continue;
+        }
         for variant in variants(source) {
             let (name, text) = (source.file().0, source.text());
-            let cubin = compiler.cubin((name, &text), target, &variant.defines());
+            let cubin = compiler.cubin((name, &text), &source.target(target), &variant.defines());
             let cubin = cubin.unwrap_or_else(|error| panic!("{variant:?}: {error}"));
             assert_eq!(&cubin[..4], b"\x7fELF", "{name}");
         }

@@ -114,7 +114,7 @@ fn products() {
             } else {
                 micros(&mut backend, |backend, index| {
                     let product = product(&weights[index % copies]);
-                    backend.ops.borrow_mut().linear(&product).unwrap();
+                    backend.ops.borrow_mut().linear(&product, None).unwrap();
                 })
             };
             let bytes = (rows * cols + tokens * (rows + cols)) as f64 * 2.0;
