@@ -407,7 +407,10 @@ extern "C" __global__ void __launch_bounds__(3 * GROUP_THREADS, 1) attention_pre
     __shared__ __align__(16) u64 places[2 * STAGES * 2];
     u32 shared_q = (shared_address(dynamic) + 1023) & ~1023u, shared_kv = shared_q + 2 * 2 * HALF_Q;
     Barriers barriers = {shared_address(places)};
-    int sequence = tiles[2 * blockIdx.x], first = tiles[2 * blockIdx.x + 1], head = blockIdx.y;
+    // Some heads' heaviest tiles begin before their lighter ones, so that no heavy one is left for the end, and not all heads' at
+    // once, whose KV would not fit the cache.
+    int span = a.kv_heads * a.group / gridDim.y, tile = blockIdx.x / span;
+    int sequence = tiles[2 * tile], first = tiles[2 * tile + 1], head = blockIdx.y * span + blockIdx.x % span;
     int rows = min(ROWS, a.row_counts[sequence] - first);
     int position = a.past_lens[sequence] + first, end = position + rows;
     int start = max(0, position + 1 - a.window) / TOKENS, count = (end + TOKENS - 1) / TOKENS - start;

@@ -46,6 +46,12 @@ impl Ops {
         let shape = call.pages.shape();
         assert!(call.is_fast(), "head size, type and alignment");
         let hopper = self.gpu.capability == (9, 0) && shape.head_dim == HOPPER_HEAD_DIM;
+        // Heads whose blocks are neighbours: those of two kv heads, or of one.
+        let span = match call.heads / shape.kv_heads {
+            group if hopper && shape.kv_heads.is_multiple_of(2) => 2 * group,
+            group if hopper => group,
+            _ => 1,
+        };
         let (source, name, threads, shared_bytes) = if hopper {
             (
                 Source::AttentionPrefillHopper,
@@ -66,7 +72,8 @@ impl Ops {
             ..of_pages(source, name, shape)
         };
         let args = Args::default().with(call.args()).with(call.step.tiles);
-        self.launch(&kernel, ([grid(tiles), grid(call.heads), 1], threads), args)
+        let blocks = [grid(tiles * span), grid(call.heads / span), 1];
+        self.launch(&kernel, (blocks, threads), args)
     }
 
     /// Attention for sequences with one row; `parts` has room for all splits.
