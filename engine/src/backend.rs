@@ -398,6 +398,12 @@ pub trait Backend: Debug + Send + 'static {
     /// `out[t] = table[tokens[t]]`; table `[V, E]`, out `[T, E]`. Panics on a token outside the table.
     fn embed(&self, table: &Self::Weight, tokens: &[TokenId], out: &mut Self::Tensor);
 
+    /// Says that what a norm or [`Backend::silu_mul`] writes to x from now on is for products with these weights, and nothing else
+    /// reads it. A backend whose products with them round x may have it rounded there.
+    fn dedicate(&self, x: &mut Self::Tensor, weights: &[&Self::Weight]) {
+        let _ = (x, weights);
+    }
+
     /// `out = x / rms(x) * weight` per row; x and out `[T, E]`, weight `[E]`.
     fn rms_norm(
         &self,

@@ -18,6 +18,7 @@ use crate::page::{KvDtype, PageShape};
 
 const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
+const ROUNDING: &str = include_str!("../../../kernels/rounding.cuh");
 
 /// One `.cu` file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,6 +33,7 @@ pub(super) enum Source {
     Elementwise,
     Linear,
     LinearE4m3,
+    LinearRowsE4m3,
     Quantize,
     Rope,
     AttentionAny,
@@ -43,7 +45,7 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -54,6 +56,7 @@ impl Source {
         Self::Elementwise,
         Self::Linear,
         Self::LinearE4m3,
+        Self::LinearRowsE4m3,
         Self::Quantize,
         Self::Rope,
         Self::AttentionAny,
@@ -81,6 +84,7 @@ impl Source {
             Self::Elementwise => kernel!("elementwise.cu"),
             Self::Linear => kernel!("linear.cu"),
             Self::LinearE4m3 => kernel!("linear_e4m3.cu"),
+            Self::LinearRowsE4m3 => kernel!("linear_rows_e4m3.cu"),
             Self::Quantize => kernel!("quantize.cu"),
             Self::Rope => kernel!("rope.cu"),
             Self::AttentionAny => kernel!("attention_any.cu"),
@@ -99,6 +103,7 @@ impl Source {
             | Self::AttentionPrefill
             | Self::AttentionPrefillHopper
             | Self::AttentionDecode => ATTENTION,
+            Self::RmsNorm | Self::Elementwise | Self::Quantize => ROUNDING,
             _ => "",
         };
         [PRELUDE, shared, text].concat()

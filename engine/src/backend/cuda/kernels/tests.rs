@@ -59,10 +59,20 @@ fn compiler() -> Option<Compiler> {
     }
 }
 
+/// Whether a source is ever compiled for such a card.
+fn is_for(source: Source, target: &str) -> bool {
+    match source {
+        Source::AttentionPrefillHopper => target == "sm_90",
+        // Ampere multiplies no 8-bit floats.
+        Source::LinearRowsE4m3 => target != "sm_80",
+        _ => true,
+    }
+}
+
 fn compiles_for(target: &str) {
     let Some(compiler) = compiler() else { return };
     for source in Source::ALL {
-        if source == Source::AttentionPrefillHopper && target != "sm_90" {
+        if !is_for(source, target) {
             continue;
         }
         for variant in variants(source) {
