@@ -77,8 +77,9 @@ const ROWS_MAX: usize = 1 << 16;
 const NOT_FINITE: u32 = u32::MAX;
 /// Parts that a sequence's KV is divided into for decoding, at most.
 const SPLITS_MAX: usize = 32;
-/// Blocks of a decode kernel per multiprocessor that are enough to hide the memory's latency.
-const DECODE_BLOCKS_PER_PROCESSOR: usize = 3;
+/// Blocks of a decode kernel per multiprocessor, at most, where KV is divided: more of them hide no more of the memory's latency,
+/// and parts have to be put together again.
+const DECODE_BLOCKS_PER_PROCESSOR: usize = 2;
 
 /// One GPU as a device.
 #[derive(Debug)]

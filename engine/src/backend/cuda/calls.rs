@@ -275,9 +275,7 @@ impl CudaBackend {
         }
         let shape = self.pages().shape();
         let wanted = self.gpu.processors * DECODE_BLOCKS_PER_PROCESSOR;
-        let splits = wanted
-            .div_ceil(sequences * shape.kv_heads)
-            .clamp(1, SPLITS_MAX);
+        let splits = (wanted / (sequences * shape.kv_heads)).clamp(1, SPLITS_MAX);
         let parts_count = if splits == 1 {
             0
         } else {

@@ -7,7 +7,7 @@ use crate::backend::cuda::kernels::Source;
 use crate::backend::cuda::step::TILE_ROWS;
 
 /// Query heads of a decode block; `HEADS` in `attention_decode.cu`.
-const DECODE_HEADS: usize = 16;
+const DECODE_HEADS: usize = 8;
 /// Rows and tokens of shared memory in a prefill block; `ROWS` and `TOKENS` in `attention_prefill.cu`.
 const PREFILL_SHARED_ROWS: usize = TILE_ROWS + 2 * 64;
 /// `D` of `attention_prefill_hopper.cu`.
