@@ -3,7 +3,7 @@
 //! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
 //!
-//! Which checksum is the sender's choice, and named with it: XXH3-64 of pages in the host's memory, [`crate::page::fold`] of a device's,
+//! Which checksum is the sender's choice, and named with it: [`crate::transport::checksum`] of pages in the host's memory, [`crate::page::fold`] of a device's,
 //! which the device computes where the page lies, many pieces in one call. Whoever receives it computes the same one,
 //! with what it has.
 
@@ -28,8 +28,8 @@ const DEVICE_PIECES_MAX: usize = 64;
 /// Which function of the bytes a checksum is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Algorithm {
-    /// XXH3-64.
-    Xxh3,
+    /// [`crate::transport::checksum`].
+    Stripes,
     /// [`crate::page::fold`].
     Fold,
 }
@@ -40,23 +40,23 @@ impl Algorithm {
         if page.is_on_device() {
             Self::Fold
         } else {
-            Self::Xxh3
+            Self::Stripes
         }
     }
 
-    /// Its number in notes.
+    /// Its number in notes. 1 was XXH3-64.
     pub(super) const fn number(self) -> u8 {
         match self {
-            Self::Xxh3 => 1,
             Self::Fold => 2,
+            Self::Stripes => 3,
         }
     }
 
     /// The one with this number.
     pub(super) const fn numbered(number: u8) -> Option<Self> {
         match number {
-            1 => Some(Self::Xxh3),
             2 => Some(Self::Fold),
+            3 => Some(Self::Stripes),
             _ => None,
         }
     }
@@ -133,7 +133,7 @@ impl<'a> Piece<'a> {
     fn sum(&self) -> io::Result<u64> {
         let bytes = self.page.to_host()?;
         Ok(match self.algorithm {
-            Algorithm::Xxh3 => sum_of(&bytes, self.stretches.iter().cloned()),
+            Algorithm::Stripes => sum_of(&bytes, self.stretches.iter().cloned()),
             Algorithm::Fold => {
                 let stretches = self.stretches.iter().map(|range| &bytes[range.clone()]);
                 let mut fold = Fold::default();

@@ -77,7 +77,7 @@ pub(super) struct Landing<'a> {
     pub(super) region: RegionId,
     pub(super) runs: &'a Runs,
     pub(super) note: &'a [u8],
-    /// XXH3-64, where the transport has made it.
+    /// [`crate::transport::checksum`], where the transport has made it.
     pub(super) checksum: Option<u64>,
 }
 
@@ -212,7 +212,7 @@ impl FetchTask {
         // A transport sums as processors do, whatever the note asks for.
         let found = landing
             .checksum
-            .filter(|_| note.checksum.algorithm == Algorithm::Xxh3);
+            .filter(|_| note.checksum.algorithm == Algorithm::Stripes);
         let from = &mut self.sources[source];
         if note.rank as usize != from.rank {
             return Err(format!("a piece of rank {}", note.rank));

@@ -460,8 +460,8 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let transfer = request.transfer;
     let source = Arc::new(filled(SHAPE, 1, 0));
     let checksum = Checksum {
-        algorithm: Algorithm::Xxh3,
-        value: xxhash_rust::xxh3::xxh3_64(source.as_bytes()),
+        algorithm: Algorithm::Stripes,
+        value: crate::transport::checksum::sum(source.as_bytes()),
     };
     let note = PieceNote {
         ctx_request_id: request.claim.ctx_request_id,
