@@ -273,8 +273,9 @@ pub enum TransportEvent {
     },
 }
 
-/// Where events go: called from the transport's threads, never from within a call of [`Transport`].
-pub type TransportSink = Arc<dyn Fn(TransportEvent) + Send + Sync>;
+/// Where events go, in order, and together those that came together: called from the transport's threads, never from
+/// within a call of [`Transport`].
+pub type TransportSink = Arc<dyn Fn(Vec<TransportEvent>) + Send + Sync>;
 
 /// Why an endpoint cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

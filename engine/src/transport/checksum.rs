@@ -35,6 +35,8 @@ const PAST_CACHES_BYTES_MIN: usize = 4 << 10;
 /// The sum of a piece that comes in parts.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Summing {
+    /// Whether nobody wants it.
+    is_off: bool,
     stripes: Stripes,
     bytes: u64,
     /// The beginning of a stripe that is not whole yet; as long as `bytes` says.
@@ -52,8 +54,19 @@ impl Default for Begun {
 }
 
 impl Summing {
+    /// One that nothing is taken into where it is not wanted.
+    pub(super) fn wanted(wanted: bool) -> Self {
+        Self {
+            is_off: !wanted,
+            ..Self::default()
+        }
+    }
+
     /// Takes the next part in.
     pub(super) fn update(&mut self, mut bytes: &[u8]) {
+        if self.is_off {
+            return;
+        }
         let held = self.held();
         self.bytes += bytes.len() as u64;
         if held > 0 {
@@ -81,7 +94,7 @@ impl Summing {
         if self.held() == 0 && to.len() >= PAST_CACHES_BYTES_MIN {
             let (whole, _) = to.as_chunks_mut::<STRIPE_BYTES>();
             // SAFETY: the stripes are within the target, and the caller's promise holds for all of it.
-            if unsafe { self.stripes.copy(from, whole) } {
+            if unsafe { self.stripes.copy(from, whole, !self.is_off) } {
                 done = whole.len() * STRIPE_BYTES;
                 self.bytes += done as u64;
             }
@@ -93,6 +106,11 @@ impl Summing {
             self.update(part);
             done += part.len();
         }
+    }
+
+    /// Of all parts, if it is wanted.
+    pub(super) fn made(&self) -> Option<u64> {
+        (!self.is_off).then(|| self.finish())
     }
 
     /// Of all parts.

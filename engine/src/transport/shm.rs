@@ -239,7 +239,8 @@ impl Fabric for ShmFabric {
         FabricTerms {
             stretch_bytes_min: 0,
             target_in_arena: false,
-            batch_bytes_max: 32 << 20,
+            // Few for each thread: the peer describes more while they are copied.
+            batch_bytes_max: self.copy_threads * PARALLEL_BYTES_MIN,
             reads_ahead: false,
         }
     }
@@ -342,6 +343,7 @@ struct Share<'a> {
     from: &'a Mapping,
     runs: &'a Runs,
     page: &'a mut [u8],
+    sum: bool,
     checksum: &'a mut Option<u64>,
 }
 
@@ -353,7 +355,7 @@ impl Share<'_> {
     ) -> Result<(), FabricError> {
         go_on()?;
         let mut since_look = 0;
-        let mut summing = Summing::default();
+        let mut summing = Summing::wanted(self.sum);
         for (source, target) in self.runs.stretches() {
             let mut offset = source.start;
             for part in self.page[target].chunks_mut(CHUNK_BYTES) {
@@ -366,7 +368,7 @@ impl Share<'_> {
                 }
             }
         }
-        *self.checksum = Some(summing.finish());
+        *self.checksum = summing.made();
         Ok(())
     }
 }
@@ -380,6 +382,7 @@ impl ShmPeer {
                 from: from.ok_or_else(|| malformed("arena handle"))?,
                 runs: job.runs,
                 page: job.page.as_bytes_mut(),
+                sum: job.sum,
                 checksum: &mut job.checksum,
             })
         });

@@ -294,21 +294,21 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_hashed(&mut self, of: SumsOf, checksum: Checksum) {
+    pub(super) fn on_hashed(&mut self, of: SumsOf, checksums: Vec<Checksum>) {
         match of {
             SumsOf::Lease(id) => {
                 let Some(lease) = self.leases.get_mut(&id) else {
                     return;
                 };
-                lease.checksums.push(checksum);
-                let peers: Vec<_> = lease.servings.iter().map(|serving| serving.peer).collect();
-                peers.into_iter().for_each(|peer| self.pump(peer));
+                lease.checksums.extend(checksums);
+                self.ready
+                    .extend(lease.servings.iter().map(|serving| serving.peer));
             }
             SumsOf::Transfer(id, peer, transfer) => {
                 let lease = self.leases.get_mut(&id);
                 if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-                    serving.own_sums.push(checksum);
-                    self.pump(peer);
+                    serving.own_sums.extend(checksums);
+                    self.ready.insert(peer);
                 }
             }
         }
@@ -339,14 +339,14 @@ impl Desk {
         self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
         // What has come free may be what another peer waits for, where peers share a transport's queue or staging.
-        let others: Vec<_> = self
-            .turns
-            .keys()
-            .copied()
-            .filter(|of| *of != peer)
-            .collect();
-        others.into_iter().for_each(|other| self.pump(other));
-        self.pump(peer);
+        self.ready.extend(self.turns.keys());
+    }
+
+    /// Submits pieces to all peers that may take some, once for all that has happened.
+    pub(super) fn pump_ready(&mut self) {
+        for peer in std::mem::take(&mut self.ready) {
+            self.pump(peer);
+        }
     }
 
     /// Takes the transfers to a lost peer out. A lease that nobody else takes is open again.

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::transceiver::checksum::{Algorithm, Checksum};
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
+use crate::transport::memory::into_channel;
 use crate::transport::{
     EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
 };
@@ -219,7 +220,7 @@ struct Peer {
 impl Peer {
     fn start(wire: Wire) -> Self {
         let (sender, events) = channel();
-        let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+        let sink: TransportSink = into_channel(sender);
         let kind = KINDS.iter().find(|kind| kind.name == wire.0).unwrap();
         Self {
             events: Mutex::new(events),

@@ -103,13 +103,24 @@ impl Stripes {
         self.keys = self.keys.map(|key| key.wrapping_add(step));
     }
 
-    /// Copies the next stripes past the caches and takes them in. False, and nothing is done, where the processor cannot, or
+    /// Copies the next stripes past the caches, and takes them in if so `wanted`. False, and nothing is done, where the processor cannot, or
     /// the target does not lie as it must.
     ///
     /// # Safety
     /// The bytes of so many stripes can be read from `from` on, and none of them is the target's.
     #[cfg_attr(not(target_arch = "x86_64"), expect(unsafe_code, reason = "as above"))]
-    pub(super) unsafe fn copy(&mut self, from: *const u8, to: &mut [[u8; STRIPE_BYTES]]) -> bool {
+    pub(super) unsafe fn copy(
+        &mut self,
+        from: *const u8,
+        to: &mut [[u8; STRIPE_BYTES]],
+        wanted: bool,
+    ) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let copy = if wanted {
+            avx2::copy::<true>
+        } else {
+            avx2::copy::<false>
+        };
         #[cfg(target_arch = "x86_64")]
         if to.as_ptr().addr().is_multiple_of(avx2::VECTOR_BYTES) && is_x86_feature_detected!("avx2")
         {
@@ -117,11 +128,11 @@ impl Stripes {
                 let from = from.wrapping_add(index * avx2::PART_STRIPES * STRIPE_BYTES);
                 // SAFETY: the processor has the instructions; the target is aligned, as parts of it are; the caller
                 // promises the rest.
-                unsafe { avx2::copy(self, from, part) };
+                unsafe { copy(self, from, part) };
             }
             return true;
         }
-        let _ = (from, to);
+        let _ = (from, to, wanted);
         false
     }
 }
@@ -266,12 +277,12 @@ mod avx2 {
         to.pass(stripes.len() as u64);
     }
 
-    /// Copies stripes and takes them in, from both halves in turn.
+    /// Copies stripes, and takes them in where `SUM` says so, from both halves in turn.
     ///
     /// # Safety
     /// So many stripes can be read from `from` on, none of which is the target's; the target is aligned for vectors.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn copy(
+    pub(super) unsafe fn copy<const SUM: bool>(
         to: &mut Stripes,
         from: *const u8,
         target: &mut [[u8; STRIPE_BYTES]],
@@ -287,12 +298,16 @@ mod avx2 {
             let stripe = unsafe { load(from.wrapping_add(offset)) };
             // SAFETY: the target is aligned, by the caller's promise, and so is each of its stripes.
             unsafe { store(a, stripe) };
-            one.take(stripe);
+            if SUM {
+                one.take(stripe);
+            }
             // SAFETY: within what the caller promises.
             let stripe = unsafe { load(middle.wrapping_add(offset)) };
             // SAFETY: as above.
             unsafe { store(b, stripe) };
-            other.take(stripe);
+            if SUM {
+                other.take(stripe);
+            }
         }
         // The odd one.
         for (index, a) in first.iter_mut().enumerate().skip(second.len()) {
@@ -300,7 +315,9 @@ mod avx2 {
             let stripe = unsafe { load(from.wrapping_add(index * STRIPE_BYTES)) };
             // SAFETY: as above.
             unsafe { store(a, stripe) };
-            one.take(stripe);
+            if SUM {
+                one.take(stripe);
+            }
         }
         // Whatever is stored after this is seen after what was stored past the caches.
         _mm_sfence();

@@ -296,7 +296,7 @@ impl Live {
         for job in jobs {
             let number = usize::try_from(job.from.handle).unwrap_or(usize::MAX);
             let page = job.page.as_bytes_mut();
-            let mut summing = Summing::default();
+            let mut summing = Summing::wanted(job.sum);
             for (source, target) in job.runs.stretches() {
                 let outside = |bytes: usize, at| ConnectionError::Outside(bytes, at);
                 let memory = self.memories.get(number);
@@ -309,7 +309,7 @@ impl Live {
             }
             // Gets are under way still.
             let copied = self.memories.get(number).and_then(|memory| memory.mapped);
-            job.checksum = copied.map(|_| summing.finish());
+            job.checksum = copied.and_then(|_| summing.made());
         }
         Ok(())
     }
