@@ -476,6 +476,12 @@ pub trait Backend: Debug + Send + 'static {
         unreachable!("no devices have joined for {x:?} · {weight:?} in {columns:?} of {out:?}");
     }
 
+    /// Says that what a norm or [`Backend::silu_mul`] writes to x from now on is for products with these weights, and nothing else
+    /// reads it. A backend whose products with them round x may have it rounded there.
+    fn dedicate(&self, x: &mut Self::Tensor, weights: &[&Self::Weight]) {
+        let _ = (x, weights);
+    }
+
     /// `out = x / rms(x) * weight` per row; x and out `[T, E]`, weight `[E]`.
     fn rms_norm(
         &self,

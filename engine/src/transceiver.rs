@@ -75,6 +75,8 @@ pub struct TransceiverParams {
     pub device: Option<usize>,
     /// Bounds.
     pub limits: TransceiverLimits,
+    /// Whether pieces are sent and taken without checksums: for measuring what these cost, never for serving.
+    pub leave_out_checksums: bool,
     /// Deadlines of connections.
     pub link: LinkTuning,
     /// What shall go wrong, in tests; see [`FaultPlan::from_environment`].
@@ -121,6 +123,7 @@ impl TransceiverParams {
             advertise_host: host.to_owned(),
             device: None,
             limits: TransceiverLimits::default(),
+            leave_out_checksums: false,
             link: LinkTuning::default(),
             faults: FaultPlan::default(),
         }
@@ -226,7 +229,8 @@ impl Transceiver {
         }
         let epoch = params.epoch.unwrap_or_else(fresh_epoch);
         let info = TransceiverInfo::new(choice, endpoints.clone(), tried, epoch);
-        let checksums = ChecksumThreads::start(params.limits.checksum_threads, &inbox)
+        let sums = !params.leave_out_checksums;
+        let checksums = ChecksumThreads::start(params.limits.checksum_threads, sums, &inbox)
             .map_err(TransceiverStartError::Thread)?;
         let desk = Desk::new(
             terms(&params, &layout, epoch),
@@ -349,6 +353,7 @@ fn terms(params: &TransceiverParams, layout: &OwnLayout, epoch: u64) -> Terms {
         settle_timeout: params.config.sender_future_timeout,
         window,
         fetches_running_max: params.limits.fetches_running.max(1),
+        leave_out_checksums: params.leave_out_checksums,
         stale_epoch: params.faults.stale_epoch,
         forged_nonce: params.faults.forged_nonce,
     }

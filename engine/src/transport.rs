@@ -19,7 +19,7 @@ use crate::page::arena::ForeignAllocator;
 pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
 
-pub(crate) mod checksum;
+pub mod checksum;
 pub mod cuda_ipc;
 pub(crate) mod fabric;
 pub mod fault;
@@ -244,7 +244,7 @@ pub enum TransportEvent {
         transfer: TransferId,
         /// The writer's note.
         note: Vec<u8>,
-        /// XXH3-64 of the piece as it lies here, its stretches in the order of the runs, where the transport has made it
+        /// [`checksum`] of the piece as it lies here, its stretches in the order of the runs, where the transport has made it
         /// with the bytes at hand; otherwise it is still to be made.
         checksum: Option<u64>,
     },
@@ -273,8 +273,9 @@ pub enum TransportEvent {
     },
 }
 
-/// Where events go: called from the transport's threads, never from within a call of [`Transport`].
-pub type TransportSink = Arc<dyn Fn(TransportEvent) + Send + Sync>;
+/// Where events go, in order, and together those that came together: called from the transport's threads, never from
+/// within a call of [`Transport`].
+pub type TransportSink = Arc<dyn Fn(Vec<TransportEvent>) + Send + Sync>;
 
 /// Why an endpoint cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -13,9 +13,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use self::bench::{
-    BenchCommand, BenchKvArgs, BenchServeArgs, DoctorArgs, DtypeArg, EndpointArg, FindingArg,
-    KvDeviceArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg, ShapeArgs,
-    TransportArg,
+    BenchCommand, BenchKvArgs, BenchServeArgs, ChecksumArg, DoctorArgs, DtypeArg, EndpointArg,
+    FindingArg, KvDeviceArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg,
+    ShapeArgs, TransportArg,
 };
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;

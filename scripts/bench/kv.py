@@ -3,10 +3,11 @@
 Usage: scripts/bench-kv [--tokens N] [--repeat N] [--rounds N] [--transport LIST] [--nixl-raw COMMAND]
 
 Ours: `baton bench kv` of a Llama-3.1-8B request (8,192 tokens are 1 GiB), in scattered 64 KiB pieces and in whole blocks of
-32 tokens, checksums on, every byte compared. Beside it: copies between two buffers (by `baton bench kv` itself), UCX's own
-ucp_put_bw at 64 MiB over the same UCX_TLS, iperf3 with one stream, and NIXL alone where --nixl-raw (or
-BATON_BENCH_NIXL_RAW) names a command whose last line is JSON with one_piece_gb_per_s and one_by_one_gb_per_s.
-References and our cases alternate, round by round; medians are compared. GB are 10⁹ bytes.
+32 tokens, every byte compared, with checksums and (not for the targets) without, which gives what they cost. Beside it: copies
+between two buffers (by `baton bench kv` itself), UCX's own ucp_put_bw at 64 MiB over the same UCX_TLS, iperf3 with one
+stream, and NIXL alone: scripts/bench/nixl_raw.py where BATON_NIXL_LIBRARY names NIXL, or the command of --nixl-raw, whose last
+line is JSON with one_piece_gb_per_s and one_by_one_gb_per_s. References and our cases alternate, round by round; medians are
+compared. GB are 10⁹ bytes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import time
 import common
 
 PIECE = 64 << 10
+WITHOUT = " without checksums"
 PUT_BYTES = 64 << 20
 LIMIT_S = 120
 
@@ -36,12 +38,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is run")
     parser.add_argument("--transport", default="all")
     parser.add_argument("--seconds", type=int, default=5, help="of iperf3")
-    parser.add_argument("--nixl-raw", default=os.environ.get("BATON_BENCH_NIXL_RAW", ""))
+    own = shlex.join([sys.executable, str(common.ROOT / "scripts" / "bench" / "nixl_raw.py")])
+    parser.add_argument("--nixl-raw", default=own if os.environ.get("BATON_NIXL_LIBRARY") else "")
     arguments = parser.parse_args()
+    load = {"before": os.getloadavg()}
     references, cases = measure(arguments)
+    load["after"] = os.getloadavg()
     table, met = compare(references, cases)
     common.keep("kv", {"tokens": arguments.tokens, "shape": arguments.shape, "ucx_tls": os.environ.get("UCX_TLS"),
-                       "references": references, "cases": cases, "targets": table})
+                       "load_average": load, "references": references, "cases": cases, "targets": table})
     sys.exit(0 if met else 1)
 
 
@@ -65,14 +70,15 @@ def measure(arguments):
             for case in report["results"]:
                 if case["status"] != "PASS":
                     sys.exit(f"{case['transport']} in {cut}: {case['status']}: {case['detail']}")
-                cases.setdefault(f"{case['transport']}/{cut}", []).append({"wire": case["wire"], **case["figures"]})
+                name = f"{case['transport']}/{cut}" + ("" if case["checksums"] else WITHOUT)
+                cases.setdefault(name, []).append({"wire": case["wire"], **case["figures"]})
             for skipped in report["skipped"] if turn == 0 and cut == "pieces" else []:
                 print(f"{skipped['transport']} is not there: {skipped['reason'].splitlines()[0]}")
     return references, cases
 
 
 def ours(arguments, options):
-    command = [str(common.BINARY), "bench", "kv", "--json", "--transport", arguments.transport, "--shape", arguments.shape,
+    command = [str(common.BINARY), "bench", "kv", "--json", "--transport", arguments.transport, "--checksum", "both", "--shape", arguments.shape,
                "--tokens", str(arguments.tokens), "--repeat", str(arguments.repeat), *options]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=20 * LIMIT_S)
     if not ended.stdout:
@@ -103,13 +109,21 @@ def server(command):
 
 
 def ask(command, tries=40):
-    """Runs a reference's client, again until its server listens; its output."""
+    """Runs a reference's client, again until its server listens; its output, or none, with a line that says why."""
     for _ in range(tries):
-        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LIMIT_S)
+        try:
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return without_result(command, f"nothing in {LIMIT_S} s")
         if ended.returncode == 0:
             return ended.stdout
         time.sleep(0.1)
-    sys.exit(f"{shlex.join(command)} fails: {ended.stdout[-500:]}")
+    return without_result(command, ended.stdout)
+
+
+def without_result(command, text):
+    """Says in one line that a reference has no figure this time; the run goes on without it."""
+    print(f"no result of {shlex.join(command)}: {' '.join(text.split())[-300:]}", file=sys.stderr)
 
 
 def iperf3(seconds):
@@ -117,8 +131,14 @@ def iperf3(seconds):
         return None
     port = str(free_port())
     with server(["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port]):
-        report = json.loads(ask(["iperf3", "-c", "127.0.0.1", "-p", port, "-P", "1", "-t", str(seconds), "-J"]))
-    return report["end"]["sum_received"]["bits_per_second"] / 8e9
+        command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-P", "1", "-t", str(seconds), "-J"]
+        text = ask(command)
+    if text is None:
+        return None
+    try:
+        return json.loads(text)["end"]["sum_received"]["bits_per_second"] / 8e9
+    except (ValueError, KeyError, TypeError):
+        return without_result(command, text)
 
 
 def put_bandwidth():
@@ -126,10 +146,13 @@ def put_bandwidth():
         return None
     port = str(free_port())
     with server(["ucx_perftest", "-p", port]):
-        text = ask(["ucx_perftest", "127.0.0.1", "-p", port, "-t", "ucp_put_bw", "-s", str(PUT_BYTES), "-n", "100", "-w", "5"])
+        command = ["ucx_perftest", "127.0.0.1", "-p", port, "-t", "ucp_put_bw", "-s", str(PUT_BYTES), "-n", "100", "-w", "5"]
+        text = ask(command)
+    if text is None:
+        return None
     final = next((line.split() for line in text.splitlines() if line.startswith("Final:")), None)
     if final is None or len(final) < 7:
-        sys.exit(f"ucx_perftest has no result:\n{text[-500:]}")
+        return without_result(command, text)
     # It calls 2^20 bytes a megabyte.
     return float(final[6]) * 1.048576 / 1e3
 
@@ -137,8 +160,10 @@ def put_bandwidth():
 def raw_nixl(command):
     if not command:
         return {}
-    ended = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, text=True, check=True, timeout=5 * LIMIT_S)
-    figures = json.loads(ended.stdout.strip().splitlines()[-1])
+    text = ask(shlex.split(command), tries=1)
+    if text is None:
+        return {}
+    figures = json.loads(text.strip().splitlines()[-1])
     return {f"nixl {name}": figures[f"{key}_gb_per_s"] for name, key in (("one piece", "one_piece"), ("one by one", "one_by_one"))}
 
 
@@ -155,14 +180,25 @@ TARGETS = [
 ]
 
 
+def middle(values, of):
+    return statistics.median(value[of] for value in values) if values else float("nan")
+
+
+def share(cases, name, of):
+    """What checksums cost of a case: nothing of this is left when they are left out."""
+    return 1 - middle(cases.get(name + WITHOUT, []), of) / middle(cases[name], of)
+
+
 def compare(references, cases):
     """Prints the table; the rows, and whether no target was missed."""
     median = {name: statistics.median(values) for name, values in references.items()}
-    print(f"{'case':<12} {'GB/s':>7} {'checksum':>9}   reference")
+    print(f"{'case':<12} {'GB/s':>7} {'without':>9} {'checksums, of time':>19} {'of cpu':>7}   wire")
     for name, values in cases.items():
-        shares = [value["checksum_share"] for value in values if value["checksum_share"] is not None]
-        share = f"{100 * statistics.median(shares):.0f} %" if shares else "-"
-        print(f"{name:<12} {statistics.median(v['gb_per_s'] for v in values):>7.2f} {share:>9}   {values[0]['wire']}")
+        if name.endswith(WITHOUT):
+            continue
+        time_share, cpu_share = (share(cases, name, of) for of in ("median_ms", "cpu_ms"))
+        without = middle(cases.get(name + WITHOUT, []), "gb_per_s")
+        print(f"{name:<12} {middle(values, 'gb_per_s'):>7.2f} {without:>9.2f} {time_share:>19.0%} {cpu_share:>7.0%}   {values[0]['wire']}")
     for name, value in median.items():
         print(f"{name:<20} {value:>7.2f} GB/s alone")
     rows, met = [], True
@@ -171,7 +207,7 @@ def compare(references, cases):
             rows.append({"case": case, "reference": reference, "wanted": wanted, "ratio": None})
             print(f"{case:<12} not measured against {reference}")
             continue
-        ratio = statistics.median(value["gb_per_s"] for value in cases[case]) / median[reference]
+        ratio = middle(cases[case], "gb_per_s") / median[reference]
         met &= ratio >= wanted
         rows.append({"case": case, "reference": reference, "wanted": wanted, "ratio": round(ratio, 3)})
         print(f"{case:<12} {ratio:>5.2f} × {reference} (target {wanted}): {'met' if ratio >= wanted else 'missed'}")

@@ -6,8 +6,9 @@
 //! An operation that fails is remembered, those after it do nothing, and the step says so. Must match `backend/cpu` within
 //! the tolerances of the conformance suite; rows are not bit-equal across batches, because the library's algorithm depends on the shape.
 //!
-//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of few rows read them beside bf16 activations, larger ones
-//! round the activations to 8 bits too, with a scale a row; elsewhere they become bf16 when they are loaded.
+//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of one or two rows read them beside bf16 activations, larger
+//! ones have the activations in 8 bits too, with a scale a row, rounded where they are computed if it is known by then that nothing
+//! else reads them; elsewhere they become bf16 when they are loaded.
 //!
 //! Several ranks, each with a GPU of its own, compute a model together through NCCL and each other's memory (`ranks.rs`).
 //!
@@ -47,7 +48,7 @@ pub(crate) use peer::HANDLE_BYTES;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
-use self::calls::are_one;
+use self::calls::{are_one, rounds};
 use self::driver::{DevicePtr, Gpu, PinnedMemory};
 use self::flights::Flights;
 use self::graphs::Graphs;
@@ -56,6 +57,7 @@ use self::memory::{Buffer, Pool};
 use self::ops::{AttentionCall, Ops, Parts, Rotation};
 use self::pages::Pages;
 use self::ranks::Ranks;
+use self::tensor::Rounded;
 use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
 use super::{
@@ -67,8 +69,10 @@ use crate::page::{Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
 const FEW_TOKENS_MAX: usize = 2;
-/// The same where weights are in 8 bits.
-const FEW_TOKENS_MAX_8_BIT: usize = 4;
+/// The same where weights are in 8 bits: beyond, it pays to round the activations too.
+const FEW_TOKENS_MAX_8_BIT: usize = 2;
+/// Columns of a row that the kernels round as they compute it, at most; `VECTORS_MAX` in `rms_norm.cu`, `HELD_MAX` in `elementwise.cu`.
+const ROUNDED_COLS_MAX: usize = 4 * 8 * 1024;
 /// A step of fewer rows leaves multiprocessors idle; beside decoding, 2,048 rows take some 50 ms of an 8B model.
 const PREFILL_ROWS: PrefillRows = PrefillRows {
     alone: 8192,
@@ -80,8 +84,9 @@ const ROWS_MAX: usize = 1 << 16;
 const NOT_FINITE: u32 = u32::MAX;
 /// Parts that a sequence's KV is divided into for decoding, at most.
 const SPLITS_MAX: usize = 32;
-/// Blocks of a decode kernel per multiprocessor that are enough to hide the memory's latency.
-const DECODE_BLOCKS_PER_PROCESSOR: usize = 3;
+/// Blocks of a decode kernel per multiprocessor, at most, where KV is divided: more of them hide no more of the memory's latency,
+/// and parts have to be put together again.
+const DECODE_BLOCKS_PER_PROCESSOR: usize = 2;
 
 /// One GPU as a device.
 #[derive(Debug)]
@@ -237,6 +242,7 @@ impl Backend for CudaBackend {
                 wide: false,
                 offset,
                 buffer: whole.buffer.clone(),
+                rounded: None,
             };
             offset += cols;
             part
@@ -326,9 +332,24 @@ impl Backend for CudaBackend {
         });
     }
 
+    fn dedicate(&self, x: &mut CudaTensor, weights: &[&CudaWeight]) {
+        if !rounds(x, weights) {
+            x.rounded = None;
+        } else if x.rounded.is_none() {
+            self.attempt("rounded activations", || {
+                x.rounded = Some(Arc::new(self.rounded(x)?));
+                Ok(())
+            });
+        }
+    }
+
     fn rms_norm(&self, x: &CudaTensor, weight: &CudaWeight, epsilon: f32, out: &mut CudaTensor) {
         self.attempt("rms_norm", || {
-            self.ops.borrow_mut().rms_norm(x, weight, epsilon, out)
+            let mut ops = self.ops.borrow_mut();
+            match &out.rounded {
+                Some(to) => ops.norm_rounding((x, None), weight, epsilon, to),
+                None => ops.rms_norm(x, weight, epsilon, out),
+            }
         });
     }
 
@@ -341,7 +362,10 @@ impl Backend for CudaBackend {
     ) {
         self.attempt("add_rms_norm", || {
             let mut ops = self.ops.borrow_mut();
-            ops.add_rms_norm((x, y), weight, epsilon, out)
+            match &out.rounded {
+                Some(to) => ops.norm_rounding((x, Some(y)), weight, epsilon, to),
+                None => ops.add_rms_norm((x, y), weight, epsilon, out),
+            }
         });
     }
 
@@ -361,6 +385,7 @@ impl Backend for CudaBackend {
         assert_eq!((out.rows, out.cols), (x.rows, weight.rows), "shape of out");
         let bias_len = bias.map_or(weight.rows, |bias| bias.cols);
         assert_eq!(bias_len, weight.rows, "length of bias");
+        out.rounded = None;
         self.attempt("linear", || {
             self.product(x, (weight, bias), (out, weight.rows))
         });
@@ -377,6 +402,9 @@ impl Backend for CudaBackend {
             let cols: usize = outs.iter().map(|out| out.cols).sum();
             assert_eq!(rows, cols, "shapes of outs");
             self.attempt("linear", || self.product(x, weights[0], (outs[0], rows)));
+            for out in outs {
+                out.rounded = None;
+            }
             return;
         }
         for ((weight, bias), out) in weights.into_iter().zip(outs) {
@@ -392,7 +420,11 @@ impl Backend for CudaBackend {
 
     fn silu_mul(&self, gate: &mut CudaTensor, up: &CudaTensor) {
         self.attempt("silu_mul", || {
-            self.ops.borrow_mut().elementwise("silu_mul_bf16", gate, up)
+            let mut ops = self.ops.borrow_mut();
+            match &gate.rounded {
+                Some(to) => ops.silu_mul_rounding(gate, up, to),
+                None => ops.elementwise("silu_mul_bf16", gate, up),
+            }
         });
     }
 

@@ -349,12 +349,13 @@ impl<B: Backend> Pass<B> {
             mixed,
         } = self;
         let (norm, epsilon) = (&layer.attention_norm, config.rms_epsilon);
+        let projections = [&layer.query, &layer.key, &layer.value];
+        backend.dedicate(normed, &projections.map(|projection| &projection.weight));
         match before {
             Some(before) => backend.add_rms_norm((x, before), norm, epsilon, normed),
             None => backend.rms_norm(x, norm, epsilon, normed),
         }
-        let projections = [&layer.query, &layer.key, &layer.value].map(Linear::both);
-        backend.linears(normed, projections, [q, k, v]);
+        backend.linears(normed, projections.map(Linear::both), [q, k, v]);
         if let Some(norm) = &layer.query_norm {
             backend.head_norm(q, norm, config.rms_epsilon);
         }
@@ -413,9 +414,11 @@ impl<B: Backend> Tail<B> {
         linear(backend, mixed, &layer.output, projected);
         sum(backend, peers, projected)?;
         let epsilon = config.rms_epsilon;
+        let widening = [&layer.gate, &layer.up];
+        backend.dedicate(normed, &widening.map(|projection| &projection.weight));
         backend.add_rms_norm((x, projected), &layer.ffn_norm, epsilon, normed);
-        let widening = [&layer.gate, &layer.up].map(Linear::both);
-        backend.linears(normed, widening, [&mut *gate, &mut *up]);
+        backend.linears(normed, widening.map(Linear::both), [&mut *gate, &mut *up]);
+        backend.dedicate(gate, &[&layer.down.weight]);
         backend.silu_mul(gate, up);
         linear(backend, gate, &layer.down, projected);
         sum(backend, peers, projected)

@@ -3,7 +3,7 @@
 //! The bytes are cut into vectors of 16; the last one is filled up with zeros. Vector `i`, as two little-endian words
 //! `a` and `b`, gives `fold((a + (i + 1) · A) · (b + (i + 1) · B))`, where a product has 128 bits and `fold` is its low half
 //! xor its high one. The terms are added up, in any order; [`finish`] mixes in the length. So a changed, missing, moved,
-//! doubled or swapped vector changes the sum, save one time in 2⁶⁴; like XXH3 it protects from accidents, not from an enemy.
+//! doubled or swapped vector changes the sum, save one time in 2⁶⁴; it protects from accidents, not from an enemy.
 //!
 //! `engine/kernels/handoff.cu` computes the same terms. Invariant: the sum depends on the bytes in their order, not on
 //! where they lie or how they were divided.

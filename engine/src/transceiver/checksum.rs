@@ -3,7 +3,7 @@
 //! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
 //!
-//! Which checksum is the sender's choice, and named with it: XXH3-64 of pages in the host's memory, [`crate::page::fold`] of a device's,
+//! Which checksum is the sender's choice, and named with it: [`crate::transport::checksum`] of pages in the host's memory, [`crate::page::fold`] of a device's,
 //! which the device computes where the page lies, many pieces in one call. Whoever receives it computes the same one,
 //! with what it has.
 
@@ -25,13 +25,19 @@ use crate::transport::{RegionId, Runs, TransferId};
 /// Pieces that a device sums in one call at most.
 const DEVICE_PIECES_MAX: usize = 64;
 
+/// Bytes of pieces in the host's memory that are summed at once, if there are several: a tenth of a millisecond's work, so
+/// that what waits for them need not wait long.
+const HOST_BYTES_MAX: usize = 1 << 20;
+
 /// Which function of the bytes a checksum is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Algorithm {
-    /// XXH3-64.
-    Xxh3,
+    /// [`crate::transport::checksum`].
+    Stripes,
     /// [`crate::page::fold`].
     Fold,
+    /// None at all, where nobody wants one: for measuring what the others cost.
+    Absent,
 }
 
 impl Algorithm {
@@ -40,23 +46,25 @@ impl Algorithm {
         if page.is_on_device() {
             Self::Fold
         } else {
-            Self::Xxh3
+            Self::Stripes
         }
     }
 
-    /// Its number in notes.
+    /// Its number in notes. 1 was XXH3-64.
     pub(super) const fn number(self) -> u8 {
         match self {
-            Self::Xxh3 => 1,
+            Self::Absent => 0,
             Self::Fold => 2,
+            Self::Stripes => 3,
         }
     }
 
     /// The one with this number.
     pub(super) const fn numbered(number: u8) -> Option<Self> {
         match number {
-            1 => Some(Self::Xxh3),
+            0 => Some(Self::Absent),
             2 => Some(Self::Fold),
+            3 => Some(Self::Stripes),
             _ => None,
         }
     }
@@ -133,13 +141,14 @@ impl<'a> Piece<'a> {
     fn sum(&self) -> io::Result<u64> {
         let bytes = self.page.to_host()?;
         Ok(match self.algorithm {
-            Algorithm::Xxh3 => sum_of(&bytes, self.stretches.iter().cloned()),
+            Algorithm::Stripes => sum_of(&bytes, self.stretches.iter().cloned()),
             Algorithm::Fold => {
                 let stretches = self.stretches.iter().map(|range| &bytes[range.clone()]);
                 let mut fold = Fold::default();
                 stretches.for_each(|stretch| fold.update(stretch));
                 fold.digest()
             }
+            Algorithm::Absent => 0,
         })
     }
 }
@@ -196,6 +205,7 @@ fn check(batch: Vec<Landed>, inbox: &Inbox) {
         Vec::new()
     });
     let mut rest = &found[..];
+    let mut checked = Vec::with_capacity(batch.len());
     for landed in batch {
         let (own, later) = rest.split_at(landed.parts.len().min(rest.len()));
         rest = later;
@@ -209,14 +219,15 @@ fn check(batch: Vec<Landed>, inbox: &Inbox) {
                 found: !expected,
             })
         };
-        inbox.happened(Happening::Checked(Checked {
+        checked.push(Checked {
             transfer: landed.transfer,
             region: landed.region,
             index: landed.index,
             page: landed.page,
             mismatch,
-        }));
+        });
     }
+    inbox.happened(Happening::Checked(checked));
 }
 
 #[derive(Debug, Default)]
@@ -228,8 +239,10 @@ struct Jobs {
     idle: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
+    /// Whether anything is summed; else everything is said to be.
+    sums: bool,
     jobs: Mutex<Jobs>,
     wake: Condvar,
 }
@@ -242,9 +255,13 @@ pub(super) struct ChecksumThreads {
 }
 
 impl ChecksumThreads {
-    /// Starts `count` threads that report to the inbox.
-    pub(super) fn start(count: usize, inbox: &Arc<Inbox>) -> io::Result<Self> {
-        let queue = Arc::new(Queue::default());
+    /// Starts `count` threads that report to the inbox. Without `sums` what is to be sent gets absent ones.
+    pub(super) fn start(count: usize, sums: bool, inbox: &Arc<Inbox>) -> io::Result<Self> {
+        let queue = Arc::new(Queue {
+            sums,
+            jobs: Mutex::default(),
+            wake: Condvar::new(),
+        });
         let mut started = Self {
             queue,
             threads: Vec::new(),
@@ -315,18 +332,28 @@ impl Queue {
         }
     }
 
-    /// Sums one piece, or as many as a device takes, and puts the job back in front, so that a long sequence holds up no
-    /// landed page.
+    /// Sums some pieces, and puts the job back in front, so that a long sequence holds up no landed page.
     fn sum_some(&self, mut offered: Summing, inbox: &Inbox) {
         let of = offered.of;
         let given_up = offered.given_up.load(Ordering::Acquire);
         let count = match offered.parts.front() {
             Some((page, _)) if page.is_on_device() => DEVICE_PIECES_MAX,
-            Some(_) => 1,
+            Some(_) => fitting(offered.parts.iter().map(|(_, runs)| runs.total_bytes())),
             None => 0,
         };
         if count == 0 || given_up {
             drop(offered);
+            inbox.happened(Happening::HashingEnded { of });
+            return;
+        }
+        if !self.sums {
+            let absent = Checksum {
+                algorithm: Algorithm::Absent,
+                value: 0,
+            };
+            let checksums = vec![absent; offered.parts.len()];
+            drop(offered);
+            inbox.happened(Happening::Hashed { of, checksums });
             inbox.happened(Happening::HashingEnded { of });
             return;
         }
@@ -343,10 +370,10 @@ impl Queue {
         drop(some);
         match made {
             Ok(made) => {
-                for (algorithm, value) in algorithms.into_iter().zip(made) {
-                    let checksum = Checksum { algorithm, value };
-                    inbox.happened(Happening::Hashed { of, checksum });
-                }
+                let checksums = algorithms.into_iter().zip(made);
+                let checksums = checksums.map(|(algorithm, value)| Checksum { algorithm, value });
+                let checksums = checksums.collect();
+                inbox.happened(Happening::Hashed { of, checksums });
                 self.lock().offered.push_front(offered);
                 self.wake.notify_one();
             }
@@ -360,15 +387,33 @@ impl Queue {
     }
 }
 
+/// How many of these sizes fit into [`HOST_BYTES_MAX`]; one if there is one.
+fn fitting(sizes: impl Iterator<Item = usize>) -> usize {
+    let mut total = 0_usize;
+    let fitting = sizes.enumerate().take_while(|(index, bytes)| {
+        total = total.saturating_add(*bytes);
+        *index == 0 || total <= HOST_BYTES_MAX
+    });
+    fitting.count()
+}
+
 impl Jobs {
-    /// A landed page with those that its device sums in the same call.
+    /// A landed page with those that are summed in the same call.
     fn with_neighbours(&mut self, first: Landed) -> Vec<Landed> {
         let arena = |landed: &Landed| {
             let (arena, _) = landed.page.arena()?;
             landed.page.is_on_device().then(|| arena.id())
         };
         let Some(of) = arena(&first) else {
-            return vec![first];
+            let sizes = std::iter::once(&first).chain(&self.landed);
+            let sizes = sizes.map_while(|landed| match arena(landed) {
+                None => Some(landed.page.shape().bytes()),
+                Some(_) => None,
+            });
+            let more = fitting(sizes) - 1;
+            return std::iter::once(first)
+                .chain(self.landed.drain(..more))
+                .collect();
         };
         let mut pieces = first.parts.len();
         let mut batch = vec![first];

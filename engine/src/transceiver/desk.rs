@@ -4,7 +4,7 @@
 //! what is due. [`lending`] is the context side, [`fetching`] the generation side. Each way out of either ends in
 //! one place that gives back what was held.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,8 @@ pub(super) struct Terms {
     pub(super) window: usize,
     /// Fetches that may be under way at once; more wait their turn.
     pub(super) fetches_running_max: usize,
+    /// Pieces without checksums are taken.
+    pub(super) leave_out_checksums: bool,
     /// A test's fault: pieces carry another epoch.
     pub(super) stale_epoch: bool,
     /// A test's fault: requests carry another nonce.
@@ -78,6 +80,8 @@ pub(super) struct Desk {
     sending: HashMap<(PeerId, TransferId), u64>,
     /// Per peer, the transfers with pieces left, in turn.
     turns: HashMap<PeerId, VecDeque<TransferId>>,
+    /// Peers that may take more pieces, or whose next pieces are summed.
+    ready: BTreeSet<PeerId>,
     fetches: HashMap<TransferId, FetchTask>,
     by_request: HashMap<RequestId, TransferId>,
     /// Fetches that wait until others end.
@@ -104,6 +108,7 @@ impl Desk {
             leases: HashMap::new(),
             sending: HashMap::new(),
             turns: HashMap::new(),
+            ready: BTreeSet::new(),
             fetches: HashMap::new(),
             by_request: HashMap::new(),
             waiting: VecDeque::new(),
@@ -127,6 +132,7 @@ impl Desk {
                         self.on_happening(happening);
                         self.start_waiting();
                     }
+                    self.pump_ready();
                 }
                 None => {}
             }
@@ -187,10 +193,18 @@ impl Desk {
 
     fn on_happening(&mut self, happening: Happening) {
         match happening {
-            Happening::Transport { wire, event } => self.on_transport_event(wire, event),
-            Happening::Hashed { of, checksum } => self.on_hashed(of, checksum),
+            Happening::Transport { wire, events } => {
+                for event in events {
+                    self.on_transport_event(wire, event);
+                }
+            }
+            Happening::Hashed { of, checksums } => self.on_hashed(of, checksums),
             Happening::HashingEnded { of } => self.on_hashing_ended(of),
-            Happening::Checked(checked) => self.on_checked(checked),
+            Happening::Checked(pages) => {
+                for checked in pages {
+                    self.on_checked(checked);
+                }
+            }
         }
     }
 

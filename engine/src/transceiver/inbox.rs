@@ -17,7 +17,7 @@ use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 use super::checksum::Checksum;
 use super::state::{Nonce, OpaqueState, RankRecord};
 
-/// Events that wait for the desk at most.
+/// Happenings that wait for the desk at most; of each as much as one thread does at once.
 const EVENTS_MAX: usize = 4096;
 
 /// What the engine thread asks for.
@@ -98,18 +98,19 @@ pub(super) enum Happening {
     Transport {
         /// Which transport.
         wire: usize,
-        event: TransportEvent,
+        /// In order.
+        events: Vec<TransportEvent>,
     },
-    /// The next checksum.
+    /// The next checksums.
     Hashed {
         of: SumsOf,
-        checksum: Checksum,
+        checksums: Vec<Checksum>,
     },
     /// The checksum threads hold no page for these any more.
     HashingEnded {
         of: SumsOf,
     },
-    Checked(Checked),
+    Checked(Vec<Checked>),
 }
 
 /// What the desk does next.

@@ -90,6 +90,7 @@ fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
         advertise_host: params.advertise_host.clone(),
         tuning: params.link.clone(),
         staging: StagingSize::default(),
+        leave_out_sums: params.leave_out_checksums,
         faults: params.faults.clone(),
     }
 }
@@ -118,7 +119,7 @@ pub(super) fn start_all(
         let wire = started.len();
         let inbox = Arc::clone(inbox);
         let events: TransportSink =
-            Arc::new(move |event| inbox.happened(Happening::Transport { wire, event }));
+            Arc::new(move |events| inbox.happened(Happening::Transport { wire, events }));
         match (kind.start)(params, events) {
             Ok(transport) => {
                 started.push(transport);

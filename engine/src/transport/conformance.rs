@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::checksum::sum_of;
 use super::*;
+use super::{checksum::sum_of, memory::one_by_one};
 use crate::page::{KvDtype, PageShape};
 
 /// How long a test waits for an event that must come.
@@ -24,7 +24,7 @@ pub(super) struct Node {
 impl Node {
     pub(super) fn start(start: Start) -> Self {
         let (sender, events) = channel();
-        let transport = start(Arc::new(move |event| drop(sender.send(event))));
+        let transport = start(one_by_one(move |event| drop(sender.send(event))));
         Self { transport, events }
     }
 
@@ -500,7 +500,7 @@ pub(super) fn a_slow_reader_makes_busy_and_loses_nothing(start: Start) {
     let writer = Node::start(start);
     let (sender, events) = sync_channel(0);
     let reader = Node {
-        transport: start(Arc::new(move |event| drop(sender.send(event)))),
+        transport: start(one_by_one(move |event| drop(sender.send(event)))),
         events,
     };
     let to_reader = writer.connect(&reader);

@@ -61,6 +61,8 @@ pub(crate) struct ReadJob<'a> {
     pub(crate) runs: &'a Runs,
     /// Where to. It may be in an arena of ours ([`Page::arena`]), exported or not, or in none.
     pub(crate) page: &'a mut Page,
+    /// Whether a checksum is wanted.
+    pub(crate) sum: bool,
     /// [`TransportEvent::Landed`](super::TransportEvent::Landed)'s checksum, where the fabric makes it as it reads.
     pub(crate) checksum: Option<u64>,
 }
@@ -72,6 +74,7 @@ impl<'a> ReadJob<'a> {
             from,
             runs,
             page,
+            sum: true,
             checksum: None,
         }
     }

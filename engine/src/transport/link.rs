@@ -107,6 +107,8 @@ pub struct LinkParams {
     pub tuning: LinkTuning,
     /// Memory for bytes that do not lie as a fabric likes them.
     pub staging: StagingSize,
+    /// Whether bytes are only moved, and no checksum is made of them on the way.
+    pub leave_out_sums: bool,
     /// What shall go wrong, in tests.
     pub faults: FaultPlan,
 }
@@ -211,11 +213,12 @@ impl LinkTransport {
             parts: PullerParts {
                 fabric: Arc::clone(fabric),
                 staging: Staging::new(params.staging, None),
+                sum: !params.leave_out_sums,
             },
         });
         let shared = Arc::new(Shared::new(
             (capability.name, pulling),
-            (params.tuning, params.faults),
+            (params.tuning, params.faults, !params.leave_out_sums),
             (advertised, listening),
             sink,
         ));

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -28,6 +29,16 @@ const CAPABILITY: Capability = Capability {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A sink for tests that look at events one by one.
+pub(crate) fn one_by_one(look: impl Fn(TransportEvent) + Send + Sync + 'static) -> TransportSink {
+    Arc::new(move |events: Vec<_>| events.into_iter().for_each(&look))
+}
+
+/// The same, with a channel.
+pub(crate) fn into_channel(sender: Sender<TransportEvent>) -> TransportSink {
+    one_by_one(move |event| drop(sender.send(event)))
 }
 
 pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
@@ -129,7 +140,7 @@ impl Shared {
         match work {
             Work::Message(_, message) => {
                 if let Some((remote, peer)) = remote {
-                    (remote.sink)(TransportEvent::Message { peer, message });
+                    (remote.sink)(vec![TransportEvent::Message { peer, message }]);
                 }
             }
             Work::Write(write) => {
@@ -139,18 +150,22 @@ impl Shared {
                 };
                 let (peer, transfer) = (write.peer, write.transfer);
                 drop(write);
-                (self.sink)(TransportEvent::WriteDone {
+                (self.sink)(vec![TransportEvent::WriteDone {
                     peer,
                     transfer,
                     outcome,
-                });
+                }]);
             }
-            Work::Dropped(peer, transfer, outcome) => (self.sink)(TransportEvent::WriteDone {
-                peer,
-                transfer,
-                outcome,
-            }),
-            Work::Lost(peer, reason) => (self.sink)(TransportEvent::PeerLost { peer, reason }),
+            Work::Dropped(peer, transfer, outcome) => {
+                (self.sink)(vec![TransportEvent::WriteDone {
+                    peer,
+                    transfer,
+                    outcome,
+                }])
+            }
+            Work::Lost(peer, reason) => {
+                (self.sink)(vec![TransportEvent::PeerLost { peer, reason }])
+            }
             Work::HangUp(peer) => self.hang_up(peer),
         }
     }
@@ -179,14 +194,14 @@ impl Shared {
             page.as_bytes_mut()[to].copy_from_slice(&source[from]);
         }
         drop(regions);
-        (remote.sink)(TransportEvent::Landed {
+        (remote.sink)(vec![TransportEvent::Landed {
             peer: there,
             region,
             runs: write.runs.clone(),
             transfer: write.transfer,
             note: write.note.clone(),
             checksum: None,
-        });
+        }]);
         WriteOutcome::Sent
     }
 

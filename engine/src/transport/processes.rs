@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::conformance::{Node, PATIENCE};
 use super::link::tests::brisk;
 use super::link::{LinkParams, on_loopback};
+use super::memory::{into_channel, one_by_one};
 use super::*;
 use crate::transport::staging::plain_shape;
 
@@ -108,7 +109,7 @@ fn as_a_peer() {
     let events = sender.clone();
     let transport = start(
         &kind,
-        Arc::new(move |event| drop(events.send(Woken::Event(event)))),
+        one_by_one(move |event| drop(events.send(Woken::Event(event)))),
     );
     std::thread::spawn(move || {
         // Nothing is said; its end is all.
@@ -205,7 +206,7 @@ impl Drop for Peer {
 
 fn node(kind: &str) -> Node {
     let (sender, events) = channel();
-    let transport = start(kind, Arc::new(move |event| drop(sender.send(event))));
+    let transport = start(kind, into_channel(sender));
     Node { events, transport }
 }
 

@@ -291,7 +291,19 @@ impl Runs {
     /// For the wire: 48 bytes a run, little-endian.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(self.runs.len() * RUN_BYTES);
+        let mut out = Vec::with_capacity(self.encoded_bytes());
+        self.encode_to(&mut out);
+        out
+    }
+
+    /// How long [`Runs::encode`]'s bytes are.
+    #[must_use]
+    pub fn encoded_bytes(&self) -> usize {
+        self.runs.len() * RUN_BYTES
+    }
+
+    /// As [`Runs::encode`], behind what is there.
+    pub fn encode_to(&self, out: &mut Vec<u8>) {
         for run in self.runs.iter() {
             let words = [
                 run.source,
@@ -305,7 +317,6 @@ impl Runs {
                 out.extend_from_slice(&(word as u64).to_le_bytes());
             }
         }
-        out
     }
 
     /// Reads what [`Runs::encode`] wrote; whatever the bytes, it ends in runs or in an error.

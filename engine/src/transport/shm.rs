@@ -25,7 +25,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::checksum::{Summing, WARM_BYTES};
+use super::checksum::Summing;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
@@ -239,7 +239,8 @@ impl Fabric for ShmFabric {
         FabricTerms {
             stretch_bytes_min: 0,
             target_in_arena: false,
-            batch_bytes_max: 32 << 20,
+            // Few for each thread: the peer describes more while they are copied.
+            batch_bytes_max: self.copy_threads * PARALLEL_BYTES_MIN,
             reads_ahead: false,
         }
     }
@@ -315,15 +316,15 @@ impl Mapping {
         Ok(Self(map))
     }
 
-    /// Copies from `offset` on. Panics when that is not within the mapping: the jobs were checked.
-    fn copy(&self, offset: usize, to: &mut [u8]) {
+    /// Copies from `offset` on, and sums what it copies. Panics when that is not within the mapping: the jobs were checked.
+    fn copy(&self, offset: usize, to: &mut [u8], summing: &mut Summing) {
         let end = offset.checked_add(to.len());
         assert!(end.is_some_and(|end| end <= self.0.len()), "a checked job");
         let from = self.0.as_ptr().wrapping_add(offset);
         // SAFETY: the range was just checked against the mapping, whose file is sealed at this size, and which lives as
         // long as `self`; `to` is exclusively ours and of another mapping or of the heap, so they don't overlap. The
         // peer may write what is read, against the protocol; then the bytes are in doubt, which the checksum finds.
-        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        unsafe { summing.copy(from, to) };
     }
 }
 
@@ -342,6 +343,7 @@ struct Share<'a> {
     from: &'a Mapping,
     runs: &'a Runs,
     page: &'a mut [u8],
+    sum: bool,
     checksum: &'a mut Option<u64>,
 }
 
@@ -353,12 +355,11 @@ impl Share<'_> {
     ) -> Result<(), FabricError> {
         go_on()?;
         let mut since_look = 0;
-        let mut summing = Summing::default();
+        let mut summing = Summing::wanted(self.sum);
         for (source, target) in self.runs.stretches() {
             let mut offset = source.start;
-            for part in self.page[target].chunks_mut(WARM_BYTES) {
-                self.from.copy(offset, part);
-                summing.update(part);
+            for part in self.page[target].chunks_mut(CHUNK_BYTES) {
+                self.from.copy(offset, part, &mut summing);
                 offset += part.len();
                 since_look += part.len();
                 if since_look >= CHUNK_BYTES {
@@ -367,7 +368,7 @@ impl Share<'_> {
                 }
             }
         }
-        *self.checksum = Some(summing.finish());
+        *self.checksum = summing.made();
         Ok(())
     }
 }
@@ -381,6 +382,7 @@ impl ShmPeer {
                 from: from.ok_or_else(|| malformed("arena handle"))?,
                 runs: job.runs,
                 page: job.page.as_bytes_mut(),
+                sum: job.sum,
                 checksum: &mut job.checksum,
             })
         });

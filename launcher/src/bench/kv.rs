@@ -36,7 +36,7 @@ use self::ranks::Part;
 use self::report::{CaseResult, Status};
 use self::shape::{Cut, Geometry, Shape, ShapeRecord};
 use self::transports::Selection;
-use crate::cli::{BenchKvArgs, KvDeviceArg, ShapeArgs, TransportArg};
+use crate::cli::{BenchKvArgs, ChecksumArg, KvDeviceArg, ShapeArgs, TransportArg};
 use crate::exit::{Outcome, WithOutcome};
 
 pub(crate) use self::report::Report;
@@ -61,6 +61,7 @@ struct Case {
     tokens_per_block: Option<usize>,
     geometry: Geometry,
     concurrency: usize,
+    checksums: bool,
 }
 
 /// What a run does, but for its transports.
@@ -71,6 +72,8 @@ struct Plan {
     /// Tokens, tokens per block, KV of a request.
     sizes: Vec<(usize, Option<usize>, Geometry)>,
     concurrency: Vec<usize>,
+    /// With checksums, without, or both.
+    checksums: &'static [bool],
     rounds: Rounds,
     timeout: Duration,
     floor: Option<f64>,
@@ -208,6 +211,11 @@ impl Plan {
                 KvDeviceArg::Cuda => Device::Cuda,
             },
             concurrency: args.concurrency.clone(),
+            checksums: match args.checksum {
+                ChecksumArg::On => &[true],
+                ChecksumArg::Off => &[false],
+                ChecksumArg::Both => &[true, false],
+            },
             rounds: Rounds {
                 warmup: args.warmup,
                 timed: args.repeat,
@@ -239,6 +247,7 @@ impl Plan {
             device: Device::Cpu,
             sizes,
             concurrency: vec![1],
+            checksums: &[true],
             rounds: QUICK,
             timeout: QUICK_TIMEOUT,
             floor: None,
@@ -283,12 +292,17 @@ impl Plan {
         let mut cases = Vec::new();
         for transport in names {
             for (tokens, tokens_per_block, geometry) in &self.sizes {
-                cases.extend(self.concurrency.iter().map(|concurrency| Case {
+                let each = self.concurrency.iter().flat_map(|concurrency| {
+                    let each = self.checksums.iter();
+                    each.map(move |checksums| (*concurrency, *checksums))
+                });
+                cases.extend(each.map(|(concurrency, checksums)| Case {
                     transport,
                     tokens: *tokens,
                     tokens_per_block: *tokens_per_block,
                     geometry: *geometry,
-                    concurrency: *concurrency,
+                    concurrency,
+                    checksums,
                 }));
             }
         }
@@ -348,6 +362,7 @@ impl Plan {
             device: self.device,
             geometry: case.geometry,
             concurrency: case.concurrency,
+            checksums: case.checksums,
             run: fresh(),
             timeout_ms: u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX),
         };
@@ -373,6 +388,7 @@ impl Plan {
             piece_bytes: case.geometry.page_bytes(),
             pieces: case.geometry.pages,
             concurrency: case.concurrency,
+            checksums: case.checksums,
             status,
             detail,
             bytes_expected: setting.round_bytes() * rounds,

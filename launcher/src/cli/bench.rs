@@ -46,6 +46,9 @@ pub(crate) struct BenchKvArgs {
     /// Requests in flight at once; a list runs each.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub(crate) concurrency: Vec<usize>,
+    /// With checksums, as always when serving, or without, which tells what they cost.
+    #[arg(long, value_enum, default_value = "on")]
+    pub(crate) checksum: ChecksumArg,
     /// Timed rounds.
     #[arg(long, default_value_t = 5, value_parser = at_least_one)]
     pub(crate) repeat: usize,
@@ -169,6 +172,17 @@ impl TransportArg {
             Self::Mpi => Some("mpi"),
         }
     }
+}
+
+/// `--checksum`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ChecksumArg {
+    /// With.
+    On,
+    /// Without.
+    Off,
+    /// Each case with, and then without.
+    Both,
 }
 
 /// `--device`.

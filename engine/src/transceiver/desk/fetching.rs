@@ -79,6 +79,7 @@ impl Desk {
             ways: planned.ways,
             remotes: Vec::new(),
             verified: 0,
+            leave_out_checksums: self.terms.leave_out_checksums,
             phase: Phase::Queued,
         };
         self.by_request.insert(fetch.request, transfer);

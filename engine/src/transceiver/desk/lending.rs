@@ -322,14 +322,14 @@ impl Desk {
         self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
         // What has come free may be what another peer waits for, where peers share a transport's queue or staging.
-        let others: Vec<_> = self
-            .turns
-            .keys()
-            .copied()
-            .filter(|of| *of != peer)
-            .collect();
-        others.into_iter().for_each(|other| self.pump(other));
-        self.pump(peer);
+        self.ready.extend(self.turns.keys());
+    }
+
+    /// Submits pieces to all peers that may take some, once for all that has happened.
+    pub(super) fn pump_ready(&mut self) {
+        for peer in std::mem::take(&mut self.ready) {
+            self.pump(peer);
+        }
     }
 
     /// Takes the transfers to a lost peer out. A lease that nobody else takes is open again.

@@ -40,21 +40,21 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_hashed(&mut self, of: SumsOf, checksum: Checksum) {
+    pub(super) fn on_hashed(&mut self, of: SumsOf, checksums: Vec<Checksum>) {
         match of {
             SumsOf::Lease(id) => {
                 let Some(lease) = self.leases.get_mut(&id) else {
                     return;
                 };
-                lease.checksums.push(checksum);
-                let peers: Vec<_> = lease.servings.iter().map(|serving| serving.peer).collect();
-                peers.into_iter().for_each(|peer| self.pump(peer));
+                lease.checksums.extend(checksums);
+                self.ready
+                    .extend(lease.servings.iter().map(|serving| serving.peer));
             }
             SumsOf::Transfer(id, peer, transfer) => {
                 let lease = self.leases.get_mut(&id);
                 if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-                    serving.own_sums.push(checksum);
-                    self.pump(peer);
+                    serving.own_sums.extend(checksums);
+                    self.ready.insert(peer);
                 }
             }
         }

@@ -36,6 +36,8 @@ pub(super) struct FetchTask {
     pub(super) ways: VecDeque<Way>,
     pub(super) remotes: Vec<RemoteRegion>,
     pub(super) verified: usize,
+    /// Whether pieces may come without checksums.
+    pub(super) leave_out_checksums: bool,
     pub(super) phase: Phase,
 }
 
@@ -77,7 +79,7 @@ pub(super) struct Landing<'a> {
     pub(super) region: RegionId,
     pub(super) runs: &'a Runs,
     pub(super) note: &'a [u8],
-    /// XXH3-64, where the transport has made it.
+    /// [`crate::transport::checksum`], where the transport has made it.
     pub(super) checksum: Option<u64>,
 }
 
@@ -209,10 +211,13 @@ impl FetchTask {
                 note.ctx_request_id, self.claim.ctx_request_id
             ));
         }
-        // A transport sums as processors do, whatever the note asks for.
-        let found = landing
-            .checksum
-            .filter(|_| note.checksum.algorithm == Algorithm::Xxh3);
+        let found = match note.checksum.algorithm {
+            // A transport sums as processors do, whatever the note asks for.
+            Algorithm::Stripes => landing.checksum,
+            Algorithm::Fold => None,
+            Algorithm::Absent if self.leave_out_checksums => Some(note.checksum.value),
+            Algorithm::Absent => return Err("a piece without a checksum".to_owned()),
+        };
         let from = &mut self.sources[source];
         if note.rank as usize != from.rank {
             return Err(format!("a piece of rank {}", note.rank));

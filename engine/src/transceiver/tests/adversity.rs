@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::transceiver::checksum::{Algorithm, Checksum};
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
+use crate::transport::memory::into_channel;
 use crate::transport::{
     EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
 };
@@ -219,7 +220,7 @@ struct Peer {
 impl Peer {
     fn start(wire: Wire) -> Self {
         let (sender, events) = channel();
-        let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+        let sink: TransportSink = into_channel(sender);
         let kind = KINDS.iter().find(|kind| kind.name == wire.0).unwrap();
         Self {
             events: Mutex::new(events),
@@ -460,8 +461,8 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let transfer = request.transfer;
     let source = Arc::new(filled(SHAPE, 1, 0));
     let checksum = Checksum {
-        algorithm: Algorithm::Xxh3,
-        value: xxhash_rust::xxh3::xxh3_64(source.as_bytes()),
+        algorithm: Algorithm::Stripes,
+        value: crate::transport::checksum::sum(source.as_bytes()),
     };
     let note = PieceNote {
         ctx_request_id: request.claim.ctx_request_id,

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::transceiver::message::Message;
+use crate::transport::memory::into_channel;
 use crate::transport::{Submission, TransportEvent, TransportSink};
 
 /// Of two tensor ranks.
@@ -189,7 +190,7 @@ fn a_report_without_the_instances_secret_is_not_booked() {
     let mut pair = Pair::start(&params("ctx-0"));
     pair.offer(1);
     let (sender, events) = channel();
-    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    let sink: TransportSink = into_channel(sender);
     let tcp = KINDS.iter().find(|kind| kind.name == "tcp").unwrap();
     let stranger = (tcp.start)(&params("stranger"), sink).unwrap();
     let endpoint = &pair.leader.transceiver.template.ranks[0].endpoints[0];

@@ -212,8 +212,12 @@ impl Connection {
         self.wake.notify_all();
     }
 
-    /// Waits for something to send, of writes so many at most.
-    pub(super) fn next(&self, interval: Duration, writes_max: usize) -> Outgoing {
+    /// Waits for something to send; of writes so many, or so many bytes, but one if there is one.
+    pub(super) fn next(
+        &self,
+        interval: Duration,
+        (writes_max, bytes_max): (usize, usize),
+    ) -> Outgoing {
         let mut queue = self.lock();
         self.wake
             .wait_while_for(&mut queue, |queue| !queue.has_work(), interval);
@@ -231,7 +235,12 @@ impl Connection {
             return Outgoing::Message(message);
         }
         if !queue.waits_for_slot && !queue.writes.is_empty() {
-            let count = queue.writes.len().min(writes_max);
+            let mut bytes = 0_usize;
+            let fitting = queue.writes.iter().take(writes_max).take_while(|write| {
+                bytes = bytes.saturating_add(write.runs.total_bytes());
+                bytes <= bytes_max
+            });
+            let count = fitting.count().max(1);
             let writes: Vec<_> = queue.writes.drain(..count).collect();
             queue.write_bytes -= bytes_of(&writes);
             return Outgoing::Writes(writes);
@@ -335,14 +344,24 @@ impl Connection {
         self.lock().in_flight.insert(sequence, flying);
     }
 
-    /// Ends a write that the peer has pulled; `None` when there is no such write.
-    pub(super) fn land(&self, sequence: u64) -> Option<InFlight> {
+    /// Ends writes that the peer has pulled; they end before the first that there is not, which comes with them.
+    pub(super) fn land(&self, sequences: &[u64]) -> (Vec<InFlight>, Option<u64>) {
         let mut queue = self.lock();
-        let flying = queue.in_flight.remove(&sequence)?;
+        let mut landed = Vec::with_capacity(sequences.len());
+        let mut unknown = None;
+        for sequence in sequences {
+            match queue.in_flight.remove(sequence) {
+                Some(flying) => landed.push(flying),
+                None => {
+                    unknown = Some(*sequence);
+                    break;
+                }
+            }
+        }
         queue.waits_for_slot = false;
         drop(queue);
         self.wake.notify_all();
-        Some(flying)
+        (landed, unknown)
     }
 
     /// Writes that the peer has not pulled yet; for tests that wait for it to know of them.

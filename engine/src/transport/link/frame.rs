@@ -1,7 +1,7 @@
 //! The frame that everything on a link begins with. Pure: bytes to values and back, no I/O.
 //!
 //! 48 bytes, little-endian: magic, kind, version, note length, payload length, transfer, region, key, length of the
-//! extra. Note, extra and payload follow, in this order; what they are depends on the kind. Lengths are checked here
+//! extra. The kind's highest bit says that another frame comes at once, so that what both mean can be handled together. Note, extra and payload follow, in this order; what they are depends on the kind. Lengths are checked here
 //! against what each kind may have, so that no later step trusts a peer's number.
 
 use super::super::fabric::{ADDRESS_BYTES_MAX, KEY_BYTES_MAX};
@@ -11,7 +11,7 @@ use super::super::{TransferId, runs};
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 3;
+pub(super) const VERSION: u8 = 4;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;
@@ -27,6 +27,15 @@ pub(super) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
 /// Longest note of a write.
 pub(super) const NOTE_BYTES_MAX: usize = 256;
+
+/// Descriptors that one [`Kind::Pulled`] names at most.
+pub(super) const PULLED_AT_ONCE_MAX: usize = 256;
+
+/// Where a header has its kind.
+const KIND_AT: usize = 4;
+
+/// The bit of it that says that more comes.
+const MORE: u8 = 0x80;
 
 /// What a frame is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +53,7 @@ pub(super) enum Kind {
     Arena,
     /// Bytes for a region that the receiver is to read by itself. Extra: the runs. Payload: a [`Descriptor`].
     Pull,
-    /// The descriptor whose sequence number is in `region` is not needed any more.
+    /// Some descriptors are not needed any more. Payload: their sequence numbers, of eight bytes each.
     Pulled,
 }
 
@@ -52,6 +61,8 @@ pub(super) enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) kind: Kind,
+    /// Whether another frame comes at once. Nothing depends on it but how soon this one is noticed.
+    pub(super) more: bool,
     pub(super) note_bytes: u16,
     pub(super) payload_bytes: u64,
     pub(super) transfer: TransferId,
@@ -94,6 +105,7 @@ impl Header {
     pub(super) const fn plain(kind: Kind, payload_bytes: u64) -> Self {
         Self {
             kind,
+            more: false,
             note_bytes: 0,
             payload_bytes,
             transfer: TransferId(0),
@@ -106,7 +118,7 @@ impl Header {
     pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
         out[..4].copy_from_slice(&MAGIC);
-        out[4] = match self.kind {
+        out[KIND_AT] = match self.kind {
             Kind::Hello => 1,
             Kind::Message => 2,
             Kind::Write => 3,
@@ -115,6 +127,9 @@ impl Header {
             Kind::Pull => 6,
             Kind::Pulled => 7,
         };
+        if self.more {
+            out[KIND_AT] |= MORE;
+        }
         out[5] = VERSION;
         out[6..8].copy_from_slice(&self.note_bytes.to_le_bytes());
         let words = [
@@ -139,7 +154,7 @@ impl Header {
             return Err(FrameError::Version(bytes[5]));
         }
         let runs = runs::ENCODED_BYTES_MAX as u64;
-        let (kind, payload_limit, note_limit, extra_limit) = match bytes[4] {
+        let (kind, payload_limit, note_limit, extra_limit) = match bytes[KIND_AT] & !MORE {
             1 => (
                 Kind::Hello,
                 HELLO_BYTES_MAX,
@@ -151,7 +166,7 @@ impl Header {
             4 => (Kind::Ping, 0, 0, 0),
             5 => (Kind::Arena, KEY_BYTES_MAX as u64, 0, 0),
             6 => (Kind::Pull, DESCRIPTOR_BYTES as u64, NOTE_BYTES_MAX, runs),
-            7 => (Kind::Pulled, 0, 0, 0),
+            7 => (Kind::Pulled, (8 * PULLED_AT_ONCE_MAX) as u64, 0, 0),
             other => return Err(FrameError::Kind(other)),
         };
         let word = |index: usize| {
@@ -161,6 +176,7 @@ impl Header {
         };
         let header = Self {
             kind,
+            more: bytes[KIND_AT] & MORE != 0,
             note_bytes: u16::from_le_bytes([bytes[6], bytes[7]]),
             payload_bytes: word(0),
             transfer: TransferId(word(1)),
@@ -191,6 +207,11 @@ impl Header {
         }
         Ok(header)
     }
+}
+
+/// Takes back that more comes after the encoded header at the beginning of these bytes.
+pub(super) fn make_last(header: &mut [u8]) {
+    header[KIND_AT] &= !MORE;
 }
 
 /// Bytes of an encoded descriptor.
@@ -251,6 +272,7 @@ mod tests {
     fn write_header() -> Header {
         Header {
             kind: Kind::Write,
+            more: true,
             note_bytes: 32,
             payload_bytes: 737_280,
             transfer: TransferId(0xfeed),
@@ -263,7 +285,14 @@ mod tests {
     #[test]
     fn a_header_survives_the_wire() {
         let header = write_header();
-        assert_eq!(Header::decode(&header.encode()), Ok(header));
+        let mut bytes = header.encode();
+        assert_eq!(Header::decode(&bytes), Ok(header));
+        make_last(&mut bytes);
+        let last = Header {
+            more: false,
+            ..header
+        };
+        assert_eq!(Header::decode(&bytes), Ok(last));
     }
 
     #[test]

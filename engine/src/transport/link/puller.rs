@@ -54,6 +54,8 @@ pub(super) struct PullerParts {
     pub(super) fabric: Arc<dyn Fabric>,
     /// Apart from the writers' staging memory, so that neither waits for the other.
     pub(super) staging: Arc<Staging>,
+    /// Whether fabrics that can shall sum what they read.
+    pub(super) sum: bool,
 }
 
 /// Pulls for one connection.
@@ -98,13 +100,16 @@ enum Detour {
 }
 
 impl Landing {
-    fn job(&mut self) -> ReadJob<'_> {
+    fn job(&mut self, sum: bool) -> ReadJob<'_> {
         let page = match &mut self.by {
             Some(Detour::Slot(slot)) => slot.page_mut(),
             Some(Detour::Own(page)) => page,
             None => &mut self.page,
         };
-        ReadJob::new(self.from, &self.runs, page)
+        ReadJob {
+            sum,
+            ..ReadJob::new(self.from, &self.runs, page)
+        }
     }
 
     /// Moves what went by a detour to where it belongs.
@@ -216,9 +221,11 @@ impl<'a> Puller<'a> {
         let begun = taken.and_then(|()| self.begin(&mut ready.landings));
         let settled = self.settle(sink);
         if let Err(end) = begun {
+            let mut events = Vec::new();
             for landing in ready.landings {
-                self.let_go(landing, false, sink)?;
+                self.let_go(landing, false, &mut events)?;
             }
+            report(events, sink);
             return Err(end);
         }
         // Nothing is in flight where all had to wait for what was: then the next turn may wait.
@@ -240,10 +247,12 @@ impl<'a> Puller<'a> {
             Some(_) | None => Ok(()),
         };
         let mut read = finished.map_err(PullEnd::from);
+        let mut events = Vec::with_capacity(ready.landings.len());
         for landing in ready.landings {
-            let scattered = self.let_go(landing, read.is_ok(), sink);
+            let scattered = self.let_go(landing, read.is_ok(), &mut events);
             read = read.and(scattered);
         }
+        report(events, sink);
         read?;
         self.connection.acknowledge(&ready.over);
         Ok(())
@@ -254,8 +263,11 @@ impl<'a> Puller<'a> {
             return Ok(());
         }
         let deadline = Instant::now() + self.tuning.pull_timeout;
-        let connection = self.connection;
-        let mut jobs: Vec<_> = landings.iter_mut().map(Landing::job).collect();
+        let (connection, sum) = (self.connection, self.parts.sum);
+        let mut jobs: Vec<_> = landings
+            .iter_mut()
+            .map(|landing| landing.job(sum))
+            .collect();
         self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
         let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
         for (landing, checksum) in landings.iter_mut().zip(checksums) {
@@ -268,7 +280,7 @@ impl<'a> Puller<'a> {
         &self,
         mut landing: Landing,
         mut read: bool,
-        sink: &TransportSink,
+        events: &mut Vec<TransportEvent>,
     ) -> Result<(), PullEnd> {
         let scattered = if read { landing.scatter() } else { Ok(()) };
         read &= scattered.is_ok();
@@ -280,9 +292,9 @@ impl<'a> Puller<'a> {
         } = landing;
         let region = RegionId(pull.region);
         if let Some(page) = self.regions.put_back(pull.region, page) {
-            sink(TransportEvent::PageReleased { region, page });
+            events.push(TransportEvent::PageReleased { region, page });
         } else if read {
-            sink(TransportEvent::Landed {
+            events.push(TransportEvent::Landed {
                 peer: self.connection.id,
                 region,
                 runs: pull.runs,
@@ -390,5 +402,11 @@ impl<'a> Puller<'a> {
             return Err(PullEnd::OutOfArena { end, bytes });
         }
         Ok((arena, runs))
+    }
+}
+
+fn report(events: Vec<TransportEvent>, sink: &TransportSink) {
+    if !events.is_empty() {
+        sink(events);
     }
 }

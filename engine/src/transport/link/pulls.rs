@@ -56,14 +56,14 @@ pub(super) struct Pulls {
 }
 
 impl Pulls {
-    /// Hands an order over; false when there are more than an honest peer sends.
-    pub(super) fn push(&self, order: Order) -> bool {
+    /// Hands orders over; false when there are more than an honest peer sends.
+    pub(super) fn push(&self, orders: Vec<Order>) -> bool {
         let mut state = self.lock();
         // As many arenas as descriptors at the utmost: each order may come with one new arena.
-        if state.orders.len() >= 2 * WRITES_OPEN_MAX {
+        if state.orders.len() + orders.len() > 2 * WRITES_OPEN_MAX {
             return false;
         }
-        state.orders.push_back(order);
+        state.orders.extend(orders);
         drop(state);
         self.filled.notify_one();
         true
@@ -162,11 +162,11 @@ mod tests {
     fn batches_are_bounded_in_bytes_and_end_at_an_arena() {
         let pulls = Pulls::default();
         for (sequence, bytes) in [(1, 60), (2, 40), (3, 1), (4, 500)] {
-            assert!(pulls.push(Order::Pull(pull(sequence, bytes))));
+            assert!(pulls.push(vec![Order::Pull(pull(sequence, bytes))]));
         }
         let key = vec![7];
-        assert!(pulls.push(Order::Arena { number: 9, key }));
-        assert!(pulls.push(Order::Pull(pull(5, 1))));
+        let arena = Order::Arena { number: 9, key };
+        assert!(pulls.push(vec![arena, Order::Pull(pull(5, 1))]));
         assert_eq!(sequences(pulls.next(100)), [1, 2]);
         assert_eq!(sequences(pulls.next(100)), [3]);
         assert_eq!(sequences(pulls.next(100)), [4]);
@@ -181,7 +181,7 @@ mod tests {
     #[test]
     fn too_many_are_refused_and_the_end_is_the_end() {
         let pulls = Pulls::default();
-        let accepted = (0..1000).take_while(|n| pulls.push(Order::Pull(pull(*n, 1))));
+        let accepted = (0..1000).take_while(|n| pulls.push(vec![Order::Pull(pull(*n, 1))]));
         assert_eq!(accepted.count(), 2 * WRITES_OPEN_MAX);
         pulls.close();
         assert!(pulls.next(100).is_none());

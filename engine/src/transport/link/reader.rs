@@ -1,5 +1,7 @@
 //! The receiving half of a connection: frames in, bytes straight into registered pages, events out.
 //!
+//! Frames that came together are handled together: what their order allows is reported once.
+//!
 //! Nothing a peer says is believed before it is checked: a length buys no memory until the bytes are there, and a
 //! write whose region is gone is read into a scratch buffer and forgotten. Every read has a deadline.
 
@@ -22,6 +24,9 @@ const CHUNK_BYTES: usize = 64 << 10;
 
 /// Stretches of this length are worth a system call each.
 const COARSE_BYTES: usize = 16 << 10;
+
+/// Events and orders that wait for frames of their batch at most.
+const TOGETHER_MAX: usize = 64;
 
 /// Read ahead where only small frames come.
 const AHEAD_BYTES: usize = 16 << 10;
@@ -59,6 +64,8 @@ pub(super) enum ReadEnd {
     TooManyPulls,
     #[error("malformed descriptor")]
     Descriptor,
+    #[error("{0} bytes of numbers, eight each expected")]
+    Acknowledgement(usize),
     #[error("end of a write {0} that was not described")]
     NotDescribed(u64),
     #[error("write up to byte {end} of a region of {bytes}")]
@@ -103,6 +110,30 @@ pub(super) struct Receiving<'a> {
     pub(super) sink: &'a TransportSink,
     /// Whether somebody pulls what the peer describes.
     pub(super) pulls: bool,
+    /// Whether pieces are summed.
+    pub(super) sum: bool,
+}
+
+/// What frames of one batch have brought so far.
+#[derive(Debug, Default)]
+struct Together {
+    events: Vec<TransportEvent>,
+    orders: Vec<Order>,
+}
+
+impl Together {
+    /// Hands it over.
+    fn deliver(&mut self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
+        if !self.events.is_empty() {
+            (to.sink)(std::mem::take(&mut self.events));
+        }
+        let orders = std::mem::take(&mut self.orders);
+        if orders.is_empty() || to.connection.pulls.push(orders) {
+            Ok(())
+        } else {
+            Err(ReadEnd::TooManyPulls)
+        }
+    }
 }
 
 /// Reads one connection.
@@ -154,29 +185,45 @@ impl<'a> Reader<'a> {
             AHEAD_BYTES_BEFORE_PAGES
         };
         self.ahead = vec![0; ahead].into_boxed_slice();
+        let mut together = Together::default();
+        let end = self.carry(to, &mut together);
+        // What came before the end counts.
+        let delivered = together.deliver(to);
+        end.and(delivered)
+    }
+
+    fn carry(&mut self, to: &Receiving<'_>, together: &mut Together) -> Result<(), ReadEnd> {
         loop {
             let header = self.header(Patience::Idle)?;
-            match header.kind {
+            let kind = header.kind;
+            match kind {
                 Kind::Ping => {}
                 Kind::Hello => return Err(ReadEnd::GreetedTwice),
                 Kind::Message => {
                     let message = self.payload(header.payload_bytes, Patience::Frame)?;
-                    (to.sink)(TransportEvent::Message {
+                    together.events.push(TransportEvent::Message {
                         peer: to.connection.id,
                         message,
                     });
                 }
-                Kind::Write => self.write(&header, to)?,
+                Kind::Write => self.write(&header, to, &mut together.events)?,
+                Kind::Arena | Kind::Pull if !to.pulls => {
+                    return Err(ReadEnd::NothingToPull(kind));
+                }
                 Kind::Arena => {
                     let key = self.payload(header.payload_bytes, Patience::Frame)?;
                     let number = header.region;
-                    pull(to, Kind::Arena, Order::Arena { number, key })?;
+                    together.orders.push(Order::Arena { number, key });
                 }
-                Kind::Pull => {
-                    let order = Order::Pull(self.pull(&header)?);
-                    pull(to, Kind::Pull, order)?;
+                Kind::Pull => together.orders.push(Order::Pull(self.pull(&header)?)),
+                Kind::Pulled => {
+                    let numbers = self.payload(header.payload_bytes, Patience::Frame)?;
+                    pulled(&numbers, to, &mut together.events)?;
                 }
-                Kind::Pulled => pulled(header.region, to)?,
+            }
+            let count = together.events.len() + together.orders.len();
+            if !header.more || count >= TOGETHER_MAX {
+                together.deliver(to)?;
             }
         }
     }
@@ -195,8 +242,13 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn write(&mut self, header: &Header, to: &Receiving<'_>) -> Result<(), ReadEnd> {
-        let (regions, sink) = (to.regions, to.sink);
+    fn write(
+        &mut self,
+        header: &Header,
+        to: &Receiving<'_>,
+        events: &mut Vec<TransportEvent>,
+    ) -> Result<(), ReadEnd> {
+        let regions = to.regions;
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
         if runs.total_bytes() as u64 != header.payload_bytes {
@@ -213,16 +265,16 @@ impl<'a> Reader<'a> {
             Taken::Occupied => return Err(ReadEnd::Occupied(patience)),
             Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
-        let filled = self.scatter(&runs, &mut page);
-        let checksum = filled.as_ref().ok().copied();
+        let filled = self.scatter(&runs, &mut page, Summing::wanted(to.sum));
+        let checksum = filled.as_ref().ok().copied().flatten();
         let released = regions.put_back(header.region, page);
         let region = RegionId(header.region);
         if let Some(page) = released {
-            sink(TransportEvent::PageReleased { region, page });
+            events.push(TransportEvent::PageReleased { region, page });
             return filled.map(drop);
         }
         filled?;
-        sink(TransportEvent::Landed {
+        events.push(TransportEvent::Landed {
             peer: to.connection.id,
             region,
             runs,
@@ -235,12 +287,16 @@ impl<'a> Reader<'a> {
 
     /// Reads a payload into the stretches of a page: each by itself where they are long, else through a buffer. Returns
     /// the payload's checksum.
-    fn scatter(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
+    fn scatter(
+        &mut self,
+        runs: &Runs,
+        page: &mut Page,
+        mut summing: Summing,
+    ) -> Result<Option<u64>, ReadEnd> {
         if page.is_on_device() {
-            return self.scatter_abroad(runs, page);
+            return self.scatter_abroad(runs, page, summing);
         }
         let bytes = page.as_bytes_mut();
-        let mut summing = Summing::default();
         if runs.is_coarse(COARSE_BYTES) {
             for (_, target) in runs.stretches() {
                 for part in bytes[target].chunks_mut(WARM_BYTES) {
@@ -248,7 +304,7 @@ impl<'a> Reader<'a> {
                     summing.update(part);
                 }
             }
-            return Ok(summing.finish());
+            return Ok(summing.made());
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -269,14 +325,18 @@ impl<'a> Reader<'a> {
                 target = later;
             }
         }
-        Ok(summing.finish())
+        Ok(summing.made())
     }
 
     /// The same into a page of a device: through a buffer of the host's.
-    fn scatter_abroad(&mut self, runs: &Runs, page: &mut Page) -> Result<u64, ReadEnd> {
+    fn scatter_abroad(
+        &mut self,
+        runs: &Runs,
+        page: &mut Page,
+        mut summing: Summing,
+    ) -> Result<Option<u64>, ReadEnd> {
         let longest = runs.as_slice().iter().map(|run| run.bytes).max();
         let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
-        let mut summing = Summing::default();
         for (_, target) in runs.stretches() {
             for start in target.clone().step_by(ABROAD_BYTES) {
                 let part = &mut buffer[..ABROAD_BYTES.min(target.end - start)];
@@ -285,7 +345,7 @@ impl<'a> Reader<'a> {
                 page.write(start, part).map_err(ReadEnd::Device)?;
             }
         }
-        Ok(summing.finish())
+        Ok(summing.made())
     }
 
     fn header(&mut self, patience: Patience) -> Result<Header, ReadEnd> {
@@ -388,31 +448,25 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Hands an order to the puller.
-fn pull(to: &Receiving<'_>, kind: Kind, order: Order) -> Result<(), ReadEnd> {
-    if !to.pulls {
-        return Err(ReadEnd::NothingToPull(kind));
-    }
-    if to.connection.pulls.push(order) {
-        Ok(())
-    } else {
-        Err(ReadEnd::TooManyPulls)
-    }
-}
-
 /// The peer has read what we described, or does not want it.
-fn pulled(sequence: u64, to: &Receiving<'_>) -> Result<(), ReadEnd> {
-    let flying = to.connection.land(sequence);
-    let flying = flying.ok_or(ReadEnd::NotDescribed(sequence))?;
-    let transfer = flying.transfer;
-    // The source is let go before that is reported.
-    drop(flying);
-    (to.sink)(TransportEvent::WriteDone {
+fn pulled(
+    numbers: &[u8],
+    to: &Receiving<'_>,
+    events: &mut Vec<TransportEvent>,
+) -> Result<(), ReadEnd> {
+    let (numbers, []) = numbers.as_chunks::<8>() else {
+        return Err(ReadEnd::Acknowledgement(numbers.len()));
+    };
+    let sequences: Vec<u64> = numbers.iter().map(|n| u64::from_le_bytes(*n)).collect();
+    let (landed, unknown) = to.connection.land(&sequences);
+    events.extend(landed.iter().map(|flying| TransportEvent::WriteDone {
         peer: to.connection.id,
-        transfer,
+        transfer: flying.transfer,
         outcome: WriteOutcome::Sent,
-    });
-    Ok(())
+    }));
+    // The sources are let go before that is reported.
+    drop(landed);
+    unknown.map_or(Ok(()), |sequence| Err(ReadEnd::NotDescribed(sequence)))
 }
 
 /// A peer's text for our messages.

@@ -4,12 +4,16 @@
 //! while it is being written comes back when that reader lets go, and never before.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::super::{Deregistered, Region, RegionId, RemoteRegion};
 use crate::page::Page;
+
+/// Random numbers that are asked for at once.
+const KEYS_AT_ONCE: usize = 512;
 
 #[derive(Debug)]
 enum Holder {
@@ -45,6 +49,10 @@ pub(super) enum Taken {
 #[derive(Debug, Default)]
 pub(super) struct Regions {
     slots: Mutex<HashMap<u64, Slot>>,
+    /// Whether any page of a device was ever registered.
+    know_devices: AtomicBool,
+    /// Random numbers that no region has yet.
+    keys: Mutex<Vec<u64>>,
     put_back: Condvar,
 }
 
@@ -52,7 +60,10 @@ impl Regions {
     pub(super) fn register(&self, page: Page) -> Region {
         let region = RegionId::fresh();
         let id = region.0;
-        let (key, _) = uuid::Uuid::new_v4().as_u64_pair();
+        if page.is_on_device() {
+            self.know_devices.store(true, Ordering::Release);
+        }
+        let key = self.fresh_key();
         let bytes = page.shape().bytes() as u64;
         let slot = Slot {
             key,
@@ -67,6 +78,19 @@ impl Regions {
                 token: format!("{id:016x}{key:016x}"),
             },
         }
+    }
+
+    /// A number that nobody can guess. The system is asked for many at once: a request registers thousands of pages.
+    fn fresh_key(&self) -> u64 {
+        let mut keys = self.keys.lock();
+        if let Some(key) = keys.pop() {
+            return key;
+        }
+        let mut bytes = [0; KEYS_AT_ONCE * 8];
+        getrandom::fill(&mut bytes).expect("a system without random numbers starts no server");
+        let (words, _) = bytes.as_chunks::<8>();
+        keys.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
+        keys.pop().unwrap_or_default()
     }
 
     pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
@@ -117,6 +141,9 @@ impl Regions {
 
     /// Whether a region's page lies on a device, as far as it is in its slot.
     pub(super) fn is_on_device(&self, id: u64) -> bool {
+        if !self.know_devices.load(Ordering::Acquire) {
+            return false;
+        }
         let slots = self.lock();
         let holder = slots.get(&id).map(|slot| &slot.holder);
         matches!(holder, Some(Holder::Slot(page)) if page.is_on_device())

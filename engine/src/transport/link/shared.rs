@@ -38,6 +38,8 @@ pub(super) struct Shared {
     name: &'static str,
     tuning: LinkTuning,
     faults: Faults,
+    /// Whether what comes with the stream is summed.
+    sum: bool,
     pub(super) pulling: Option<Pulling>,
     /// `host:port` that peers connect to.
     pub(super) advertised: String,
@@ -79,7 +81,7 @@ pub(super) fn join(thread: JoinHandle<()>) {
 impl Shared {
     pub(super) fn new(
         (name, pulling): (&'static str, Option<Pulling>),
-        (tuning, faults): (LinkTuning, FaultPlan),
+        (tuning, faults, sum): (LinkTuning, FaultPlan, bool),
         (advertised, listening): (String, SocketAddr),
         sink: TransportSink,
     ) -> Self {
@@ -87,6 +89,7 @@ impl Shared {
             name,
             tuning,
             faults: Faults::new(faults),
+            sum,
             pulling,
             advertised,
             listening,
@@ -176,7 +179,7 @@ impl Shared {
         tracing::debug!(peer = %connection.address, %reason, "kv connection closed");
         if known {
             let peer = connection.id;
-            (self.sink)(TransportEvent::PeerLost { peer, reason });
+            (self.sink)(vec![TransportEvent::PeerLost { peer, reason }]);
         }
     }
 
@@ -344,6 +347,7 @@ impl Shared {
                 regions: &self.regions,
                 sink: &self.sink,
                 pulls: self.pulling.is_some(),
+                sum: self.sum,
             };
             let end =
                 Reader::new(stream, &self.tuning).and_then(|mut reader| reader.run(&receiving));

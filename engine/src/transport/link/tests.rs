@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
 use crate::transport::conformance::{Node, PATIENCE, page};
+use crate::transport::memory::into_channel;
 use crate::transport::{RemoteRegion, Runs, WriteOutcome, shm, tcp};
 
 mod pulling;
@@ -19,6 +20,7 @@ fn params(tuning: LinkTuning, faults: &str) -> LinkParams {
         bind_port: 0,
         advertise_host: "127.0.0.1".to_owned(),
         tuning,
+        leave_out_sums: false,
         staging: StagingSize::default(),
         faults: FaultPlan::parse(faults).unwrap(),
     }
@@ -26,7 +28,7 @@ fn params(tuning: LinkTuning, faults: &str) -> LinkParams {
 
 fn node(tuning: LinkTuning, faults: &str) -> Node {
     let (sender, events) = channel();
-    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    let sink: TransportSink = into_channel(sender);
     Node {
         events,
         transport: Arc::new(tcp::start(params(tuning, faults), sink).unwrap()),
@@ -104,6 +106,7 @@ fn write_header(region: &RemoteRegion, payload_bytes: u64) -> Vec<u8> {
     let runs = Runs::whole(usize::try_from(payload_bytes).unwrap()).encode();
     let header = Header {
         kind: Kind::Write,
+        more: false,
         note_bytes: 0,
         payload_bytes,
         transfer: TransferId(1),
@@ -155,7 +158,11 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
     no_runs[8] += 1;
     let mut arena = Header::numbered(Kind::Arena, 1, 1).encode().to_vec();
     arena.push(0);
-    let pulled = Header::numbered(Kind::Pulled, 77, 0).encode();
+    let pulled = [
+        &Header::plain(Kind::Pulled, 8).encode()[..],
+        &77_u64.to_le_bytes(),
+    ]
+    .concat();
     let cases: [(&[u8], &str); 7] = [
         (&arena, "Arena frame though bytes come with the stream here"),
         (&pulled, "end of a write 77 that was not described"),
@@ -186,7 +193,7 @@ fn a_truncated_message_is_no_message() {
 #[test]
 fn a_page_under_a_stalled_write_is_quarantined_until_the_peer_is_lost() {
     let (sender, events) = channel();
-    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    let sink: TransportSink = into_channel(sender);
     let tcp = Arc::new(tcp::start(params(brisk(), ""), sink).unwrap());
     let node = Node {
         events,
@@ -332,7 +339,7 @@ type Start = fn(LinkParams, TransportSink) -> Result<LinkTransport, LinkStartErr
 
 fn node_of(start: Start, faults: &str) -> Node {
     let (sender, events) = channel();
-    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    let sink: TransportSink = into_channel(sender);
     Node {
         events,
         transport: Arc::new(start(params(brisk(), faults), sink).unwrap()),

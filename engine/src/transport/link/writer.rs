@@ -1,6 +1,6 @@
 //! The sending half of a connection: the queue out, bytes straight from shared pages, completions in.
 //!
-//! Header and payload leave in one system call. A peer that takes no byte for the stall time-out ends the
+//! Header and payload leave in one system call, and so do short writes that wait together. A peer that takes no byte for the stall time-out ends the
 //! connection. Faults of a test's plan happen here, where the wire would make them: in the bytes of a stream; and for
 //! bytes that the peer pulls, in a copy that it pulls instead (flip), or within the frame that describes them (cut, stall).
 
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, InFlight, Outgoing};
-use super::frame::{DESCRIPTOR_BYTES, Header, Kind};
+use super::frame::{DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, make_last};
 use super::lender::{Lender, Lent, Way};
 use super::regions::parse_token;
 use super::{LinkTuning, TransportEvent, Write};
@@ -21,8 +21,12 @@ use crate::transport::{TransferId, TransportSink, WriteOutcome};
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
 const SLICES_MAX: usize = 1024;
 
-/// Writes that are described to the peer in one go at most.
-const DESCRIBED_AT_ONCE_MAX: usize = 32;
+/// Writes that are described to the peer, or sent, in one go at most.
+const AT_ONCE_MAX: usize = 64;
+
+/// Bytes that are sent in one go at most, but for a longer write: a cancel reaches what is still queued, so what takes its
+/// time on the wire must not leave the queue early.
+const STREAM_BYTES_AT_ONCE_MAX: usize = 512 << 10;
 
 /// Bytes that are copied from a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
@@ -44,18 +48,25 @@ pub(super) enum WriteEnd {
     Io(std::io::Error),
 }
 
+/// Reports that writes are over. Their sources were let go.
 fn complete(
     connection: &Connection,
     sink: &TransportSink,
-    transfer: TransferId,
+    transfers: Vec<TransferId>,
     outcome: WriteOutcome,
 ) {
+    if transfers.is_empty() {
+        return;
+    }
     let peer = connection.id;
-    sink(TransportEvent::WriteDone {
-        peer,
-        transfer,
-        outcome,
-    });
+    let events = transfers
+        .into_iter()
+        .map(|transfer| TransportEvent::WriteDone {
+            peer,
+            transfer,
+            outcome,
+        });
+    sink(events.collect());
 }
 
 /// Writes one connection.
@@ -69,6 +80,8 @@ pub(super) struct Writer<'a> {
     told: HashSet<u64>,
     /// Frames that go out together.
     frames: Vec<u8>,
+    /// Where the last of them begins that says that more comes.
+    last_frame: Option<usize>,
 }
 
 impl<'a> Writer<'a> {
@@ -89,6 +102,7 @@ impl<'a> Writer<'a> {
             lender,
             told: HashSet::new(),
             frames: Vec::new(),
+            last_frame: None,
         })
     }
 
@@ -109,11 +123,10 @@ impl<'a> Writer<'a> {
 
     /// Carries the queue until the end; every write that it took gets its completion, sent or not.
     pub(super) fn run(&mut self, connection: &Arc<Connection>, sink: &TransportSink) {
-        let done = |transfer, outcome| complete(connection, sink, transfer, outcome);
-        // A cancel reaches what is still queued, so what takes its time on the wire is taken one by one.
-        let writes_max = self.lender.map_or(1, |_| DESCRIBED_AT_ONCE_MAX);
+        let bytes_max = self.lender.map_or(STREAM_BYTES_AT_ONCE_MAX, |_| usize::MAX);
+        let at_once = (AT_ONCE_MAX, bytes_max);
         loop {
-            let sent = match connection.next(self.tuning.ping_interval(), writes_max) {
+            let sent = match connection.next(self.tuning.ping_interval(), at_once) {
                 Outgoing::Closed => break,
                 Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
                 Outgoing::Message(message) => {
@@ -121,19 +134,14 @@ impl<'a> Writer<'a> {
                     self.send([&header.encode()[..], &message])
                 }
                 Outgoing::Cancelled(transfers) => {
-                    for transfer in transfers {
-                        done(transfer, WriteOutcome::Cancelled);
-                    }
+                    complete(connection, sink, transfers, WriteOutcome::Cancelled);
                     Ok(())
                 }
-                Outgoing::Pulled(sequences) => {
-                    let frames: Vec<_> = sequences
-                        .into_iter()
-                        .map(|sequence| Header::numbered(Kind::Pulled, sequence, 0).encode())
-                        .collect();
-                    self.send(frames.iter().map(|frame| &frame[..]))
-                }
-                Outgoing::Writes(writes) => self.write_all(writes, connection, sink),
+                Outgoing::Pulled(sequences) => self.acknowledge(&sequences),
+                Outgoing::Writes(writes) => match self.lender {
+                    Some(lender) => self.lend_all(lender, writes, connection, sink),
+                    None => self.stream_all(writes, connection, sink),
+                },
             };
             if let Err(end) = sent {
                 connection.close(&end.to_string());
@@ -142,9 +150,21 @@ impl<'a> Writer<'a> {
         }
     }
 
+    fn acknowledge(&self, sequences: &[u64]) -> Result<(), WriteEnd> {
+        sequences.chunks(PULLED_AT_ONCE_MAX).try_for_each(|some| {
+            let numbers: Vec<u8> = some
+                .iter()
+                .flat_map(|number| number.to_le_bytes())
+                .collect();
+            let header = Header::plain(Kind::Pulled, numbers.len() as u64);
+            self.send([&header.encode()[..], &numbers])
+        })
+    }
+
     /// Starts writes, in order; what cannot start goes back into the queue.
-    fn write_all(
+    fn lend_all(
         &mut self,
+        lender: &Lender,
         writes: Vec<Write>,
         connection: &Arc<Connection>,
         sink: &TransportSink,
@@ -155,8 +175,7 @@ impl<'a> Writer<'a> {
             let Some(write) = writes.next() else {
                 break;
             };
-            let way = self.lender.map(|lender| lender.way(&write, connection));
-            match way.unwrap_or(Way::Stream) {
+            match lender.way(&write, connection) {
                 Way::Later => {
                     connection.put_back(std::iter::once(write).chain(writes).collect());
                     return self.flush();
@@ -167,7 +186,10 @@ impl<'a> Writer<'a> {
                     sent = Err(WriteEnd::Device(error));
                 }
                 Way::Pull(lent) => sent = self.describe(write, lent, connection),
-                Way::Stream => sent = self.stream_one(write, connection, sink),
+                Way::Stream => {
+                    let described = self.flush();
+                    sent = described.and_then(|()| self.stream_all(vec![write], connection, sink));
+                }
             }
         }
         let sent = sent.and_then(|()| self.flush());
@@ -177,28 +199,88 @@ impl<'a> Writer<'a> {
         sent
     }
 
-    fn stream_one(
-        &mut self,
-        write: Write,
-        connection: &Arc<Connection>,
+    /// Sends writes whose bytes follow in the stream, in order; what was not begun when that fails goes back into the queue.
+    fn stream_all(
+        &self,
+        writes: Vec<Write>,
+        connection: &Connection,
         sink: &TransportSink,
     ) -> Result<(), WriteEnd> {
-        let sent = self.flush().and_then(|()| self.piece(&write, connection));
-        let transfer = write.transfer;
-        drop(write);
+        let mut plain = Vec::with_capacity(writes.len());
+        let mut writes = writes.into_iter();
+        let mut sent = Ok(());
+        while sent.is_ok() {
+            let Some(write) = writes.next() else {
+                return self.stream(plain, Self::pieces, connection, sink);
+            };
+            let fault = self.faults.next(write.transfer, write.runs.total_bytes());
+            if fault.is_none() && !write.source.is_on_device() {
+                plain.push(write);
+                continue;
+            }
+            let before = std::mem::take(&mut plain);
+            sent = self.stream(before, Self::pieces, connection, sink);
+            let piece = |writer: &Self, some: &[Write]| {
+                some.iter()
+                    .try_for_each(|write| writer.piece(write, fault, connection))
+            };
+            sent = sent.and_then(|()| self.stream(vec![write], piece, connection, sink));
+        }
+        connection.put_back(writes.collect());
+        sent
+    }
+
+    /// Sends some writes and completes them, sent or not.
+    fn stream(
+        &self,
+        writes: Vec<Write>,
+        send: impl FnOnce(&Self, &[Write]) -> Result<(), WriteEnd>,
+        connection: &Connection,
+        sink: &TransportSink,
+    ) -> Result<(), WriteEnd> {
+        let sent = send(self, &writes);
+        let transfers = writes.iter().map(|write| write.transfer).collect();
+        drop(writes);
         let outcome = match sent {
             Ok(()) => WriteOutcome::Sent,
             Err(_) => WriteOutcome::Lost,
         };
-        complete(connection, sink, transfer, outcome);
+        complete(connection, sink, transfers, outcome);
         sent
+    }
+
+    /// Pieces of pages in the host's memory, in as few system calls as they take.
+    fn pieces(&self, writes: &[Write]) -> Result<(), WriteEnd> {
+        let mut heads = Vec::new();
+        let heads_end = writes.iter().enumerate().map(|(index, write)| {
+            let more = index + 1 < writes.len();
+            head(
+                &mut heads,
+                (Kind::Write, more),
+                write,
+                write.runs.total_bytes(),
+            );
+            heads.len()
+        });
+        let ends: Vec<usize> = heads_end.collect();
+        let starts = std::iter::once(0).chain(ends.iter().copied());
+        let slices = writes
+            .iter()
+            .zip(starts.zip(&ends))
+            .flat_map(|(write, (start, end))| {
+                let source = write.source.as_bytes();
+                let payload = write.runs.stretches().map(|(range, _)| &source[range]);
+                std::iter::once(&heads[start..*end]).chain(payload)
+            });
+        self.send(slices)
     }
 
     /// Sends the frames that were put together.
     fn flush(&mut self) -> Result<(), WriteEnd> {
-        let frames = std::mem::take(&mut self.frames);
-        let sent = self.send([&frames[..]]);
-        self.frames = frames;
+        if let Some(start) = self.last_frame.take() {
+            make_last(&mut self.frames[start..]);
+        }
+        let sent = self.send([&self.frames[..]]);
         self.frames.clear();
         sent
     }
@@ -206,12 +288,8 @@ impl<'a> Writer<'a> {
     /// Completes the writes that a closed connection never started.
     pub(super) fn finish(connection: &Connection, sink: &TransportSink) {
         let left = connection.leftovers();
-        for transfer in left.cancelled {
-            complete(connection, sink, transfer, WriteOutcome::Cancelled);
-        }
-        for transfer in left.lost {
-            complete(connection, sink, transfer, WriteOutcome::Lost);
-        }
+        complete(connection, sink, left.cancelled, WriteOutcome::Cancelled);
+        complete(connection, sink, left.lost, WriteOutcome::Lost);
     }
 
     /// Describes a write that the peer will pull, with the next [`Writer::flush`]. It is booked first, as the peer may be
@@ -241,18 +319,23 @@ impl<'a> Writer<'a> {
             self.flush()?;
             connection.wait_pulled(self.tuning.stall_timeout);
         }
-        let head = head(Kind::Pull, &write, DESCRIPTOR_BYTES);
-        drop(write);
-        let descriptor = lent.descriptor.encode();
-        let kept = lent.kept;
-        connection.take_off(lent.descriptor.sequence, InFlight { transfer, kept });
         if self.told.insert(lent.arena.number) {
             let key = &lent.arena.key.0;
             let arena = Header::numbered(Kind::Arena, lent.arena.number, key.len() as u64);
             self.frames.extend_from_slice(&arena.encode());
             self.frames.extend_from_slice(key);
         }
-        self.frames.extend_from_slice(&head);
+        self.last_frame = Some(self.frames.len());
+        head(
+            &mut self.frames,
+            (Kind::Pull, true),
+            &write,
+            DESCRIPTOR_BYTES,
+        );
+        drop(write);
+        let descriptor = lent.descriptor.encode();
+        let kept = lent.kept;
+        connection.take_off(lent.descriptor.sequence, InFlight { transfer, kept });
         match fault {
             Some((_, Fault::Cut)) => {
                 self.flush()?;
@@ -270,26 +353,31 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn piece(&self, write: &Write, connection: &Connection) -> Result<(), WriteEnd> {
-        let payload_bytes = write.runs.total_bytes();
-        let head = head(Kind::Write, write, payload_bytes);
-        let fault = self.faults.next(write.transfer, payload_bytes);
-        if fault.is_none() && write.source.is_on_device() {
-            self.send([&head[..]])?;
+    /// A piece of a page of a device, or one with a fault at some byte of it.
+    fn piece(
+        &self,
+        write: &Write,
+        fault: Option<(usize, Fault)>,
+        connection: &Connection,
+    ) -> Result<(), WriteEnd> {
+        let mut frame = Vec::new();
+        head(
+            &mut frame,
+            (Kind::Write, false),
+            write,
+            write.runs.total_bytes(),
+        );
+        let Some((offset, fault)) = fault else {
+            self.send([&frame[..]])?;
             return self.send_from_abroad(write);
-        }
+        };
+        // Rare and only in tests: the payload in one piece is simplest to spoil.
         let source = write.source.to_host().map_err(WriteEnd::Device)?;
         let payload = write.runs.stretches().map(|(range, _)| &source[range]);
-        match fault {
-            None => self.send(std::iter::once(&head[..]).chain(payload)),
-            Some((offset, fault)) => {
-                // Rare and only in tests: the payload in one piece is simplest to spoil.
-                let payload: Vec<u8> = payload.flatten().copied().collect();
-                let (before, after) = payload.split_at(offset);
-                self.send([&head[..], before])?;
-                self.fault(fault, write.transfer, after, connection)
-            }
-        }
+        let payload: Vec<u8> = payload.flatten().copied().collect();
+        let (before, after) = payload.split_at(offset);
+        self.send([&frame[..], before])?;
+        self.fault(fault, write.transfer, after, connection)
     }
 
     /// The stretches of a page that lies on a device, through a buffer of the host's.
@@ -366,21 +454,23 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// All of a write's frame but its payload.
-fn head(kind: Kind, write: &Write, payload_bytes: usize) -> Vec<u8> {
+/// All of a write's frame but its payload, behind what is there.
+fn head(out: &mut Vec<u8>, (kind, more): (Kind, bool), write: &Write, payload_bytes: usize) {
     // A token that is not ours names no region of the peer either; it throws the bytes away.
     let (region, key) = parse_token(&write.target.token).unwrap_or((u64::MAX, 0));
-    let runs = write.runs.encode();
     let header = Header {
         kind,
+        more,
         note_bytes: length_of(&write.note),
         payload_bytes: payload_bytes as u64,
         transfer: write.transfer,
         region,
         key,
-        extra_bytes: runs.len() as u64,
+        extra_bytes: write.runs.encoded_bytes() as u64,
     };
-    [&header.encode()[..], &write.note, &runs].concat()
+    out.extend_from_slice(&header.encode());
+    out.extend_from_slice(&write.note);
+    write.runs.encode_to(out);
 }
 
 /// Of a note; what is too long was refused when it was submitted.

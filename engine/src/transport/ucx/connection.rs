@@ -22,6 +22,7 @@ use super::context::{CallError, Context};
 use super::mapped;
 use super::text::CText;
 use super::worker::Worker;
+use crate::transport::checksum::Summing;
 use crate::transport::fabric::ReadJob;
 
 /// Gets under way at once.
@@ -295,6 +296,7 @@ impl Live {
         for job in jobs {
             let number = usize::try_from(job.from.handle).unwrap_or(usize::MAX);
             let page = job.page.as_bytes_mut();
+            let mut summing = Summing::wanted(job.sum);
             for (source, target) in job.runs.stretches() {
                 let outside = |bytes: usize, at| ConnectionError::Outside(bytes, at);
                 let memory = self.memories.get(number);
@@ -303,25 +305,28 @@ impl Live {
                 }
                 let (bytes, at) = (target.len(), target.start);
                 let target = page.get_mut(target).ok_or_else(|| outside(bytes, at))?;
-                self.stretch(number, source.start, target, limits)?;
+                self.stretch((number, source.start), target, &mut summing, limits)?;
             }
+            // Gets are under way still.
+            let copied = self.memories.get(number).and_then(|memory| memory.mapped);
+            job.checksum = copied.and_then(|_| summing.made());
         }
         Ok(())
     }
 
-    /// One stretch, which is within the memory.
+    /// One stretch, which is within the memory; summed where it is copied.
     fn stretch(
         &mut self,
-        memory: usize,
-        mut offset: usize,
+        (memory, mut offset): (usize, usize),
         target: &mut [u8],
+        summing: &mut Summing,
         limits: Limits<'_>,
     ) -> Result<(), ConnectionError> {
         let mapped = self.memories[memory].mapped;
         let most = mapped.map_or(GET_BYTES_MAX, |_| COPY_BYTES_MAX);
         for piece in target.chunks_mut(most) {
             match mapped {
-                Some(start) => self.copy(start, offset, piece, limits)?,
+                Some(start) => self.copy((start, offset), piece, summing, limits)?,
                 None => self.get(memory, offset, piece, limits)?,
             }
             offset += piece.len();
@@ -331,16 +336,16 @@ impl Live {
 
     fn copy(
         &mut self,
-        start: NonNull<u8>,
-        offset: usize,
+        (start, offset): (NonNull<u8>, usize),
         target: &mut [u8],
+        summing: &mut Summing,
         limits: Limits<'_>,
     ) -> Result<(), ConnectionError> {
         // SAFETY: `submit_all` has seen that the stretch is within the memory, all of which is mapped from `start` on.
         let source = unsafe { start.add(offset) };
         // SAFETY: as above; the target is ours alone. The peer may write the source meanwhile, if its lease has ended;
         // then the bytes are in doubt, which the checksum finds out, but they are bytes.
-        unsafe { ptr::copy_nonoverlapping(source.as_ptr(), target.as_mut_ptr(), target.len()) };
+        unsafe { summing.copy(source.as_ptr(), target) };
         self.copied_bytes += target.len();
         if self.copied_bytes >= COPY_BYTES_MAX {
             self.copied_bytes = 0;

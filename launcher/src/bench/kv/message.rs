@@ -12,7 +12,7 @@ use super::transports::Skipped;
 use crate::exit::{Outcome, WithOutcome};
 
 /// Both sides speak the same or not at all.
-pub(super) const PROTOCOL: u32 = 2;
+pub(super) const PROTOCOL: u32 = 3;
 
 /// What the fetching side asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,8 @@ pub(super) struct Setting {
     pub(super) geometry: Geometry,
     /// Requests in flight at once.
     pub(super) concurrency: usize,
+    /// Whether pieces have checksums.
+    pub(super) checksums: bool,
     /// Makes the patterns of this run differ from those of others.
     pub(super) run: u64,
     /// Longest time for one round.

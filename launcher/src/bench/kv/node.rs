@@ -53,6 +53,7 @@ impl Node {
         let mut params = TransceiverParams::new(config, layout, host);
         "bench".clone_into(&mut params.instance);
         params.device = device;
+        params.leave_out_checksums = !setting.checksums;
         params.limits.fetches_running = params.limits.fetches_running.max(setting.concurrency);
         params.faults = FaultPlan::from_environment().outcome(Outcome::Usage)?;
         if !params.faults.is_empty() {

@@ -51,6 +51,8 @@ pub(crate) struct CaseResult {
     pub(crate) pieces: usize,
     /// Requests in flight at once.
     pub(crate) concurrency: usize,
+    /// Whether pieces had checksums; every byte was compared off the clock in any case.
+    pub(crate) checksums: bool,
     /// How it went.
     pub(crate) status: Status,
     /// What went wrong, in one line.
@@ -65,7 +67,7 @@ pub(crate) struct CaseResult {
     pub(crate) wire: Option<String>,
 }
 
-/// What was measured, with the checksums of both sides inside the time.
+/// What was measured, with the checksums of both sides inside the time, where there are any.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Figures {
     /// Median time of a request, from asking to the last verified byte.
@@ -82,7 +84,8 @@ pub(crate) struct Figures {
     /// Processor time of both sides while bytes moved, in milliseconds a round.
     #[serde(serialize_with = "four_digits")]
     pub(crate) cpu_ms: f64,
-    /// The share of it that checksums took; `null` where the kernel does not tell.
+    /// The share of it that the checksum threads took; `null` where the kernel does not tell. What a transport sums as it copies is
+    /// not in it: the same case without checksums tells the whole.
     pub(crate) checksum_share: Option<f64>,
 }
 
@@ -222,7 +225,11 @@ impl CaseResult {
             value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
         };
         let share = self.figures.as_ref().and_then(|f| f.checksum_share);
-        let share = share.map_or_else(|| "-".to_owned(), |share| format!("{:.0} %", share * 100.0));
+        let share = match share {
+            _ if !self.checksums => "off".to_owned(),
+            Some(share) => format!("{:.0} %", share * 100.0),
+            None => "-".to_owned(),
+        };
         let mut row = format!(
             "{:<9} {:>7} {:>6} {:>17} {:>5}  {:<14} {:>10} {:>10} {:>8} {:>9}  {}",
             self.transport,
@@ -297,6 +304,7 @@ mod tests {
             piece_bytes: 4 << 20,
             pieces: 16,
             concurrency: 1,
+            checksums: true,
             status,
             detail: (status != Status::Pass).then(|| "it broke".to_owned()),
             bytes_expected: 64 << 20,

@@ -164,7 +164,7 @@ fn scripted(terms: FabricTerms) -> (Node, Arc<LinkTransport>, SharedScript) {
         script: Arc::clone(&script),
     });
     let (sender, events) = channel();
-    let sink: TransportSink = Arc::new(move |event| drop(sender.send(event)));
+    let sink: TransportSink = into_channel(sender);
     let params = LinkParams {
         staging: StagingSize {
             slot_bytes: 1 << 20,
@@ -450,6 +450,7 @@ fn pull_frame(region: &RemoteRegion, bytes: usize, offset: u64) -> Vec<u8> {
     };
     let header = Header {
         kind: Kind::Pull,
+        more: false,
         note_bytes: 0,
         payload_bytes: frame::DESCRIPTOR_BYTES as u64,
         transfer: TransferId(1),
