@@ -20,6 +20,7 @@ mod life;
 mod ranks;
 mod resharding;
 mod several;
+mod unsummed;
 
 /// The transport for tests, started.
 const MEMORY: Kind = Kind {
