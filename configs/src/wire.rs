@@ -3,6 +3,8 @@
 //! Only the fields that both sides must understand live here; the full OpenAI request is checked by the
 //! worker, which is the one that serves it. Field names follow COMPAT.md §10.1 and §10.7.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// What a worker is asked to do with a request (COMPAT.md §10.1).
@@ -178,6 +180,44 @@ pub const TIMELINE_COMMENT: &str = "baton-timeline";
 
 /// Request header (`1`) that asks for [`TIMELINE_COMMENT`] or [`TIMELINE_HEADER`].
 pub const TIMELINE_REQUEST_HEADER: &str = "x-baton-want-timeline";
+
+/// Request header (`1`) of a context-only request: a context server that reads the prompt in several steps may answer, as
+/// soon as some of it is read, with lines. The answer then has this header too, and its body is
+///
+/// 1. the body of a request to [`KV_PREFETCH_PATH`], one line of JSON, sent at once;
+/// 2. an [`AnswerHead`], one line of JSON, when the answer is there;
+/// 3. the answer's body.
+///
+/// Any other answer is as it would be without the header.
+pub const KV_PREFETCH_HEADER: &str = "x-baton-kv-prefetch";
+
+/// Where a generation server is asked to fetch the KV of a prompt that is still being read. It answers when the
+/// generation-only request with the same ticket has come, or when it fetches no more; whoever goes away before ends the fetch.
+pub const KV_PREFETCH_PATH: &str = "/kv_prefetch";
+
+/// Where a server tells how its KV transceiver is reached ([`KvEndpoint`]).
+pub const KV_ENDPOINT_PATH: &str = "/kv_endpoint";
+
+/// Where a server is told of another one whose KV it will fetch: it connects, so that the first request finds the
+/// connection there. What [`KV_ENDPOINT_PATH`] gave is posted as it is; KV that could not be taken is refused with a line.
+pub const KV_PEERS_PATH: &str = "/kv_peers";
+
+/// How a KV transceiver is reached, and what its KV looks like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvEndpoint {
+    /// As in a ticket, of no lease.
+    pub encoded_opaque_state: String,
+}
+
+/// See [`KV_PREFETCH_HEADER`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswerHead {
+    /// The HTTP status that the answer would have.
+    pub status: u16,
+    /// Its headers, by name in lower case.
+    pub headers: BTreeMap<String, String>,
+}
 
 /// Where a request's time went, all in microseconds.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]

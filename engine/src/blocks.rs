@@ -272,6 +272,14 @@ impl BlockPool {
         }
     }
 
+    /// Gives a lease a hold of its own on blocks that somebody refers to.
+    pub(crate) fn share(&mut self, blocks: &[BlockId]) {
+        for &block in blocks {
+            self.refer(block);
+        }
+        self.pin(blocks);
+    }
+
     /// Turns one reference to each block into a lease's.
     pub(crate) fn pin(&mut self, blocks: &[BlockId]) {
         for &block in blocks {

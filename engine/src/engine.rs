@@ -8,6 +8,7 @@
 mod clients;
 mod core;
 mod door;
+mod early;
 mod flight;
 mod handle;
 mod handoffs;

@@ -1,7 +1,8 @@
 //! The border between the engine thread and the KV transceiver (DESIGN.md §7): plain values and one small set of calls.
 //!
 //! Context side: `offer` pins pages under a lease and gives a ticket; the lease ends with exactly one
-//! [`HandoffEvent::LeaseEnded`], and only once no transport can read the pages any more. Generation side: `fetch` hands
+//! [`HandoffEvent::LeaseEnded`], and only once no transport can read the pages any more. It may be offered before the prompt
+//! is read to its end: then it is open, and `extend` adds the pages of each chunk when they are written. Generation side: `fetch` hands
 //! pages over to be written; each page comes back exactly once in [`HandoffEvent::PagesReturned`], however
 //! the fetch ends, and only once no transport can write it any more. Who holds a page is the whole protocol.
 
@@ -165,6 +166,13 @@ pub enum RankOrder {
         /// See [`HandoffTicket::opaque_state`].
         state: Vec<u8>,
     },
+    /// As [`Handoff::extend`].
+    Extend {
+        /// See [`Offer::ctx_request_id`].
+        ctx_request_id: u64,
+        /// Whose pages.
+        blocks: Vec<BlockId>,
+    },
     /// As [`Handoff::withdraw`].
     Withdraw(u64),
     /// As [`Handoff::fetch`].
@@ -184,6 +192,8 @@ pub enum RankOrder {
     },
     /// As [`Handoff::cancel_fetch`].
     CancelFetch(RequestId),
+    /// As [`Handoff::meet`].
+    Meet(Vec<u8>),
 }
 
 /// Why a hand-off failed or was refused.
@@ -218,9 +228,9 @@ pub enum HandoffError {
 pub struct Offer {
     /// Lease id, unique within this engine process's life.
     pub ctx_request_id: u64,
-    /// Tokens whose KV the pages hold.
+    /// Tokens whose KV the pages hold, once all are there.
     pub token_count: usize,
-    /// The sequence's pages in order.
+    /// The sequence's pages in order. Where they are fewer than the tokens fill, the lease is open: the others follow.
     pub pages: Vec<Arc<Page>>,
 }
 
@@ -248,6 +258,9 @@ pub trait Handoff: Debug + Send {
     /// When too many leases are held.
     fn offer(&mut self, offer: Offer) -> Result<Vec<u8>, HandoffError>;
 
+    /// Adds pages to an open lease, in order. One that is over takes none; its end is reported in any case.
+    fn extend(&mut self, ctx_request_id: u64, pages: Vec<Arc<Page>>);
+
     /// Ends a lease early. `LeaseEnded` still comes.
     fn withdraw(&mut self, ctx_request_id: u64);
 
@@ -262,6 +275,13 @@ pub trait Handoff: Debug + Send {
 
     /// Gives a fetch up. `FetchEnded` with [`HandoffError::Cancelled`] still comes, unless it was decided already.
     fn cancel_fetch(&mut self, request: RequestId);
+
+    /// Connects to a context instance before there is anything to fetch, by the state that it gives out for that. Both
+    /// sides say in one line when its KV could not be taken here.
+    ///
+    /// # Errors
+    /// [`HandoffError::Layout`] or [`HandoffError::State`].
+    fn meet(&mut self, state: &[u8]) -> Result<(), HandoffError>;
 }
 
 /// Where the transceiver reports; made by the engine thread's inbox, called from any thread, never waits long.

@@ -52,6 +52,8 @@ pub struct EngineStats {
 
     /// Leases given.
     pub handoffs_offered_total: u64,
+    /// Of these, opened while the prompt was still being read.
+    pub handoffs_opened_early_total: u64,
     /// Leases that ended with verified KV at a generation server.
     pub handoffs_delivered_total: u64,
     /// Leases that ran out.
@@ -60,6 +62,8 @@ pub struct EngineStats {
     pub handoffs_cancelled_total: u64,
     /// Fetches that brought verified KV.
     pub handoffs_fetched_total: u64,
+    /// Of these, begun before the context server had read the prompt to its end.
+    pub handoffs_prefetched_total: u64,
     /// Fetches that failed, and offers and tickets that were refused.
     pub handoffs_failed_total: u64,
     /// Requests whose prompt was read again here because the fetch failed.

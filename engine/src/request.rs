@@ -99,9 +99,14 @@ pub enum RequestKind {
     ContextOnly {
         /// The proxy's id, where there is one.
         disagg_request_id: Option<u64>,
+        /// Whether a prompt that takes several steps is offered as it is read: [`Event::LeaseOpened`].
+        early: bool,
     },
     /// Fetch the KV, then decode.
     GenerationOnly(HandoffTicket),
+    /// Fetch the KV of a prompt that the context server still reads, for the generation-only request that is to come with
+    /// the same state. Ends with [`FinishReason::NotFinished`] when that one has taken it over.
+    Prefetch(HandoffTicket),
 }
 
 /// A request as the engine takes it.
@@ -126,7 +131,7 @@ pub enum FinishReason {
     StopToken(TokenId),
     /// `max_tokens` or the longest sequence was reached.
     Length,
-    /// Context-only: the first token was written and more is to come.
+    /// Context-only: the first token was written and more is to come. Of a prefetch: another request has it now.
     NotFinished,
     /// The client went away or asked for it.
     Cancelled,
@@ -156,6 +161,8 @@ pub struct RequestCosts {
 /// What the engine tells the submitter. The channel's capacity covers the whole answer, so publishing never waits.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// Context-only: a part of the prompt is read and under a lease that grows with the rest. The ticket has no tokens yet.
+    LeaseOpened(HandoffTicket),
     /// Log-probabilities of prompt positions `1..`, once, before the first token.
     PromptLogprobs(Vec<TokenLogprobs>),
     /// One more token.

@@ -136,6 +136,36 @@ impl Scheduler {
         self.fetching.get_mut(&id)
     }
 
+    /// The request that a fetch is for.
+    pub(crate) fn fetched_for(&self, fetch: RequestId) -> Option<RequestId> {
+        let mut fetching = self.fetching.values();
+        fetching
+            .find(|sequence| sequence.fetch == fetch)
+            .map(|sequence| sequence.id)
+    }
+
+    /// The prefetch of what a request wants, if there is one.
+    pub(crate) fn prefetch_for(&self, wanted: &Sequence) -> Option<RequestId> {
+        let mut all = self.fetching.values().chain(&self.waiting);
+        all.find(|sequence| sequence.is_prefetch_for(wanted))
+            .map(|sequence| sequence.id)
+    }
+
+    /// Has a request go on with what a prefetch has fetched, or is fetching. It comes back when that has not begun.
+    pub(crate) fn take_over(
+        &mut self,
+        prefetch: RequestId,
+        mut sequence: Sequence,
+        now: Instant,
+    ) -> Option<Sequence> {
+        let Some(prefetch) = self.fetching.remove(&prefetch) else {
+            return Some(sequence);
+        };
+        sequence.take_over(prefetch, now);
+        self.fetching.insert(sequence.id, sequence);
+        None
+    }
+
     /// Requests in any state, oldest first within each.
     pub(crate) fn ids(&self) -> Vec<RequestId> {
         let ordered = self.running.iter().chain(&self.ready).chain(&self.waiting);

@@ -26,10 +26,17 @@ pub(crate) enum Role {
     /// Hands off after the first token.
     Context {
         disagg_request_id: Option<u64>,
+        /// Offers what is read of its prompt after every step.
+        early: bool,
     },
     /// Fetches its prompt's KV with this ticket; `None` once it need not or must not be fetched (any more).
     Generation {
         ticket: Option<Box<HandoffTicket>>,
+    },
+    /// As that, for a request that is still to come, with a ticket of the same state.
+    Prefetch {
+        ticket: Option<Box<HandoffTicket>>,
+        state: Vec<u8>,
     },
 }
 
@@ -93,6 +100,9 @@ pub(crate) struct Sequence {
     pub(crate) forced: VecDeque<(TokenId, Option<TokenLogprobs>)>,
     pub(crate) prompt_logprobs: Option<PromptLogprobs>,
     pub(crate) times: Times,
+    /// The number that its fetch goes by: its own, or that of the prefetch that it has taken over.
+    pub(crate) fetch: RequestId,
+    /// What its fetch moved, once that has succeeded.
     pub(crate) handoff: Option<HandoffStats>,
     pub(crate) prefilled_again: bool,
     pub(crate) cached_tokens: usize,
@@ -113,7 +123,17 @@ impl Sequence {
         let mut forced = VecDeque::new();
         let role = match request.kind {
             RequestKind::Aggregated => Role::Aggregated,
-            RequestKind::ContextOnly { disagg_request_id } => Role::Context { disagg_request_id },
+            RequestKind::ContextOnly {
+                disagg_request_id,
+                early,
+            } => Role::Context {
+                disagg_request_id,
+                early,
+            },
+            RequestKind::Prefetch(ticket) => Role::Prefetch {
+                state: ticket.opaque_state.clone(),
+                ticket: Some(Box::new(ticket)),
+            },
             RequestKind::GenerationOnly(ticket) => {
                 forced = forced_tokens(&ticket);
                 Role::Generation {
@@ -147,6 +167,7 @@ impl Sequence {
                 first_token: None,
                 last_token: None,
             },
+            fetch: id,
             handoff: None,
             prefilled_again: false,
             cached_tokens: 0,
@@ -189,7 +210,47 @@ impl Sequence {
     }
 
     pub(crate) fn needs_fetch(&self) -> bool {
-        matches!(self.role, Role::Generation { ticket: Some(_) })
+        self.ticket().is_some()
+    }
+
+    /// The ticket that is still to be fetched with.
+    pub(crate) fn ticket(&self) -> Option<&HandoffTicket> {
+        match &self.role {
+            Role::Generation { ticket } | Role::Prefetch { ticket, .. } => ticket.as_deref(),
+            Role::Aggregated | Role::Context { .. } => None,
+        }
+    }
+
+    /// Whether it fetches for a request that is still to come.
+    pub(crate) fn is_prefetch(&self) -> bool {
+        matches!(self.role, Role::Prefetch { .. })
+    }
+
+    /// Whether what it fetches is what another request wants: the same lease's KV, as that request would file it.
+    pub(crate) fn is_prefetch_for(&self, other: &Self) -> bool {
+        match (&self.role, other.ticket()) {
+            (Role::Prefetch { state, .. }, Some(ticket)) => {
+                *state == ticket.opaque_state
+                    && self.tokens == other.tokens
+                    && self.salt == other.salt
+                    && other.prompt_logprobs.is_none()
+            }
+            _ => false,
+        }
+    }
+
+    /// Goes on with what a prefetch has got, or is getting.
+    pub(crate) fn take_over(&mut self, prefetch: Self, now: Instant) {
+        self.skip_fetch();
+        self.blocks = prefetch.blocks;
+        self.computed = prefetch.computed;
+        self.cached_blocks = prefetch.cached_blocks;
+        self.cached_tokens = prefetch.cached_tokens;
+        self.blocks_allocated = prefetch.blocks_allocated;
+        self.blocks_reused = prefetch.blocks_reused;
+        self.fetch = prefetch.fetch;
+        self.handoff = prefetch.handoff;
+        self.times.scheduled = Some(now);
     }
 
     /// From now on the prompt is computed here.
@@ -200,7 +261,9 @@ impl Sequence {
     /// Takes the ticket to fetch with; there is one fetch at most.
     pub(crate) fn take_ticket(&mut self) -> Option<HandoffTicket> {
         match &mut self.role {
-            Role::Generation { ticket } => ticket.take().map(|ticket| *ticket),
+            Role::Generation { ticket } | Role::Prefetch { ticket, .. } => {
+                ticket.take().map(|ticket| *ticket)
+            }
             Role::Aggregated | Role::Context { .. } => None,
         }
     }

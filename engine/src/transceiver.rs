@@ -18,6 +18,7 @@ use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
     RanksEvent,
 };
+use crate::page::Page;
 use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
@@ -29,7 +30,7 @@ use inbox::{Command, Inbox};
 use info::Held;
 pub use info::{RankPair, TransceiverInfo, TransceiverStats, WireStats};
 use select::Preference;
-use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord};
+use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord, printable};
 use wires::{KINDS, Kind, Wires};
 
 mod available;
@@ -371,6 +372,14 @@ impl Handoff for Transceiver {
         Ok(state)
     }
 
+    fn extend(&mut self, ctx_request_id: u64, pages: Vec<Arc<Page>>) {
+        // A transceiver that is gone has ended its leases.
+        drop(self.inbox.command(Command::Extend {
+            ctx_request_id,
+            pages,
+        }));
+    }
+
     fn withdraw(&mut self, ctx_request_id: u64) {
         // A transceiver that is gone has ended its leases.
         drop(self.inbox.command(Command::Withdraw(ctx_request_id)));
@@ -410,6 +419,18 @@ impl Handoff for Transceiver {
             (self.sink)(HandoffEvent::FetchEnded { request, outcome });
             self.is_gone();
         }
+    }
+
+    fn meet(&mut self, state: &[u8]) -> Result<(), HandoffError> {
+        let state = OpaqueState::decode(state)?;
+        let usable = self.usable(&state);
+        if let Err(error) = &usable {
+            let context = printable(&state.instance);
+            tracing::warn!(context, %error, "kv of a context server cannot be taken");
+        }
+        // A transceiver that is gone meets nobody.
+        drop(self.inbox.command(Command::Meet(Box::new(state))));
+        usable
     }
 
     fn cancel_fetch(&mut self, request: RequestId) {

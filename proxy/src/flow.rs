@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use baton_configs::wire::TIMELINE_HEADER;
+use baton_configs::wire::{KV_PREFETCH_HEADER, TIMELINE_HEADER};
 use bytes::Bytes;
 use hyper::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER,
@@ -18,6 +18,7 @@ use crate::book::RequestBook;
 use crate::context_answer::{self, ContextAnswer, Ticket};
 use crate::error::{Failure, Fault, UpstreamFailure, WorkerError};
 use crate::perf::Hop;
+use crate::prefetch::{Lines, Prefetch, read_head};
 use crate::proxy::Proxy;
 use crate::reply::{self, Reply, ReplyBody};
 use crate::request_body::{Api, ClientRequest};
@@ -60,6 +61,8 @@ struct Handed {
     worker: Arc<Worker>,
     ticket: Ticket,
     timeline: Option<HeaderValue>,
+    /// The KV's way to a generation server, where it began before the phase was done.
+    prefetch: Option<Prefetch>,
 }
 
 enum Prefilled {
@@ -144,8 +147,13 @@ impl Flow<'_> {
         let started = Instant::now();
         let mut answer = self.call(&worker, self.request.context_body(id)).await?;
         let limit = self.proxy.limits.max_answer_bytes;
-        let body = answer.body.collect(limit).await;
-        let body = body.map_err(|fault| self.failed(&worker, fault))?;
+        let (mut head, body, prefetch) = if answer.head.headers.contains_key(KV_PREFETCH_HEADER) {
+            self.early_answer(&worker, answer).await?
+        } else {
+            let body = answer.body.collect(limit).await;
+            let body = body.map_err(|fault| self.failed(&worker, fault))?;
+            (answer.head, body, None)
+        };
         let read = context_answer::read(&body, self.request.conversation_id())
             .map_err(|reason| self.failed(&worker, Fault::BadAnswer(reason)))?;
         let elapsed = started.elapsed();
@@ -153,12 +161,13 @@ impl Flow<'_> {
             .metrics
             .role(Role::Context)
             .completed(Some(elapsed), elapsed);
-        let timeline = answer.head.headers.remove(TIMELINE_HEADER);
+        let timeline = head.headers.remove(TIMELINE_HEADER);
         match read {
             ContextAnswer::Ticket(ticket) => Ok(Prefilled::Handed(Box::new(Handed {
                 worker,
                 ticket,
                 timeline,
+                prefetch,
             }))),
             ContextAnswer::Complete => {
                 let reply = self.complete(&body, timeline);
@@ -166,6 +175,29 @@ impl Flow<'_> {
                     reply.map_err(|reason| self.failed(&worker, Fault::BadAnswer(reason)))?;
                 Ok(Prefilled::Complete(reply))
             }
+        }
+    }
+
+    /// An answer that told of its KV before it was there: has a generation server fetch, and waits for the answer.
+    async fn early_answer(
+        &self,
+        worker: &Arc<Worker>,
+        answer: Answer,
+    ) -> Result<(http::response::Parts, Bytes, Option<Prefetch>), Stop> {
+        let failed = |fault| self.failed(worker, fault);
+        let mut lines = Lines::new(answer.body, self.proxy.limits.max_answer_bytes);
+        let line = lines.next("kv's announcement").await.map_err(failed)?;
+        let prefetch = self.choose(Role::Generation, Some(worker)).ok().map(|to| {
+            self.proxy.metrics.kv_prefetches.inc();
+            Prefetch::begin(to, self.headers.clone(), line, &self.proxy.timeouts)
+        });
+        let head = lines.next("rest of the answer").await.map_err(failed)?;
+        let head = read_head(&head).map_err(failed)?;
+        let body = lines.rest().await.map_err(failed)?;
+        if head.status.is_success() {
+            Ok((head, body, prefetch))
+        } else {
+            Err(failed(refusal(&head, body)).into())
         }
     }
 
@@ -186,7 +218,10 @@ impl Flow<'_> {
 
     /// The generation phase, or, without a ticket, all of it on one generation server.
     async fn generation(&mut self, handed: Option<&Handed>) -> Result<Outcome, Stop> {
-        let worker = self.choose(Role::Generation, handed.map(|handed| &handed.worker))?;
+        let worker = match handed.and_then(|handed| self.fetching(handed)) {
+            Some(worker) => worker,
+            None => self.choose(Role::Generation, handed.map(|handed| &handed.worker))?,
+        };
         let body = match handed {
             Some(handed) => self.request.generation_body(&handed.ticket),
             None => self.request.whole_body(),
@@ -297,6 +332,14 @@ impl Flow<'_> {
         timeline::header(&merged)
     }
 
+    /// The server that fetches the KV already, if it may be asked.
+    fn fetching(&self, handed: &Handed) -> Option<Arc<Worker>> {
+        let worker = handed.prefetch.as_ref()?.worker();
+        let excluded = self.retries.excluded();
+        let is_excluded = excluded.iter().any(|other| Arc::ptr_eq(other, worker));
+        (worker.is_up() && !is_excluded).then(|| Arc::clone(worker))
+    }
+
     /// A server of `role` that has not failed this request; not the one that wrote the ticket if there is another.
     fn choose(&self, role: Role, context: Option<&Arc<Worker>>) -> Result<Arc<Worker>, Stop> {
         let group = self.proxy.cluster.group(role);
@@ -316,10 +359,14 @@ impl Flow<'_> {
     /// One upstream call. An answer that is not a success becomes a failure with the worker's own words.
     async fn call(&self, worker: &Arc<Worker>, body: Bytes) -> Result<Answer, UpstreamFailure> {
         let timeouts = &self.proxy.timeouts;
+        let mut headers = self.headers.clone();
+        if worker.role() == Role::Context && self.proxy.prefetches_kv {
+            headers.insert(KV_PREFETCH_HEADER, HeaderValue::from_static("1"));
+        }
         let call = Call {
             method: Method::POST,
             path: self.api.path(),
-            headers: self.headers.clone(),
+            headers,
             body,
             connect: timeouts.connect,
             total: timeouts.request,
@@ -337,16 +384,7 @@ impl Flow<'_> {
         }
         let fault = match answer.body.collect(ERROR_BYTES_MAX).await {
             Err(fault) => fault,
-            Ok(body) if status.is_client_error() || status.is_server_error() => {
-                let header = |name: HeaderName| answer.head.headers.get(name).cloned();
-                Fault::Status(Box::new(WorkerError {
-                    status,
-                    content_type: header(CONTENT_TYPE),
-                    retry_after: header(RETRY_AFTER),
-                    body,
-                }))
-            }
-            Ok(_) => Fault::BadAnswer(format!("status {}", status.as_u16())),
+            Ok(body) => refusal(&answer.head, body),
         };
         Err(self.failed(worker, fault))
     }
@@ -362,6 +400,21 @@ impl Flow<'_> {
             fault,
         }
     }
+}
+
+/// What an answer that is no success means.
+fn refusal(head: &http::response::Parts, body: Bytes) -> Fault {
+    let status = head.status;
+    if !status.is_client_error() && !status.is_server_error() {
+        return Fault::BadAnswer(format!("status {}", status.as_u16()));
+    }
+    let header = |name: HeaderName| head.headers.get(name).cloned();
+    Fault::Status(Box::new(WorkerError {
+        status,
+        content_type: header(CONTENT_TYPE),
+        retry_after: header(RETRY_AFTER),
+        body,
+    }))
 }
 
 /// A generation server answers 502 when what failed is behind it: the KV that it was to fetch.

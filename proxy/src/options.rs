@@ -82,6 +82,8 @@ impl Default for Limits {
 pub struct Environment {
     /// `TRTLLM_DISAGG_NO_RETRY=1`: every failure is final.
     pub no_retry: bool,
+    /// `BATON_NO_KV_PREFETCH=1`: KV moves when its prompt is read to the end, not before.
+    pub no_kv_prefetch: bool,
     /// `TRTLLM_DISAGG_WORKER_PROCESS_ID`, 0 to 63: part of every `disagg_request_id`.
     pub process_id: u8,
     /// What `BATON_JOB_SECRET` makes callers of the store show; without that variable the store takes every caller.
@@ -114,6 +116,7 @@ impl Environment {
         };
         Ok(Self {
             no_retry: lookup("TRTLLM_DISAGG_NO_RETRY").as_deref() == Some("1"),
+            no_kv_prefetch: lookup("BATON_NO_KV_PREFETCH").as_deref() == Some("1"),
             process_id,
             store_token: lookup(JOB_SECRET_VARIABLE)
                 .filter(|secret| !secret.trim().is_empty())
@@ -174,12 +177,14 @@ mod tests {
         assert_eq!(of(&[]), Ok(Environment::default()));
         let both = of(&[
             ("TRTLLM_DISAGG_NO_RETRY", "1"),
+            ("BATON_NO_KV_PREFETCH", "1"),
             ("TRTLLM_DISAGG_WORKER_PROCESS_ID", "63"),
         ]);
         assert_eq!(
             both,
             Ok(Environment {
                 no_retry: true,
+                no_kv_prefetch: true,
                 process_id: 63,
                 store_token: None,
             })

@@ -32,6 +32,8 @@ pub(crate) struct Proxy {
     /// Retries of one request, after the environment had its say.
     pub(crate) max_retries: u32,
     pub(crate) allow_request_chat_template: bool,
+    /// Whether KV moves while its prompt is read.
+    pub(crate) prefetches_kv: bool,
     /// The last `/v1/models` answer and when it was fetched.
     pub(crate) models: Mutex<Option<(Instant, Bytes)>>,
     stopping: AtomicBool,
@@ -60,6 +62,7 @@ impl Proxy {
                 config.max_retries
             },
             allow_request_chat_template: config.allow_request_chat_template,
+            prefetches_kv: !options.environment.no_kv_prefetch,
             models: Mutex::new(None),
             stopping: AtomicBool::new(false),
             timeouts,

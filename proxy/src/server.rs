@@ -25,6 +25,7 @@ use crate::address_file::FileServer;
 use crate::discovery::Discovery;
 use crate::endpoints;
 use crate::health::{self, Watching};
+use crate::introduce;
 use crate::metrics::Metrics;
 use crate::options::ProxyOptions;
 use crate::proxy::Proxy;
@@ -110,6 +111,8 @@ where
     let proxy = Arc::new(Proxy::new(&options));
     let mut tasks = JoinSet::new();
     follow_workers(&proxy, &options.config, &mut tasks);
+    let patience = proxy.timeouts.probe;
+    tasks.spawn(introduce::follow(proxy.cluster.clone(), patience));
     if let Some(period) = options
         .metrics_log_interval
         .filter(|period| !period.is_zero())

@@ -4,7 +4,7 @@
 //! [`Worker::report`], the only place that changes a worker's condition and the only one that logs it.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_configs::disagg::Endpoint;
@@ -104,6 +104,8 @@ pub(crate) struct Worker {
     /// Asks for a health check now.
     pub(crate) probe_wanted: Notify,
     up: AtomicBool,
+    /// How often it has come up.
+    ups: AtomicU64,
     retired: AtomicBool,
     condition: Mutex<Condition>,
     changed: Arc<watch::Sender<()>>,
@@ -130,6 +132,7 @@ impl Worker {
             pool: Pool::default(),
             probe_wanted: Notify::new(),
             up: AtomicBool::new(false),
+            ups: AtomicU64::new(0),
             retired: AtomicBool::new(false),
             condition: Mutex::new(Condition::Unknown),
             changed,
@@ -186,6 +189,11 @@ impl Worker {
         self.up.load(Ordering::Acquire)
     }
 
+    /// How often it has come up: another number, another process, or the same one after a silence.
+    pub(crate) fn ups(&self) -> u64 {
+        self.ups.load(Ordering::Acquire)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Condition> {
         self.condition
             .lock()
@@ -205,6 +213,8 @@ impl Worker {
             let changed = !condition.is_same_kind(&seen);
             let was_up = *condition == Condition::Up;
             *condition = seen;
+            self.ups
+                .fetch_add(u64::from(changed && up), Ordering::AcqRel);
             self.up.store(up && !self.is_retired(), Ordering::Release);
             (changed, was_up)
         };

@@ -9,8 +9,10 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::TcpStream;
+
+use crate::golden::Item;
 
 /// No answer takes longer in any test.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -130,4 +132,18 @@ pub async fn stream(address: &str, path: &str, body: &Value) -> anyhow::Result<V
     tokio::time::timeout(ANSWER_TIMEOUT, events)
         .await
         .with_context(|| format!("stream {path}"))?
+}
+
+/// The ids that a server writes after an item's prompt, the first `count`.
+///
+/// # Panics
+/// When it does not write them.
+pub async fn ids(address: &str, item: &Item, count: usize) -> Vec<u32> {
+    let body = json!({
+        "model": "m", "prompt": item.prompt_token_ids, "max_tokens": count, "temperature": 0, "detokenize": false,
+    });
+    let answer = post(address, "/v1/completions", &body).await;
+    let answer = answer.expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    serde_json::from_value(answer.json()["choices"][0]["token_ids"].clone()).expect("token ids")
 }

@@ -61,6 +61,18 @@ impl Worker {
             .unwrap_or_default()
     }
 
+    /// A counter or gauge as `/prometheus/metrics` tells.
+    ///
+    /// # Panics
+    /// When it is not told.
+    pub async fn counter(&self, name: &str) -> u64 {
+        let answer = client::get(&self.address, "/prometheus/metrics").await;
+        let text = answer.expect("metrics").body;
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let value = line.unwrap_or_else(|| panic!("no {name} in:\n{text}"));
+        value.trim().parse().expect("a whole number")
+    }
+
     /// Waits until no block is used, leased, lent or quarantined.
     ///
     /// # Panics

@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_tests::client;
 use baton_tests::deployment::{Deployment, Options, Worker};
 use baton_tests::golden::{self, Item};
-use baton_tests::process::Baton;
+use baton_tests::process::{Baton, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -44,26 +44,6 @@ type Pair = (u64, u64);
 async fn info(worker: &Worker) -> Value {
     let answer = client::get(&worker.address, "/server_info").await;
     answer.expect("/server_info answers").json()
-}
-
-/// A counter as `/prometheus/metrics` tells.
-async fn counter(worker: &Worker, name: &str) -> u64 {
-    let answer = client::get(&worker.address, "/prometheus/metrics").await;
-    let text = answer.expect("metrics").body;
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let value = line.unwrap_or_else(|| panic!("no {name} in:\n{text}"));
-    value.trim().parse().expect("a counter is a whole number")
-}
-
-/// The ids that the deployment writes, the first `count`.
-async fn ids(address: &str, item: &Item, count: usize) -> Vec<u32> {
-    let body = json!({
-        "model": "m", "prompt": item.prompt_token_ids, "max_tokens": count, "temperature": 0, "detokenize": false,
-    });
-    let answer = client::post(address, "/v1/completions", &body).await;
-    let answer = answer.expect("an answer");
-    assert_eq!(answer.status, 200, "{}", answer.body);
-    serde_json::from_value(answer.json()["choices"][0]["token_ids"].clone()).expect("token ids")
 }
 
 /// What came: for each pair of ranks, over what and how many bytes.
@@ -111,7 +91,7 @@ impl Case<'_> {
         let what = format!("{from:?} to {to:?}");
         for item in self.items {
             let count = self.tokens.min(item.output_token_ids.len());
-            let answer = ids(&deployment.address, item, count).await;
+            let answer = client::ids(&deployment.address, item, count).await;
             assert_eq!(answer, item.output_token_ids[..count], "{what}");
         }
         deployment.blocks_return(BACK).await;
@@ -135,7 +115,7 @@ impl Case<'_> {
             (context, "baton_handoffs_delivered_total", count),
             (context, "baton_kv_sent_bytes_total", bytes),
         ] {
-            assert_eq!(counter(worker, name).await, value, "{name}, {what}");
+            assert_eq!(worker.counter(name).await, value, "{name}, {what}");
         }
     }
 }
@@ -238,7 +218,7 @@ async fn kv_that_is_spoilt_on_some_ranks_is_read_again_on_all() {
     options.context_environment = &environment;
     let deployment = Deployment::start(&options).await;
     let count = item.output_token_ids.len();
-    let answer = ids(&deployment.address, &item, count).await;
+    let answer = client::ids(&deployment.address, &item, count).await;
     assert_eq!(answer, item.output_token_ids);
     deployment.blocks_return(BACK).await;
     let (context, generation) = (&deployment.context[0], &deployment.generation);
@@ -248,10 +228,15 @@ async fn kv_that_is_spoilt_on_some_ranks_is_read_again_on_all() {
         (context, "baton_handoffs_delivered_total", 0),
         (context, "baton_handoffs_cancelled_total", 1),
     ] {
-        assert_eq!(counter(worker, name).await, value, "{name}");
+        assert_eq!(worker.counter(name).await, value, "{name}");
     }
     assert_eq!(came(generation).await, BTreeMap::new());
-    assert!(counter(generation, "baton_kv_checksum_mismatches_total").await > 0);
+    assert!(
+        generation
+            .counter("baton_kv_checksum_mismatches_total")
+            .await
+            > 0
+    );
 }
 
 /// A rank that follows, of an instance whose ranks the launcher started on this machine.
@@ -308,7 +293,9 @@ async fn kv_of_an_instance_that_lost_a_rank_is_read_again() {
         serde_json::from_value(answer.json()["choices"][0]["token_ids"].clone()).expect("ids");
     assert_eq!(written, item.output_token_ids);
     generation.blocks_return(BACK).await;
-    let again = counter(&generation, "baton_handoffs_prefilled_again_total").await;
+    let again = generation
+        .counter("baton_handoffs_prefilled_again_total")
+        .await;
     assert_eq!((again, came(&generation).await), (1, BTreeMap::new()));
 }
 
@@ -324,23 +311,26 @@ async fn kv_that_cannot_be_converted_is_refused_on_both_sides_and_to_the_client(
     options.context_count = 1;
     options.generation_engine = Some(&generation);
     let deployment = Deployment::start(&options).await;
+    let (context, generation) = (&deployment.context[0], &deployment.generation);
+    let said = |worker: &Worker, reason: &str| {
+        let log = worker.process.log();
+        log.lines().filter(|line| line.contains(reason)).count()
+    };
+    let reason = "kv layouts differ: kv dtype float16 here, float32 there";
+    let turned = "kv layouts differ: kv dtype float32 here, float16 there";
+    // They are introduced to each other, and say so then.
+    eventually("a line on both sides", BACK, async || {
+        (said(generation, reason) == 1 && said(context, turned) == 1).then_some(())
+    })
+    .await;
     let body = json!({"model": "m", "prompt": [1, 2, 3, 4, 5], "max_tokens": 4, "temperature": 0});
     let answer = client::post(&deployment.address, "/v1/completions", &body).await;
     let answer = answer.expect("an answer");
-    let reason = "kv layouts differ: kv dtype float16 here, float32 there";
     assert!((400..500).contains(&answer.status), "{}", answer.body);
     assert!(answer.body.contains(reason), "{}", answer.body);
     // The lease does not have to run out, on either rank of the context server.
     deployment.blocks_return(BACK).await;
-    let (context, generation) = (&deployment.context[0], &deployment.generation);
-    for worker in [context, generation] {
-        let log = worker.process.log();
-        let lines = log.lines().filter(|line| line.contains(reason));
-        assert_eq!(lines.count(), 1, "{log}");
-    }
-    assert_eq!(counter(context, "baton_handoffs_cancelled_total").await, 1);
-    assert_eq!(
-        counter(generation, "baton_kv_received_bytes_total").await,
-        0
-    );
+    assert_eq!((said(context, reason), said(generation, reason)), (1, 2));
+    assert_eq!(context.counter("baton_handoffs_cancelled_total").await, 1);
+    assert_eq!(generation.counter("baton_kv_received_bytes_total").await, 0);
 }

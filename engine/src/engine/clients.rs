@@ -18,6 +18,8 @@ pub(super) struct Client {
     pub(super) events: mpsc::Sender<Event>,
     /// Present until the request's first step.
     pub(super) place: Option<QueuePlace>,
+    /// Who fetches for a request that is still to come is none itself, and is not counted.
+    pub(super) is_prefetch: bool,
 }
 
 impl Client {

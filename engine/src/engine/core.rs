@@ -9,7 +9,7 @@ use crate::blocks::BlockPool;
 use crate::handoff::{Handoff, HandoffTicket};
 use crate::metrics::EngineStats;
 use crate::model::Model;
-use crate::request::{Event, FinishReason, RequestFailure, RequestId};
+use crate::request::{Event, FinishReason, RequestFailure, RequestId, RequestKind};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::Sequence;
@@ -96,11 +96,15 @@ impl Core {
             place,
             submitted,
         } = submission;
-        self.stats.requests_total += 1;
-        self.stats.prompt_tokens_total += request.prompt.len() as u64;
+        let is_prefetch = matches!(request.kind, RequestKind::Prefetch(_));
+        if !is_prefetch {
+            self.stats.requests_total += 1;
+            self.stats.prompt_tokens_total += request.prompt.len() as u64;
+        }
         let client = Client {
             events,
             place: Some(place),
+            is_prefetch,
         };
         self.clients.insert(id, client);
         let mut sequence = Sequence::new(id, request, self.max_len, submitted);
@@ -113,23 +117,24 @@ impl Core {
             }
         }
         if let Err(failure) = self.check_ticket(&sequence) {
-            self.stats.handoffs_failed_total += 1;
+            self.stats.handoffs_failed_total += u64::from(!is_prefetch);
             self.fail(id, failure);
             return;
         }
-        self.scheduler.enqueue(sequence);
+        if let Some(sequence) = self.take_over(sequence) {
+            self.scheduler.enqueue(sequence);
+        }
     }
 
     /// Gives a request up, in whatever state it is.
     pub(super) fn cancel(&mut self, id: RequestId) {
         if let Some((sequence, was_fetching)) = self.scheduler.remove(id) {
             if was_fetching {
-                self.cancel_fetch(id);
+                self.cancel_fetch(sequence.fetch);
             }
             self.finish(&sequence, FinishReason::Cancelled, None);
-        } else if let Some(ctx_request_id) = self.leases.of(id) {
-            self.withdraw(ctx_request_id);
         }
+        self.withdraw_of(id);
     }
 
     /// Fails those who have not begun; the others may finish.
@@ -138,7 +143,7 @@ impl Core {
         let queued: Vec<RequestId> = self
             .clients
             .iter()
-            .filter(|(_, client)| client.place.is_some())
+            .filter(|(_, client)| client.place.is_some() || client.is_prefetch)
             .map(|(&id, _)| id)
             .collect();
         for id in queued {
@@ -176,6 +181,7 @@ impl Core {
                 if let Some((sequence, _)) = self.scheduler.remove(id) {
                     self.finish(&sequence, reason, None);
                 }
+                self.withdraw_of(id);
             }
             End::HandOff(logprobs) => self.offer(id, logprobs),
             End::Failed(failure) => self.fail(id, failure),
@@ -190,10 +196,13 @@ impl Core {
         reason: FinishReason,
         ticket: Option<HandoffTicket>,
     ) {
-        if reason == FinishReason::Cancelled {
-            self.stats.requests_cancelled_total += 1;
-        } else {
-            self.stats.requests_finished_total += 1;
+        match reason {
+            _ if sequence.is_prefetch() => {}
+            FinishReason::Cancelled => self.stats.requests_cancelled_total += 1,
+            FinishReason::Eos
+            | FinishReason::StopToken(_)
+            | FinishReason::Length
+            | FinishReason::NotFinished => self.stats.requests_finished_total += 1,
         }
         self.publish_stats();
         let Some(client) = self.clients.remove(&sequence.id) else {
@@ -213,14 +222,15 @@ impl Core {
 
     /// Frees what a request held and tells the client why.
     pub(super) fn fail(&mut self, id: RequestId, failure: RequestFailure) {
-        let removed = self.scheduler.remove(id);
-        let was_fetching = removed.is_some_and(|(_, was_fetching)| was_fetching);
-        if was_fetching {
-            self.cancel_fetch(id);
+        if let Some((sequence, true)) = self.scheduler.remove(id) {
+            self.cancel_fetch(sequence.fetch);
         }
-        self.stats.requests_failed_total += 1;
+        self.withdraw_of(id);
+        let client = self.clients.remove(&id);
+        let is_request = client.as_ref().is_none_or(|client| !client.is_prefetch);
+        self.stats.requests_failed_total += u64::from(is_request);
         self.publish_stats();
-        if let Some(client) = self.clients.remove(&id) {
+        if let Some(client) = client {
             client.send(Event::Failed(failure));
         }
     }

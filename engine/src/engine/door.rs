@@ -17,8 +17,8 @@ pub(super) fn check(request: &GenerateRequest, limits: &EngineLimits) -> Result<
 pub(super) fn events_max(request: &GenerateRequest, limits: &EngineLimits) -> usize {
     let room = limits.max_seq_len.saturating_sub(request.prompt.len());
     let tokens = room.min(request.sampling.max_tokens as usize);
-    // Prompt log-probabilities before, the end after, and a first token from elsewhere in any case.
-    tokens + 3
+    // A lease and the prompt's log-probabilities before, the end after, and a first token from elsewhere in any case.
+    tokens + 4
 }
 
 fn check_length(prompt: usize, limits: &EngineLimits) -> Result<(), String> {

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use crate::handoff::HandoffError;
 use crate::metrics::{EngineStats, IterationStats};
 use crate::prefix::KvEvent;
 use crate::request::{Event, GenerateRequest, RequestFailure, RequestId, SubmitError};
@@ -220,6 +221,15 @@ impl EngineHandle {
     /// context-only one that has its ticket, the lease is withdrawn. Unknown numbers do nothing.
     pub fn cancel(&self, id: RequestId) {
         self.shared.tell(Command::Cancel(id));
+    }
+
+    /// Has every rank connect to the context instance of a state, before there is anything to fetch. The answer comes when
+    /// it is known whether its KV can be taken; none when the engine ends before.
+    #[must_use]
+    pub fn meet(&self, state: Vec<u8>) -> oneshot::Receiver<Result<(), HandoffError>> {
+        let (met, answer) = oneshot::channel();
+        self.shared.tell(Command::Meet { state, met });
+        answer
     }
 
     /// The engine as of its last step.

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use tokio::sync::oneshot;
+
 use crate::backend::{BackendError, BlockId};
 use crate::handoff::{
     Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer, RankOrder,
@@ -23,10 +25,15 @@ impl Core {
                 ctx_request_id,
                 end,
             } => self.lease_ended(ctx_request_id, end),
-            HandoffEvent::FetchEnded { request, outcome } => match outcome {
-                Ok(stats) => self.fetched(request, stats),
-                Err(error) => self.fetch_failed(request, &error),
-            },
+            HandoffEvent::FetchEnded { request, outcome } => {
+                let Some(id) = self.scheduler.fetched_for(request) else {
+                    return;
+                };
+                match outcome {
+                    Ok(stats) => self.fetched(id, stats),
+                    Err(error) => self.fetch_failed(id, &error),
+                }
+            }
             HandoffEvent::PagesReturned { pages } => self.pages_returned(pages),
             HandoffEvent::Ranks(event) => self.ranks_event(event),
         }
@@ -46,29 +53,36 @@ impl Core {
     }
 
     /// Tells the ranks that follow. If that fails, there will be no other step.
-    fn tell_ranks(&mut self, order: &RankOrder) {
+    pub(super) fn tell_ranks(&mut self, order: &RankOrder) {
         if let Err(error) = self.model.hand_off(order) {
             self.broken.get_or_insert(error);
         }
     }
 
-    /// Gives a fetch up, on every rank; `FetchEnded` comes later.
-    pub(super) fn cancel_fetch(&mut self, id: RequestId) {
+    /// Gives a fetch up, by its own number, on every rank; `FetchEnded` comes later.
+    pub(super) fn cancel_fetch(&mut self, fetch: RequestId) {
         if let Some(handoff) = &mut self.handoff {
-            handoff.cancel_fetch(id);
-            self.tell_ranks(&RankOrder::CancelFetch(id));
+            handoff.cancel_fetch(fetch);
+            self.tell_ranks(&RankOrder::CancelFetch(fetch));
         }
     }
 
-    /// Whether a generation-only request's ticket fits this instance and this prompt.
+    /// Has every rank connect to a context instance.
+    pub(super) fn meet(&mut self, state: Vec<u8>, met: oneshot::Sender<Result<(), HandoffError>>) {
+        let fits = match &mut self.handoff {
+            Some(handoff) => handoff.meet(&state),
+            None => Err(HandoffError::Refused("there is no transceiver".to_owned())),
+        };
+        if fits.is_ok() {
+            self.tell_ranks(&RankOrder::Meet(state));
+        }
+        // Whoever asked may have gone.
+        drop(met.send(fits));
+    }
+
+    /// Whether a request's ticket fits this instance and this prompt, where there is one.
     pub(super) fn check_ticket(&self, sequence: &Sequence) -> Result<(), RequestFailure> {
-        let (
-            Role::Generation {
-                ticket: Some(ticket),
-            },
-            Some(handoff),
-        ) = (&sequence.role, &self.handoff)
-        else {
+        let (Some(ticket), Some(handoff)) = (sequence.ticket(), &self.handoff) else {
             return Ok(());
         };
         let held = handoff.check(ticket).map_err(|error| refusal(&error))?;
@@ -89,12 +103,20 @@ impl Core {
         }
     }
 
-    /// Shows a sequence's pages to the transceiver. Returns the state for the ticket.
-    fn hand_over(
+    /// Ends the lease that a request's prompt is under, if there is one.
+    pub(super) fn withdraw_of(&mut self, request: RequestId) {
+        if let Some(ctx_request_id) = self.leases.of(request) {
+            self.withdraw(ctx_request_id);
+        }
+    }
+
+    /// Puts the first blocks of a request's prompt of so many tokens under a lease.
+    pub(super) fn open_lease(
         &mut self,
-        ctx_request_id: u64,
-        sequence: &Sequence,
-    ) -> Result<Vec<u8>, HandoffError> {
+        request: RequestId,
+        token_count: usize,
+        blocks: Vec<BlockId>,
+    ) -> Result<u64, HandoffError> {
         let Some(handoff) = &mut self.handoff else {
             return Err(HandoffError::Refused("there is no transceiver".to_owned()));
         };
@@ -103,20 +125,54 @@ impl Core {
             self.broken.get_or_insert(error);
             reason
         };
-        let pages = self.model.share_pages(&sequence.blocks);
-        let state = handoff.offer(Offer {
+        let ctx_request_id = self.leases.next_id();
+        let pages = self.model.share_pages(&blocks);
+        let opaque_state = handoff.offer(Offer {
             ctx_request_id,
-            token_count: sequence.prompt_len,
+            token_count,
             pages: pages.map_err(&mut ends_here)?,
         })?;
         let order = RankOrder::Offer {
             ctx_request_id,
-            token_count: sequence.prompt_len,
-            blocks: sequence.blocks.clone(),
-            state: state.clone(),
+            token_count,
+            blocks: blocks.clone(),
+            state: opaque_state.clone(),
         };
         self.model.hand_off(&order).map_err(ends_here)?;
-        Ok(state)
+        self.scheduler.pool.share(&blocks);
+        self.stats.handoffs_offered_total += 1;
+        let lease = Lease {
+            request,
+            blocks,
+            opaque_state,
+        };
+        self.leases.insert(ctx_request_id, lease);
+        Ok(ctx_request_id)
+    }
+
+    /// The ticket of a lease, with what the context phase has chosen.
+    pub(super) fn ticket(
+        &self,
+        ctx_request_id: u64,
+        sequence: &Sequence,
+        logprobs: Option<TokenLogprobs>,
+    ) -> HandoffTicket {
+        let lease = self.leases.get(ctx_request_id);
+        HandoffTicket {
+            ctx_request_id,
+            disagg_request_id: match sequence.role {
+                Role::Context {
+                    disagg_request_id, ..
+                } => disagg_request_id,
+                Role::Aggregated | Role::Generation { .. } | Role::Prefetch { .. } => None,
+            },
+            opaque_state: lease.map_or_else(Vec::new, |lease| lease.opaque_state.clone()),
+            first_tokens: sequence.answer().to_vec(),
+            first_logprobs: logprobs
+                .map(|logprobs| [vec![logprobs.chosen], logprobs.top].concat())
+                .into_iter()
+                .collect(),
+        }
     }
 
     /// Ends a context-only request: its blocks go under a lease.
@@ -124,38 +180,21 @@ impl Core {
         let Some(sequence) = self.scheduler.take(id) else {
             return;
         };
-        let ctx_request_id = self.leases.next_id();
-        let opaque_state = match self.hand_over(ctx_request_id, &sequence) {
-            Ok(state) => state,
+        let leased = match self.leases.of(id) {
+            Some(open) if self.extend_lease(open, &sequence.blocks) => Ok(open),
+            _ => self.open_lease(id, sequence.prompt_len, sequence.blocks.clone()),
+        };
+        // The lease holds them by itself.
+        self.scheduler.pool.release(&sequence.blocks);
+        let ctx_request_id = match leased {
+            Ok(ctx_request_id) => ctx_request_id,
             Err(error) => {
-                self.scheduler.pool.release(&sequence.blocks);
                 self.stats.handoffs_failed_total += 1;
                 self.fail(id, RequestFailure::Handoff(error.to_string()));
                 return;
             }
         };
-        self.scheduler.pool.pin(&sequence.blocks);
-        self.stats.handoffs_offered_total += 1;
-        self.leases.insert(
-            ctx_request_id,
-            Lease {
-                request: id,
-                blocks: sequence.blocks.clone(),
-            },
-        );
-        let ticket = HandoffTicket {
-            ctx_request_id,
-            disagg_request_id: match sequence.role {
-                Role::Context { disagg_request_id } => disagg_request_id,
-                Role::Aggregated | Role::Generation { .. } => None,
-            },
-            opaque_state,
-            first_tokens: sequence.answer().to_vec(),
-            first_logprobs: logprobs
-                .map(|logprobs| [vec![logprobs.chosen], logprobs.top].concat())
-                .into_iter()
-                .collect(),
-        };
+        let ticket = self.ticket(ctx_request_id, &sequence, logprobs);
         self.finish(&sequence, FinishReason::NotFinished, Some(ticket));
     }
 
@@ -224,7 +263,7 @@ impl Core {
     }
 
     /// The KV is here: the prompt counts as computed.
-    fn fetched(&mut self, id: RequestId, stats: HandoffStats) {
+    pub(super) fn fetched(&mut self, id: RequestId, stats: HandoffStats) {
         let Some(sequence) = self.scheduler.fetching_mut(id) else {
             return;
         };
@@ -237,12 +276,19 @@ impl Core {
             self.fetch_failed(id, &error);
             return;
         }
-        self.stats.handoffs_fetched_total += 1;
-        self.stats.handoffs_fetched_bytes_total += stats.bytes;
         let Some(sequence) = self.scheduler.fetching_mut(id) else {
             return;
         };
+        let bytes = stats.bytes;
         sequence.handoff = Some(stats);
+        if sequence.is_prefetch() {
+            // It waits for the request that it was for.
+            return;
+        }
+        let prefetched = sequence.fetch != sequence.id;
+        self.stats.handoffs_fetched_total += 1;
+        self.stats.handoffs_prefetched_total += u64::from(prefetched);
+        self.stats.handoffs_fetched_bytes_total += bytes;
         if sequence.prompt_logprobs.is_none() {
             sequence.computed = sequence.prompt_len;
             self.scheduler.cache_fetched(id);
@@ -259,6 +305,11 @@ impl Core {
         let Some(sequence) = self.scheduler.fetching_mut(id) else {
             return;
         };
+        if sequence.is_prefetch() {
+            tracing::debug!(request_id = id.0, %error, "kv that is still being written could not be fetched");
+            self.fail(id, refusal(error));
+            return;
+        }
         self.stats.handoffs_failed_total += 1;
         match error {
             HandoffError::Layout(_) | HandoffError::State(_) | HandoffError::Cancelled => {

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
-use crate::handoff::{HandoffEvent, HandoffSink};
+use crate::handoff::{HandoffError, HandoffEvent, HandoffSink};
 use crate::request::{Event, GenerateRequest, RequestId};
 
 use super::handle::QueuePlace;
@@ -31,6 +31,11 @@ pub(super) enum Command {
     Submit(Box<Submission>),
     Cancel(RequestId),
     Handoff(HandoffEvent),
+    /// Connect to the context instance of this state, and say whether its KV can be taken.
+    Meet {
+        state: Vec<u8>,
+        met: oneshot::Sender<Result<(), HandoffError>>,
+    },
     /// Finish what runs until then; take nothing new.
     Shutdown(Instant),
 }

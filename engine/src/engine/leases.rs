@@ -13,13 +13,18 @@ const ID_MASK: u64 = (1 << ID_BITS) - 1;
 #[derive(Debug)]
 pub(super) struct Lease {
     pub(super) request: RequestId,
+    /// In order; while the prompt is read, those of the chunks that are.
     pub(super) blocks: Vec<BlockId>,
+    /// For its ticket.
+    pub(super) opaque_state: Vec<u8>,
 }
 
 /// All leases, by `ctx_request_id`.
 #[derive(Debug)]
 pub(super) struct Leases {
     held: HashMap<u64, Lease>,
+    /// The last one of each request.
+    by_request: HashMap<RequestId, u64>,
     next: u64,
     stride: u64,
 }
@@ -31,6 +36,7 @@ impl Leases {
         let (start, stride) = uuid::Uuid::new_v4().as_u64_pair();
         Self {
             held: HashMap::new(),
+            by_request: HashMap::new(),
             next: start & ID_MASK,
             stride: (stride & ID_MASK) | 1,
         }
@@ -47,18 +53,29 @@ impl Leases {
     }
 
     pub(super) fn insert(&mut self, ctx_request_id: u64, lease: Lease) {
+        self.by_request.insert(lease.request, ctx_request_id);
         self.held.insert(ctx_request_id, lease);
     }
 
     pub(super) fn remove(&mut self, ctx_request_id: u64) -> Option<Lease> {
-        self.held.remove(&ctx_request_id)
+        let lease = self.held.remove(&ctx_request_id)?;
+        if self.by_request.get(&lease.request) == Some(&ctx_request_id) {
+            self.by_request.remove(&lease.request);
+        }
+        Some(lease)
     }
 
-    /// The lease that a request ended in.
+    /// The lease that a request's prompt is under.
     pub(super) fn of(&self, request: RequestId) -> Option<u64> {
-        let mut held = self.held.iter();
-        held.find(|(_, lease)| lease.request == request)
-            .map(|(&id, _)| id)
+        self.by_request.get(&request).copied()
+    }
+
+    pub(super) fn get(&self, ctx_request_id: u64) -> Option<&Lease> {
+        self.held.get(&ctx_request_id)
+    }
+
+    pub(super) fn get_mut(&mut self, ctx_request_id: u64) -> Option<&mut Lease> {
+        self.held.get_mut(&ctx_request_id)
     }
 
     pub(super) fn ids(&self) -> Vec<u64> {

@@ -76,6 +76,7 @@ impl Core {
             return Some(failed(sequence.id, &error));
         }
         if !part.completes {
+            self.offer_progress(index, part.end);
             return None;
         }
         let client = self.clients.get(&sequence.id)?;

@@ -1,6 +1,7 @@
 //! The engine against a fake model whose answers depend on every token it reads from its own pages.
 
 mod answers;
+mod early;
 mod fakes;
 mod hands;
 mod life;
@@ -146,6 +147,8 @@ struct Answer {
     tokens: Vec<TokenId>,
     logprobs: Vec<Option<TokenLogprobs>>,
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// The ticket of a lease that grows.
+    lease: Option<HandoffTicket>,
     end: Option<End>,
 }
 
@@ -159,6 +162,10 @@ impl Answer {
     fn take(&mut self, event: Event) {
         assert!(self.end.is_none(), "an event came after the end: {event:?}");
         match event {
+            Event::LeaseOpened(ticket) => {
+                assert!(self.tokens.is_empty() && self.lease.is_none());
+                self.lease = Some(ticket);
+            }
             Event::PromptLogprobs(list) => {
                 assert!(self.tokens.is_empty() && self.prompt_logprobs.is_none());
                 self.prompt_logprobs = Some(list);

@@ -168,6 +168,7 @@ pub(super) fn obey(core: &mut Core, command: Command, deadline: &mut Option<Inst
         }
         Command::Cancel(id) => core.cancel(id),
         Command::Handoff(event) => core.handoff_event(event),
+        Command::Meet { state, met } => core.meet(state, met),
         Command::Shutdown(at) => {
             *deadline = Some(deadline.map_or(at, |earlier| earlier.min(at)));
             core.begin_drain();

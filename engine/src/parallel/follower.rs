@@ -191,6 +191,13 @@ impl Hands {
                 self.transceiver.join_offer(offer, &state);
                 answer(decoder, b"")?;
             }
+            RankOrder::Extend {
+                ctx_request_id,
+                blocks,
+            } => {
+                let pages = decoder.share_pages(&blocks)?;
+                self.transceiver.extend(ctx_request_id, pages);
+            }
             RankOrder::Withdraw(ctx_request_id) => self.transceiver.withdraw(ctx_request_id),
             RankOrder::Fetch {
                 request,
@@ -218,6 +225,10 @@ impl Hands {
                 });
             }
             RankOrder::CancelFetch(request) => self.transceiver.cancel_fetch(request),
+            RankOrder::Meet(state) => {
+                // What does not fit, rank 0 has said.
+                drop(self.transceiver.meet(&state));
+            }
         }
         Ok(())
     }

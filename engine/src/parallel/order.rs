@@ -45,6 +45,8 @@ const OFFER: u8 = 7;
 const WITHDRAW: u8 = 8;
 const FETCH: u8 = 9;
 const CANCEL_FETCH: u8 = 10;
+const EXTEND: u8 = 11;
+const MEET: u8 = 12;
 
 impl Order<'_> {
     /// The message.
@@ -92,7 +94,7 @@ impl Order<'_> {
             },
             TAKE_BACK => Order::TakeBack(from.blocks()?),
             GOODBYE => Order::Goodbye,
-            kind @ (OFFER | WITHDRAW | FETCH | CANCEL_FETCH) => {
+            kind @ (OFFER | EXTEND | WITHDRAW | FETCH | CANCEL_FETCH | MEET) => {
                 Order::HandOff(Cow::Owned(from.hand_off(kind)?))
             }
             _ => return Err(OrderError("its kind is unknown")),
@@ -159,6 +161,14 @@ impl Writer {
                 self.blocks(blocks);
                 self.bytes(state);
             }
+            RankOrder::Extend {
+                ctx_request_id,
+                blocks,
+            } => {
+                self.byte(EXTEND);
+                self.number(*ctx_request_id);
+                self.blocks(blocks);
+            }
             RankOrder::Withdraw(ctx_request_id) => {
                 self.byte(WITHDRAW);
                 self.number(*ctx_request_id);
@@ -182,6 +192,10 @@ impl Writer {
             RankOrder::CancelFetch(request) => {
                 self.byte(CANCEL_FETCH);
                 self.number(request.0);
+            }
+            RankOrder::Meet(state) => {
+                self.byte(MEET);
+                self.bytes(state);
             }
         }
     }
@@ -302,6 +316,10 @@ impl Reader<'_> {
                 blocks: self.blocks()?,
                 state: self.bytes()?,
             },
+            EXTEND => RankOrder::Extend {
+                ctx_request_id: self.number()?,
+                blocks: self.blocks()?,
+            },
             WITHDRAW => RankOrder::Withdraw(self.number()?),
             FETCH => RankOrder::Fetch {
                 request: RequestId(self.number()?),
@@ -311,6 +329,7 @@ impl Reader<'_> {
                 blocks: self.blocks()?,
                 state: self.bytes()?,
             },
+            MEET => RankOrder::Meet(self.bytes()?),
             _ => RankOrder::CancelFetch(RequestId(self.number()?)),
         })
     }

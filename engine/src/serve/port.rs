@@ -3,8 +3,10 @@
 use std::task::{Context, Poll};
 
 use serde_json::Value;
+use tokio::sync::oneshot;
 
 use crate::engine::{EngineHandle, RequestStream};
+use crate::handoff::HandoffError;
 use crate::metrics::{EngineStats, IterationStats};
 use crate::request::{Event, GenerateRequest, SubmitError};
 use crate::server::port::{EnginePort, EventSource};
@@ -33,6 +35,10 @@ impl EnginePort for EngineHandle {
             stream,
             engine: self.clone(),
         }))
+    }
+
+    fn meet(&self, state: Vec<u8>) -> oneshot::Receiver<Result<(), HandoffError>> {
+        Self::meet(self, state)
     }
 
     fn is_alive(&self) -> bool {

@@ -60,6 +60,8 @@ pub(super) struct Piece {
     pub(super) tokens: Vec<TokenId>,
     /// One a token when asked for, else empty.
     pub(super) logprobs: Vec<TokenLogprobs>,
+    /// The ticket of a lease that grows with the prompt; before anything else.
+    pub(super) lease: Option<HandoffTicket>,
     /// Of prompt positions `1..`, with the first piece.
     pub(super) prompt_logprobs: Option<Vec<TokenLogprobs>>,
     pub(super) end: Option<End>,
@@ -133,6 +135,11 @@ impl Writer {
         self.token_count
     }
 
+    /// Takes the ticket of a lease that grows with the prompt.
+    pub(super) fn push_lease(&mut self, ticket: HandoffTicket) {
+        self.pending.lease = Some(ticket);
+    }
+
     /// Takes the prompt's log-probabilities.
     pub(super) fn push_prompt_logprobs(&mut self, logprobs: Vec<TokenLogprobs>) {
         self.pending.prompt_logprobs = Some(logprobs);
@@ -201,12 +208,13 @@ impl Writer {
             .flatten()
     }
 
-    /// What is new, if it is worth a message: text, the end, or tokens where no text is made of them.
+    /// What is new, if it is worth a message: a lease, text, the end, or tokens where no text is made of them.
     ///
     /// Tokens whose text is still withheld wait for it, so that each message's log-probabilities are those of its text.
     pub(super) fn take_due(&mut self) -> Option<Piece> {
         let due = !self.pending.text.is_empty()
             || self.pending.end.is_some()
+            || self.pending.lease.is_some()
             || (!self.options.detokenize && !self.pending.tokens.is_empty());
         due.then(|| std::mem::take(&mut self.pending))
     }

@@ -1,10 +1,12 @@
 //! Pieces to choices: which answer a piece belongs to, what is echoed before it, its log-probabilities.
 
 use crate::backend::TokenId;
+use crate::handoff::HandoffTicket;
 use crate::server::answer::Piece;
 use crate::server::disagg::{Phase, context_answer};
 use crate::server::generate::Job;
 use crate::server::logprobs::{ChatLogprobs, CompletionLogprobs, Logprobs};
+use crate::server::prefetch::Prefetch;
 use crate::server::render::{Choice, Header, Shape};
 use crate::server::sampling::StreamUsage;
 use crate::server::text::TextTools;
@@ -63,6 +65,15 @@ impl Composer {
         }
     }
 
+    /// What a generation server is to be asked, so that it fetches the KV of a prompt that is still being read.
+    pub(super) fn prefetch(&self, ticket: HandoffTicket) -> Prefetch<'_> {
+        Prefetch {
+            prompt_token_ids: self.returned_prompt().unwrap_or_default(),
+            cache_salt: self.job.common.cache_salt.as_deref(),
+            disaggregated_params: context_answer(Some(ticket), None, &[]),
+        }
+    }
+
     /// Whether this is the answer's first piece; true once.
     pub(super) fn open(&mut self, run: usize) -> bool {
         !std::mem::replace(&mut self.opened[run], true)
@@ -83,7 +94,12 @@ impl Composer {
     ) -> Choice {
         let logprobs = self.logprobs(tools, run, &mut piece);
         let disaggregated_params = match (&self.job.common.phase, &mut piece.end) {
-            (Phase::Context { disagg_request_id }, Some(end)) => {
+            (
+                Phase::Context {
+                    disagg_request_id, ..
+                },
+                Some(end),
+            ) => {
                 let ticket = end.ticket.take();
                 Some(context_answer(ticket, *disagg_request_id, &piece.tokens))
             }

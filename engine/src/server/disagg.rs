@@ -25,6 +25,8 @@ pub(super) enum Phase {
     Context {
         /// The proxy's id.
         disagg_request_id: Option<u64>,
+        /// The proxy wants to hear of the KV before the answer is there.
+        early: bool,
     },
     /// The rest, from a ticket.
     Generation {
@@ -45,8 +47,12 @@ impl Phase {
     pub(super) fn request_kind(&self) -> RequestKind {
         match self {
             Self::Whole => RequestKind::Aggregated,
-            Self::Context { disagg_request_id } => RequestKind::ContextOnly {
+            Self::Context {
+                disagg_request_id,
+                early,
+            } => RequestKind::ContextOnly {
                 disagg_request_id: *disagg_request_id,
+                early: *early,
             },
             Self::Generation { ticket, .. } => RequestKind::GenerationOnly(ticket.clone()),
         }
@@ -73,6 +79,7 @@ pub(super) fn read_phase(fields: &mut Fields<'_>, limits: &Limits) -> Result<Pha
         RequestType::ContextAndGeneration => Ok(Phase::Whole),
         RequestType::ContextOnly => Ok(Phase::Context {
             disagg_request_id: params.disagg_request_id,
+            early: false,
         }),
         RequestType::GenerationOnly => generation(params, limits),
     }
@@ -106,26 +113,13 @@ fn generation(params: DisaggregatedParams, limits: &Limits) -> Result<Phase, Api
         &first_tokens,
         limits.vocab,
     )?;
-    let Some(ctx_request_id) = params.ctx_request_id else {
-        return Err(ApiError::field(
-            "disaggregated_params.ctx_request_id",
-            "a generation_only request needs it",
-        ));
-    };
+    let ctx_request_id = needed(params.ctx_request_id)?;
     let first_logprobs = read_logprobs(
         params.first_gen_log_probs.unwrap_or_default(),
         &first_tokens,
         limits.vocab,
     )?;
-    let opaque_state = match params.encoded_opaque_state {
-        None => Vec::new(),
-        Some(text) => STANDARD.decode(text).map_err(|error| {
-            ApiError::field(
-                "disaggregated_params.encoded_opaque_state",
-                format!("not base64: {error}"),
-            )
-        })?,
-    };
+    let opaque_state = opaque_state(params.encoded_opaque_state)?;
     Ok(Phase::Generation {
         ticket: HandoffTicket {
             ctx_request_id,
@@ -135,6 +129,35 @@ fn generation(params: DisaggregatedParams, limits: &Limits) -> Result<Phase, Api
             first_logprobs,
         },
         ctx_usage: params.ctx_usage,
+    })
+}
+
+/// The ticket of a prompt that is still being read: nothing is chosen yet.
+pub(super) fn prefetch_ticket(params: DisaggregatedParams) -> Result<HandoffTicket, ApiError> {
+    Ok(HandoffTicket {
+        ctx_request_id: needed(params.ctx_request_id)?,
+        disagg_request_id: params.disagg_request_id,
+        opaque_state: opaque_state(params.encoded_opaque_state)?,
+        first_tokens: Vec::new(),
+        first_logprobs: Vec::new(),
+    })
+}
+
+fn needed(ctx_request_id: Option<u64>) -> Result<u64, ApiError> {
+    ctx_request_id.ok_or_else(|| {
+        ApiError::field(
+            "disaggregated_params.ctx_request_id",
+            "a generation_only request needs it",
+        )
+    })
+}
+
+fn opaque_state(text: Option<String>) -> Result<Vec<u8>, ApiError> {
+    STANDARD.decode(text.unwrap_or_default()).map_err(|error| {
+        ApiError::field(
+            "disaggregated_params.encoded_opaque_state",
+            format!("not base64: {error}"),
+        )
     })
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_configs::wire::TIMELINE_REQUEST_HEADER;
+use baton_configs::wire::{KV_PREFETCH_HEADER, TIMELINE_REQUEST_HEADER};
 use bytes::Bytes;
 use hyper::Response;
 use hyper::header::HeaderMap;
@@ -11,6 +11,7 @@ use hyper::header::HeaderMap;
 use crate::backend::TokenId;
 use crate::server::body::BodyPlace;
 use crate::server::compose::Composer;
+use crate::server::disagg::Phase;
 use crate::server::error::ApiError;
 use crate::server::prompt::{PromptInput, to_tokens};
 use crate::server::render::{Header, Shape};
@@ -55,6 +56,17 @@ pub(super) struct Job {
     pub(super) echo_logprobs: bool,
 }
 
+impl Job {
+    /// With its KV told of early, where that is wanted and it is a context-only request of one answer.
+    fn early(mut self, wanted: bool) -> Self {
+        let one = self.common.best_of == 1;
+        if let Phase::Context { early, .. } = &mut self.common.phase {
+            *early = wanted && one;
+        }
+        self
+    }
+}
+
 /// A running request.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -75,7 +87,11 @@ pub(crate) async fn generate(
 ) -> Result<Response<ReplyBody>, ApiError> {
     let mut record = Record::open(service, api.name(), arrived);
     let started = match read_job(service, api, body).await {
-        Ok(job) => start(service, job, arrived),
+        Ok(job) => start(
+            service,
+            job.early(wants(headers, KV_PREFETCH_HEADER)),
+            arrived,
+        ),
         Err(error) => Err(error),
     };
     let (composer, runs) = match started {
@@ -90,7 +106,7 @@ pub(crate) async fn generate(
         composer,
         runs,
         record,
-        want_timeline: wants_timeline(headers),
+        want_timeline: wants(headers, TIMELINE_REQUEST_HEADER),
     });
     if answer.composer.is_stream() {
         stream::respond(answer).await
@@ -188,8 +204,7 @@ fn chat_job(service: &Service, body: &[u8]) -> Result<Job, ApiError> {
     })
 }
 
-fn wants_timeline(headers: &HeaderMap) -> bool {
-    headers
-        .get(TIMELINE_REQUEST_HEADER)
-        .is_some_and(|value| value == "1")
+/// Whether a header says `1`.
+fn wants(headers: &HeaderMap, name: &str) -> bool {
+    headers.get(name).is_some_and(|value| value == "1")
 }

@@ -69,7 +69,7 @@ async fn probe(service: &Service) -> Result<(), String> {
         match poll_fn(|cx| events.poll_next(cx)).await {
             Some(Event::Finished { .. }) => return Ok(()),
             Some(Event::Failed(failure)) => return Err(failure.to_string()),
-            Some(Event::Token { .. } | Event::PromptLogprobs(_)) => {}
+            Some(Event::Token { .. } | Event::PromptLogprobs(_) | Event::LeaseOpened(_)) => {}
             None => return Err("the engine is not running".to_owned()),
         }
     }

@@ -323,12 +323,17 @@ fn counters(stats: &EngineStats) -> [Reading<u64>; 9] {
     ]
 }
 
-fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 8] {
+fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 10] {
     [
         (
             "handoffs_offered",
             "Leases given",
             stats.handoffs_offered_total,
+        ),
+        (
+            "handoffs_opened_early",
+            "Leases opened while the prompt was still being read",
+            stats.handoffs_opened_early_total,
         ),
         (
             "handoffs_delivered",
@@ -351,6 +356,11 @@ fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 8] {
             stats.handoffs_fetched_total,
         ),
         (
+            "handoffs_prefetched",
+            "Fetches that began before the context server had read the prompt to its end",
+            stats.handoffs_prefetched_total,
+        ),
+        (
             "handoffs_failed",
             "Fetches that failed, refused offers and tickets",
             stats.handoffs_failed_total,
@@ -368,8 +378,13 @@ fn handoff_counters(stats: &EngineStats) -> [Reading<u64>; 8] {
     ]
 }
 
-fn transceiver_gauges(stats: &TransceiverStats) -> [Reading<usize>; 2] {
+fn transceiver_gauges(stats: &TransceiverStats) -> [Reading<usize>; 3] {
     [
+        (
+            "kv_connections",
+            "Connections to other transceivers",
+            stats.connections,
+        ),
         (
             "kv_leases_serving",
             "Leases whose KV is on its way to a generation server",

@@ -5,7 +5,9 @@ use std::fmt::Debug;
 use std::task::{Context, Poll};
 
 use serde_json::Value;
+use tokio::sync::oneshot;
 
+use crate::handoff::HandoffError;
 use crate::metrics::{EngineStats, IterationStats};
 use crate::request::{Event, GenerateRequest, SubmitError};
 
@@ -23,6 +25,9 @@ pub(crate) trait EventSource: Debug + Send {
 pub(crate) trait EnginePort: Debug + Send + Sync {
     /// Hands a request over.
     fn submit(&self, request: GenerateRequest) -> Result<Box<dyn EventSource>, SubmitError>;
+
+    /// As [`crate::engine::EngineHandle::meet`].
+    fn meet(&self, state: Vec<u8>) -> oneshot::Receiver<Result<(), HandoffError>>;
 
     /// Whether the engine thread runs.
     fn is_alive(&self) -> bool;

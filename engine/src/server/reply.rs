@@ -84,12 +84,18 @@ pub(crate) fn open_metrics(text: String) -> Response<ReplyBody> {
 
 /// 200 with server-sent events.
 pub(crate) fn event_stream<S: 'static>(state: S, step: Step<S>) -> Response<ReplyBody> {
+    stream("text/event-stream; charset=utf-8", state, step)
+}
+
+/// 200 with lines, as they come.
+pub(crate) fn lines<S: 'static>(state: S, step: Step<S>) -> Response<ReplyBody> {
+    stream("application/x-ndjson", state, step)
+}
+
+fn stream<S: 'static>(content_type: &'static str, state: S, step: Step<S>) -> Response<ReplyBody> {
     let mut response = Response::new(StreamBody::new(state, step).boxed_unsync());
     let headers = response.headers_mut();
-    headers.insert(
-        CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream; charset=utf-8"),
-    );
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
 }

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_configs::wire::{KV_ENDPOINT_PATH, KV_PEERS_PATH, KV_PREFETCH_PATH};
 use hyper::body::Incoming;
 use hyper::header::HeaderMap;
 use hyper::{Method, Request, Response};
@@ -12,6 +13,8 @@ use crate::server::app::App;
 use crate::server::error::ApiError;
 use crate::server::generate::{Api, generate};
 use crate::server::info;
+use crate::server::peers;
+use crate::server::prefetch::prefetch;
 use crate::server::reply::ReplyBody;
 
 /// Header of the proxy of TensorRT-LLM that announces a MessagePack body under a JSON content type.
@@ -29,6 +32,9 @@ enum Endpoint {
     ServerInfo,
     Clock,
     KvCacheEvents,
+    KvPrefetch,
+    KvAddress,
+    KvPeers,
     Generate(Api),
 }
 
@@ -45,6 +51,9 @@ impl Endpoint {
             "/server_info" => Self::ServerInfo,
             "/steady_clock_offset" => Self::Clock,
             "/kv_cache_events" => Self::KvCacheEvents,
+            KV_PREFETCH_PATH => Self::KvPrefetch,
+            KV_ENDPOINT_PATH => Self::KvAddress,
+            KV_PEERS_PATH => Self::KvPeers,
             "/v1/completions" => Self::Generate(Api::Completions),
             "/v1/chat/completions" => Self::Generate(Api::Chat),
             _ => return None,
@@ -54,12 +63,15 @@ impl Endpoint {
     fn methods(self) -> &'static str {
         match self {
             Self::Clock => "GET, HEAD, POST",
-            Self::KvCacheEvents | Self::Generate(_) => "POST",
+            Self::KvCacheEvents | Self::KvPrefetch | Self::KvPeers | Self::Generate(_) => "POST",
             // These take something out or do work, which nobody who asks for a head means.
             Self::HealthGenerate | Self::Metrics | Self::PerfMetrics => "GET",
-            Self::Health | Self::Version | Self::Models | Self::Prometheus | Self::ServerInfo => {
-                "GET, HEAD"
-            }
+            Self::Health
+            | Self::Version
+            | Self::Models
+            | Self::Prometheus
+            | Self::ServerInfo
+            | Self::KvAddress => "GET, HEAD",
         }
     }
 
@@ -109,6 +121,17 @@ async fn dispatch(
             info::set_clock_offset(app, &body)
         }
         Endpoint::Clock => Ok(info::clock(app, arrived)),
+        Endpoint::KvAddress => peers::endpoint(app.loaded()?),
+        Endpoint::KvPeers => {
+            app.ready()?;
+            let (body, _place) = app.bodies.read(body).await?;
+            peers::meet(app.ready()?, &body).await
+        }
+        Endpoint::KvPrefetch => {
+            app.ready()?;
+            let body = app.bodies.read(body).await?;
+            prefetch(app.ready()?, body).await
+        }
         Endpoint::Generate(api) => {
             app.ready()?;
             refuse_msgpack(&head.headers)?;

@@ -237,6 +237,7 @@ impl Run {
 
     fn take(&mut self, event: Option<Event>) -> Result<(), RequestFailure> {
         match event {
+            Some(Event::LeaseOpened(ticket)) => self.writer.push_lease(ticket),
             Some(Event::PromptLogprobs(logprobs)) => self.writer.push_prompt_logprobs(logprobs),
             Some(Event::Token { token, logprobs }) => self.push(token, logprobs),
             Some(Event::Finished {

@@ -6,15 +6,34 @@ use baton_configs::wire::TIMELINE_HEADER;
 use hyper::Response;
 use hyper::header::HeaderValue;
 
+use crate::request::RequestFailure;
 use crate::server::answer::Piece;
 use crate::server::error::ApiError;
 use crate::server::generate::Answer;
+use crate::server::prefetch;
 use crate::server::render::Choice;
 use crate::server::reply::{ReplyBody, json_text};
+use crate::server::run::Part;
 
-/// Waits for every answer and sends them as one object.
+/// Waits for every answer and sends them as one object; where KV is told of early, that first.
 pub(super) async fn respond(mut answer: Box<Answer>) -> Result<Response<ReplyBody>, ApiError> {
-    let pieces = match collect(&mut answer).await {
+    let mut first = answer.runs.next().await;
+    let lease = match &mut first {
+        Some(Ok(part)) => part.piece.lease.take(),
+        Some(Err(_)) | None => None,
+    };
+    match lease {
+        Some(ticket) => prefetch::respond_early(answer, ticket),
+        None => finish(answer, first).await,
+    }
+}
+
+/// Waits for the rest of every answer, `first` being the next part.
+pub(super) async fn finish(
+    mut answer: Box<Answer>,
+    first: Option<Result<Part, RequestFailure>>,
+) -> Result<Response<ReplyBody>, ApiError> {
+    let pieces = match collect(&mut answer, first).await {
         Ok(pieces) => pieces,
         Err(error) => {
             answer.record.failed();
@@ -50,10 +69,13 @@ pub(super) async fn respond(mut answer: Box<Answer>) -> Result<Response<ReplyBod
 }
 
 /// Every answer in one piece, in order.
-async fn collect(answer: &mut Answer) -> Result<Vec<Piece>, ApiError> {
+async fn collect(
+    answer: &mut Answer,
+    mut next: Option<Result<Part, RequestFailure>>,
+) -> Result<Vec<Piece>, ApiError> {
     let mut pieces: Vec<Piece> = Vec::new();
     pieces.resize_with(answer.runs.len(), Piece::default);
-    while let Some(part) = answer.runs.next().await {
+    while let Some(part) = next {
         let part = part?;
         let whole = &mut pieces[part.run];
         whole.text.push_str(&part.piece.text);
@@ -63,6 +85,7 @@ async fn collect(answer: &mut Answer) -> Result<Vec<Piece>, ApiError> {
             whole.prompt_logprobs = part.piece.prompt_logprobs;
         }
         whole.end = part.piece.end;
+        next = answer.runs.next().await;
     }
     Ok(pieces)
 }

@@ -28,6 +28,7 @@ mod lease;
 mod lending;
 mod moving;
 mod ranks;
+mod summing;
 mod task;
 
 pub(super) use ranks::RankEvent;
@@ -141,6 +142,7 @@ impl Desk {
             self.start_waiting();
             self.send_reports();
             self.around.info.set_serving(self.sending.len());
+            self.around.info.set_connections(self.around.wires.count());
         }
         if self.out_of_patience {
             tracing::error!(
@@ -166,6 +168,10 @@ impl Desk {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Offer { offer, nonce } => self.on_offer(offer, nonce),
+            Command::Extend {
+                ctx_request_id,
+                pages,
+            } => self.on_extend(ctx_request_id, pages),
             Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
             Command::Fetch(fetch) => self.on_fetch(fetch),
             Command::CancelFetch(request) => self.on_cancel_fetch(request),
@@ -180,6 +186,7 @@ impl Desk {
                 state,
                 reason,
             } => self.on_reject(ctx_request_id, &state, reason),
+            Command::Meet(state) => self.on_meet(&state),
             Command::Stop => self.on_stop(),
         }
     }
@@ -250,6 +257,10 @@ impl Desk {
         };
         match message {
             Message::Request(request) => self.on_request(peer, request),
+            Message::Hello {
+                instance, layout, ..
+            } => self.on_hello(peer, &instance, &layout),
+            Message::Extended { transfer } => self.on_extended(peer, transfer),
             Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
             Message::Release { transfer } => self.on_release(peer, transfer),
             Message::Cancel {

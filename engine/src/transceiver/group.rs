@@ -40,6 +40,7 @@ impl Transceiver {
         let (bind_host, advertise_host) = (params.bind_host.clone(), params.advertise_host.clone());
         let mut leader = Self::start(params, sink)?;
         if leader.layout.side.ranks() == 1 {
+            leader.info.set_card(&leader.template);
             return Ok(leader);
         }
         let terms = leader.take_lead(bind_host, advertise_host)?;
@@ -47,6 +48,7 @@ impl Transceiver {
             .join_handoff(page, &terms)
             .map_err(TransceiverStartError::Ranks)?;
         leader.joined(&answers)?;
+        leader.info.set_card(&leader.template);
         Ok(leader)
     }
 

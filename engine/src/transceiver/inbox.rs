@@ -27,6 +27,10 @@ pub(super) enum Command {
         offer: Offer,
         nonce: Nonce,
     },
+    Extend {
+        ctx_request_id: u64,
+        pages: Vec<Arc<Page>>,
+    },
     Withdraw(u64),
     Fetch(Fetch),
     CancelFetch(RequestId),
@@ -53,6 +57,8 @@ pub(super) enum Command {
         state: Box<OpaqueState>,
         reason: String,
     },
+    /// Connect to the instance of this state.
+    Meet(Box<OpaqueState>),
     Stop,
 }
 

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::select::{Choice, Tried};
+use super::state::OpaqueState;
 use crate::handoff::HandoffStats;
 use crate::transport::EndpointRecord;
 
@@ -35,6 +36,9 @@ struct Shared {
     /// What the ranks that follow have counted; empty but on the rank that leads.
     others: Mutex<BTreeMap<usize, RankTotals>>,
     epoch: u64,
+    /// What others are told so that they connect, once all ranks are there.
+    card: OnceLock<Vec<u8>>,
+    connections: AtomicUsize,
     leases_held: AtomicUsize,
     leases_serving: AtomicUsize,
     fetches_held: AtomicUsize,
@@ -112,6 +116,8 @@ pub struct WireStats {
 /// The counters at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TransceiverStats {
+    /// Connections to other instances' transceivers, and between the ranks of this one.
+    pub connections: usize,
     /// Leases held now.
     pub leases_held: usize,
     /// Of these, leases whose KV is on its way to a generation server.
@@ -190,6 +196,8 @@ impl TransceiverInfo {
             pairs: Mutex::default(),
             others: Mutex::default(),
             epoch,
+            card: OnceLock::new(),
+            connections: AtomicUsize::new(0),
             leases_held: AtomicUsize::new(0),
             leases_serving: AtomicUsize::new(0),
             fetches_held: AtomicUsize::new(0),
@@ -205,6 +213,23 @@ impl TransceiverInfo {
         Self {
             shared: Arc::new(shared),
         }
+    }
+
+    /// The state by which others connect before there is a lease; `None` while ranks are missing.
+    #[must_use]
+    pub fn card(&self) -> Option<&[u8]> {
+        self.shared.card.get().map(Vec::as_slice)
+    }
+
+    pub(super) fn set_card(&self, state: &OpaqueState) {
+        let set = state.encode().map(|card| self.shared.card.set(card));
+        if !matches!(set, Ok(Ok(()))) {
+            tracing::error!("this transceiver's address cannot be told before there is a ticket");
+        }
+    }
+
+    pub(super) fn set_connections(&self, count: usize) {
+        self.shared.connections.store(count, Ordering::Relaxed);
     }
 
     /// Name of the best transport that is there.
@@ -333,6 +358,7 @@ impl TransceiverInfo {
         let received: u64 = shared.wires.iter().map(|w| count(&w.bytes_received)).sum();
         let mismatches: u64 = others.iter().map(|totals| totals.checksum_mismatches).sum();
         TransceiverStats {
+            connections: shared.connections.load(Ordering::Relaxed),
             leases_held: held(&shared.leases_held),
             leases_serving: held(&shared.leases_serving),
             fetches_held: held(&shared.fetches_held),

@@ -1,6 +1,6 @@
 //! What the two transceivers say to each other, over any transport's messages and notes.
 //!
-//! Generation to context: request, acknowledge, release, cancel. Context to generation: refuse, done, abort. Messages
+//! Generation to context: hello, request, acknowledge, release, cancel. Context to generation: refuse, extended, done, abort. Messages
 //! are JSON, bounded by the transport; a piece's note is 33 fixed bytes, as it comes with every piece.
 
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,13 @@ mod regions {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Message {
+    /// Generation: here I am, before there is anything to ask for.
+    Hello {
+        version: u32,
+        /// The generation instance, for messages.
+        instance: String,
+        layout: LayoutRecord,
+    },
     /// Generation: send it here.
     Request(Request),
     /// Generation: everything came and is verified.
@@ -126,6 +133,8 @@ pub(super) enum Message {
         transfer: TransferId,
         reason: String,
     },
+    /// Context: the prompt is still being read, and one more chunk of it is there. The time allowed starts anew.
+    Extended { transfer: TransferId },
     /// Context: all pieces were handed to the transport.
     Done {
         transfer: TransferId,

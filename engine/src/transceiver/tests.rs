@@ -17,6 +17,7 @@ use crate::transport::{MemoryKind, memory};
 mod adversity;
 mod device;
 mod life;
+mod open;
 mod ranks;
 mod resharding;
 mod several;
@@ -152,16 +153,31 @@ impl Instance {
 
     /// Offers pages whose content depends on `id`.
     fn offer(&mut self, id: u64, pages: usize) -> HandoffTicket {
+        self.offer_first(id, pages, pages)
+    }
+
+    /// Pages from `first` on, whose content depends on `id`.
+    fn filled_pages(&self, id: u64, first: usize, count: usize) -> Vec<Arc<Page>> {
+        let blank = (first..).zip(self.blank_pages(count, id));
+        let filled = blank.map(|(index, mut page)| {
+            fill(&mut page, id, index);
+            Arc::new(page)
+        });
+        filled.collect()
+    }
+
+    /// Adds the next pages to a lease.
+    fn extend(&mut self, id: u64, count: usize) {
+        let first = self.lent[&id].len();
+        let pages = self.filled_pages(id, first, count);
+        self.transceiver.extend(id, pages.clone());
+        self.lent.entry(id).or_default().extend(pages);
+    }
+
+    /// Offers the first `there` of pages whose content depends on `id`.
+    fn offer_first(&mut self, id: u64, pages: usize, there: usize) -> HandoffTicket {
         let token_count = (pages * self.shape.tokens_per_block).saturating_sub(5);
-        let pages: Vec<_> = self
-            .blank_pages(pages, id)
-            .into_iter()
-            .enumerate()
-            .map(|(index, mut page)| {
-                fill(&mut page, id, index);
-                Arc::new(page)
-            })
-            .collect();
+        let pages = self.filled_pages(id, 0, there);
         let opaque_state = self
             .transceiver
             .offer(Offer {

@@ -211,6 +211,11 @@ impl Wires {
         &self.transports
     }
 
+    /// Connections that we know of.
+    pub(super) fn count(&self) -> usize {
+        self.known.len()
+    }
+
     pub(super) fn name(&self, wire: usize) -> &'static str {
         self.transports[wire].capability().name
     }

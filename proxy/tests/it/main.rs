@@ -13,9 +13,13 @@ mod flow;
 #[cfg(test)]
 mod harness;
 #[cfg(test)]
+mod introduce;
+#[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod mock;
+#[cfg(test)]
+mod prefetch;
 #[cfg(test)]
 mod retries;
 #[cfg(test)]

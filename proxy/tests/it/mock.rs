@@ -117,6 +117,10 @@ struct State {
     perf: Mutex<Value>,
     /// What the proxy said is to be added to this worker's clock.
     clock_offset: Mutex<Option<f64>>,
+    kv_endpoint: Mutex<Script>,
+    kv_peers: Mutex<Script>,
+    /// Whom this worker was told to connect to.
+    peers: watch::Sender<Vec<Bytes>>,
 }
 
 /// A scripted worker.
@@ -156,6 +160,9 @@ impl Mock {
             arrived: watch::Sender::new(0),
             perf: Mutex::new(json!([])),
             clock_offset: Mutex::default(),
+            kv_endpoint: Mutex::new(Script::text(404, "text/plain", "")),
+            kv_peers: Mutex::new(Script::text(404, "text/plain", "")),
+            peers: watch::Sender::default(),
         });
         let server = tokio::spawn(accept(listener, state.clone()));
         Self {
@@ -167,6 +174,27 @@ impl Mock {
 
     pub(crate) fn set_health(&self, script: Script) {
         *self.state.health.lock().unwrap() = script;
+    }
+
+    /// What it says of how its KV is reached.
+    pub(crate) fn set_kv_endpoint(&self, script: Script) {
+        *self.state.kv_endpoint.lock().unwrap() = script;
+    }
+
+    /// What it says when it is told of a context server.
+    pub(crate) fn set_kv_peers(&self, script: Script) {
+        *self.state.kv_peers.lock().unwrap() = script;
+    }
+
+    /// Waits until it was told of so many context servers; what it was told.
+    pub(crate) async fn wait_peers(&self, count: usize) -> Vec<Bytes> {
+        let mut told = self.state.peers.subscribe();
+        let wait = told.wait_for(|told| told.len() >= count);
+        timeout(DEADLINE, wait)
+            .await
+            .expect("in time")
+            .unwrap()
+            .clone()
     }
 
     pub(crate) fn set_perf(&self, value: Value) {
@@ -272,6 +300,12 @@ async fn answer(
             Script::json(200, &json!({"receive_ts": 5.0, "transmit_ts": 5.0}))
         }
         "/perf_metrics" => Script::json(200, &state.perf.lock().unwrap().take()),
+        // Nothing of this reaches a test that did not ask for it.
+        "/kv_endpoint" => state.kv_endpoint.lock().unwrap().clone(),
+        "/kv_peers" => {
+            state.peers.send_modify(|told| told.push(body));
+            state.kv_peers.lock().unwrap().clone()
+        }
         path => {
             if is_counted.fetch_add(1, Ordering::SeqCst) == 0 {
                 state.connections.fetch_add(1, Ordering::SeqCst);

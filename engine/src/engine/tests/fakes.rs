@@ -440,6 +440,12 @@ impl Handoff for FakeHandoff {
         Ok(state)
     }
 
+    fn extend(&mut self, ctx_request_id: u64, pages: Vec<Arc<Page>>) {
+        if let Some(offer) = self.0.lock().offers.get_mut(&ctx_request_id) {
+            offer.pages.extend(pages);
+        }
+    }
+
     fn withdraw(&mut self, ctx_request_id: u64) {
         self.0.lock().withdrawn.push(ctx_request_id);
     }
@@ -462,5 +468,12 @@ impl Handoff for FakeHandoff {
 
     fn cancel_fetch(&mut self, request: RequestId) {
         self.0.lock().cancelled.push(request);
+    }
+
+    fn meet(&mut self, state: &[u8]) -> Result<(), HandoffError> {
+        match state {
+            [] => Err(HandoffError::State("0 bytes".to_owned())),
+            _ => Ok(()),
+        }
     }
 }

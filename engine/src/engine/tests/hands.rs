@@ -53,6 +53,7 @@ fn context_half(whole: &GenerateRequest) -> GenerateRequest {
     GenerateRequest {
         kind: RequestKind::ContextOnly {
             disagg_request_id: Some(77),
+            early: false,
         },
         ..whole.clone()
     }

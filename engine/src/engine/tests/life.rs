@@ -136,6 +136,7 @@ async fn a_drain_waits_for_leases_and_no_longer_than_its_deadline() {
         let mut context = request(&long_running(5), 40);
         context.kind = RequestKind::ContextOnly {
             disagg_request_id: None,
+            early: false,
         };
         let mut stream = handle.submit(context).expect("room");
         let answer = read(&mut stream).await;
@@ -184,6 +185,7 @@ fn an_engine_that_cannot_work_does_not_start() {
     let mut half = request(&[1], 4);
     half.kind = RequestKind::ContextOnly {
         disagg_request_id: None,
+        early: false,
     };
     let Err(SubmitError::Unservable(text)) = handle.submit(half) else {
         panic!("there is no transceiver");
@@ -201,6 +203,7 @@ async fn pages_that_a_lost_rank_has_a_part_of_end_the_engine() {
     let context_only = GenerateRequest {
         kind: RequestKind::ContextOnly {
             disagg_request_id: Some(1),
+            early: false,
         },
         ..request(&long_running(11), 10)
     };

@@ -153,6 +153,7 @@ fn a_context_only_request_is_not_computed_beyond_its_token() {
     let mut context = request(&long_running(5), 40);
     context.kind = RequestKind::ContextOnly {
         disagg_request_id: None,
+        early: false,
     };
     let mut reader = rig.submit(context);
     rig.run();

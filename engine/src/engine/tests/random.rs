@@ -62,7 +62,7 @@ impl Plan {
 
 fn plan() -> impl Strategy<Value = Plan> {
     (
-        (0..3_u32, 0..20_u32, 1..8_u32, 1..24_u32, 0..3_u32),
+        (0..3_u32, 0..20_u32, 1..8_u32, 1..24_u32, 0..5_u32),
         (any::<bool>(), any::<u64>()),
         (0..8_u32, 0..8_u32),
     )
@@ -163,12 +163,14 @@ impl Case {
         let limit = self.rig.core.max_len;
         let request = match plan.kind {
             0 => whole.clone(),
-            1 => GenerateRequest {
+            early @ (1 | 3) => GenerateRequest {
                 kind: RequestKind::ContextOnly {
                     disagg_request_id: None,
+                    early: early == 3,
                 },
                 ..whole.clone()
             },
+            4 => early::prefetch_of(&whole),
             _ => hands::generation_half(&whole, limit),
         };
         let stream = self.rig.handle.submit(request.clone()).expect("room");
@@ -206,6 +208,12 @@ impl Case {
 
     /// Lets everything come to its end.
     fn settle(&mut self) {
+        for (request, reader) in &mut self.readers {
+            if matches!(request.kind, RequestKind::Prefetch(_)) {
+                // Nobody comes for it any more.
+                reader.drop_stream();
+            }
+        }
         for _ in 0..10_000 {
             self.return_late_pages();
             self.end_lease(0);

@@ -69,6 +69,10 @@ fn orders_survive_their_bytes() {
             blocks: vec![9, 1],
             state: b"state".to_vec(),
         },
+        RankOrder::Extend {
+            ctx_request_id: 4,
+            blocks: vec![8, 2],
+        },
         RankOrder::Withdraw(3),
         RankOrder::Fetch {
             request: RequestId(5),
@@ -79,6 +83,7 @@ fn orders_survive_their_bytes() {
             blocks: vec![2],
         },
         RankOrder::CancelFetch(RequestId(1 << 40)),
+        RankOrder::Meet(b"there".to_vec()),
     ];
     for handoff in handoffs {
         survives(&Order::HandOff(Cow::Owned(handoff)));

@@ -113,7 +113,7 @@ impl Side {
                     };
                 }
                 Event::Failed(failure) => panic!("{failure}"),
-                Event::PromptLogprobs(_) => {}
+                Event::PromptLogprobs(_) | Event::LeaseOpened(_) => {}
             }
         }
         panic!("the stream ended without an end");
@@ -163,6 +163,7 @@ fn request(item: &serde_json::Value, kind: RequestKind) -> GenerateRequest {
 fn context_only() -> RequestKind {
     RequestKind::ContextOnly {
         disagg_request_id: None,
+        early: false,
     }
 }
 

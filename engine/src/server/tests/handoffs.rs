@@ -56,7 +56,8 @@ async fn a_context_answer_carries_all_that_the_other_side_needs() {
     assert_eq!(
         server.engine.last_request().kind,
         RequestKind::ContextOnly {
-            disagg_request_id: Some(99)
+            disagg_request_id: Some(99),
+            early: false,
         }
     );
     // The lease lives on until the generation server has come.

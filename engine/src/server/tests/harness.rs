@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::backend::TokenId;
-use crate::handoff::HandoffTicket;
+use crate::handoff::{HandoffError, HandoffTicket};
 use crate::metrics::{EngineStats, IterationStats};
 use crate::request::{
     Event, FinishReason, GenerateRequest, Logprob, RequestCosts, RequestKind, SamplingParams,
@@ -157,7 +157,10 @@ impl EventSource for ScriptedEvents {
             },
             (None, None) => None,
         };
-        self.ended = !matches!(event, Some(Event::Token { .. } | Event::PromptLogprobs(_)));
+        self.ended = !matches!(
+            event,
+            Some(Event::LeaseOpened(_) | Event::Token { .. } | Event::PromptLogprobs(_))
+        );
         Poll::Ready(event)
     }
 
@@ -196,6 +199,18 @@ impl EnginePort for ScriptedEngine {
             ended: false,
             cancelled: self.cancelled.clone(),
         }))
+    }
+
+    fn meet(&self, state: Vec<u8>) -> oneshot::Receiver<Result<(), HandoffError>> {
+        let (met, answer) = oneshot::channel();
+        let fits = match &state[..] {
+            b"fits" => Ok(()),
+            _ => Err(HandoffError::Layout(
+                "head size 64 here, 128 there".to_owned(),
+            )),
+        };
+        met.send(fits).unwrap();
+        answer
     }
 
     fn is_alive(&self) -> bool {
@@ -270,7 +285,9 @@ pub(super) fn answer(request: &GenerateRequest, tokens: &[TokenId]) -> Vec<Event
     }
     let forced = match &request.kind {
         RequestKind::GenerationOnly(ticket) => ticket.first_tokens.clone(),
-        RequestKind::Aggregated | RequestKind::ContextOnly { .. } => Vec::new(),
+        RequestKind::Aggregated | RequestKind::ContextOnly { .. } | RequestKind::Prefetch(_) => {
+            Vec::new()
+        }
     };
     assert!(tokens.starts_with(&forced), "{forced:?}");
     let endless = tokens.iter().copied().chain(std::iter::repeat(ids("x")[0]));
@@ -286,7 +303,10 @@ pub(super) fn answer(request: &GenerateRequest, tokens: &[TokenId]) -> Vec<Event
             events.push(finished(reason));
             return events;
         }
-        if let RequestKind::ContextOnly { disagg_request_id } = request.kind {
+        if let RequestKind::ContextOnly {
+            disagg_request_id, ..
+        } = request.kind
+        {
             let first = given.map(|given| [vec![given.chosen], given.top].concat());
             events.push(Event::Finished {
                 reason: FinishReason::NotFinished,

@@ -346,6 +346,20 @@ impl Desk {
         None
     }
 
+    /// The context server goes on reading the prompt: the time allowed starts anew.
+    pub(super) fn on_extended(&mut self, peer: PeerId, transfer: TransferId) {
+        let deadline = Instant::now() + self.terms.transfer_timeout;
+        let Some((task, _)) = self.heard(peer, transfer) else {
+            return;
+        };
+        let timer = task.timer;
+        self.timers.cancel(timer);
+        let timer = self.timers.set(deadline, Due::Fetch(transfer));
+        if let Some(task) = self.fetches.get_mut(&transfer) {
+            task.timer = timer;
+        }
+    }
+
     pub(super) fn on_fetch_due(&mut self, transfer: TransferId) {
         if let Some(task) = self.fetches.get(&transfer) {
             let error = HandoffError::TimedOut(task.describe_wait());

@@ -21,6 +21,7 @@ use crate::transport::{PeerId, RemoteRegion, Runs, TransferId};
 /// Pages kept for a generation instance.
 #[derive(Debug)]
 pub(super) struct Lease {
+    /// Those of the tokens that are read; an open lease gets more.
     pub(super) pages: Vec<Arc<Page>>,
     pub(super) token_count: usize,
     pub(super) nonce: Nonce,
@@ -31,6 +32,7 @@ pub(super) struct Lease {
     pub(super) held: Vec<Runs>,
     /// Of what is held of the first pages, as far as they are summed.
     pub(super) checksums: Vec<Checksum>,
+    pub(super) unsummed: Unsummed,
     /// Jobs of the checksum threads that hold pages.
     pub(super) hashing: usize,
     pub(super) given_up: Arc<AtomicBool>,
@@ -73,6 +75,7 @@ pub(super) struct Serving {
     pub(super) sums: Vec<Sum>,
     /// Checksums of pieces that are not all that is held of a page, as far as they are made.
     pub(super) own_sums: Vec<Checksum>,
+    pub(super) unsummed: Unsummed,
     pub(super) given_up: Arc<AtomicBool>,
     /// The next piece to submit.
     pub(super) next: usize,
@@ -80,6 +83,32 @@ pub(super) struct Serving {
     pub(super) in_flight: usize,
     /// Not wanted over this wire any more.
     pub(super) released: bool,
+}
+
+/// What is to be summed, in order: one job of the checksum threads at a time, so that sums come in that order.
+#[derive(Debug, Default)]
+pub(super) struct Unsummed {
+    /// Pages, or pieces, that were looked at.
+    seen: usize,
+    parts: VecDeque<(Arc<Page>, Runs)>,
+    /// A job is under way.
+    running: bool,
+}
+
+impl Unsummed {
+    /// The next job's parts, if there are any and none is under way.
+    pub(super) fn start(&mut self) -> Option<VecDeque<(Arc<Page>, Runs)>> {
+        if self.running || self.parts.is_empty() {
+            return None;
+        }
+        self.running = true;
+        Some(std::mem::take(&mut self.parts))
+    }
+
+    /// The job is over.
+    pub(super) fn ended(&mut self) {
+        self.running = false;
+    }
 }
 
 /// Where a piece's checksum is.
@@ -122,21 +151,52 @@ impl Lease {
         self.hashing > 0 || self.servings.iter().any(|serving| serving.in_flight > 0)
     }
 
-    /// For each of some pieces, where its checksum is or will be; and those whose checksums are still to be made.
-    pub(super) fn sums(&self, pieces: &[Piece]) -> (Vec<Sum>, VecDeque<(Arc<Page>, Runs)>) {
-        let mut own = VecDeque::new();
-        let sums = pieces
-            .iter()
-            .map(|piece| {
-                let page = piece.sender_page;
-                if same_source(&self.held[page], &piece.runs) {
-                    return Sum::Page(page);
+    /// For each of some pieces, where its checksum is or will be.
+    pub(super) fn sums(&self, pieces: &[Piece]) -> Vec<Sum> {
+        let mut own = 0..;
+        let sums = pieces.iter().map(|piece| {
+            let page = piece.sender_page;
+            if same_source(&self.held[page], &piece.runs) {
+                return Sum::Page(page);
+            }
+            Sum::Own(own.next().unwrap_or(usize::MAX))
+        });
+        sums.collect()
+    }
+
+    /// Whether pages are still to come.
+    pub(super) fn is_open(&self) -> bool {
+        self.pages.len() < self.held.len()
+    }
+
+    /// Notes what is to be summed of pages that have come: all that is held of them, and what transfers have of them to
+    /// themselves. Pieces come in the order of these pages.
+    pub(super) fn note_unsummed(&mut self) {
+        let Self {
+            pages,
+            held,
+            unsummed,
+            servings,
+            ..
+        } = self;
+        let new = pages.iter().zip(held.iter()).skip(unsummed.seen);
+        let new = new.map(|(page, held)| (Arc::clone(page), held.clone()));
+        unsummed.parts.extend(new);
+        unsummed.seen = pages.len();
+        for serving in servings {
+            let unsummed = &mut serving.unsummed;
+            let pieces = serving.pieces.iter().zip(&serving.sums);
+            for (piece, sum) in pieces.skip(unsummed.seen) {
+                let Some(page) = pages.get(piece.sender_page) else {
+                    break;
+                };
+                unsummed.seen += 1;
+                if matches!(sum, Sum::Own(_)) {
+                    let part = (Arc::clone(page), piece.runs.clone());
+                    unsummed.parts.push_back(part);
                 }
-                own.push_back((Arc::clone(&self.pages[page]), piece.runs.clone()));
-                Sum::Own(own.len() - 1)
-            })
-            .collect();
-        (sums, own)
+            }
+        }
     }
 
     /// A piece's checksum, once it is made.

@@ -10,10 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Desk;
-use super::lease::{Lease, Serving, Taking};
+use super::lease::{Lease, Serving, Taking, Unsummed};
 use crate::handoff::{LeaseEnd, Offer};
-use crate::transceiver::checksum::{Checksum, Summing};
-use crate::transceiver::inbox::SumsOf;
+use crate::page::Page;
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, PieceNote, Request, Taker};
 use crate::transceiver::reshard::{self, Side};
@@ -55,20 +54,15 @@ impl Desk {
         let own = (&self.terms.layout.side, self.terms.rank);
         let held = reshard::pieces(own, own, 0..offer.token_count);
         let held: Vec<_> = held.into_iter().map(|piece| piece.runs).collect();
-        let parts = offer.pages.iter().cloned().zip(held.iter().cloned());
-        self.around.checksums.sum(Summing {
-            of: SumsOf::Lease(id),
-            parts: parts.collect(),
-            given_up: Arc::clone(&given_up),
-        });
         let lease = Lease {
             token_count: offer.token_count,
             nonce,
             deadline,
             timer: self.timers.set(deadline, Due::Lease(id)),
             checksums: Vec::with_capacity(held.len()),
+            unsummed: Unsummed::default(),
             held,
-            hashing: 1,
+            hashing: 0,
             given_up,
             taking: None,
             servings: Vec::new(),
@@ -76,6 +70,30 @@ impl Desk {
             pages: offer.pages,
         };
         self.leases.insert(id, lease);
+        self.sum(id);
+    }
+
+    /// Adds pages to an open lease. Whoever takes it hears that it goes on.
+    pub(super) fn on_extend(&mut self, id: u64, pages: Vec<Arc<Page>>) {
+        let lease = self.leases.get_mut(&id);
+        let Some(lease) = lease.filter(|lease| lease.end.is_none() && lease.is_open()) else {
+            tracing::debug!(
+                ctx_request_id = id,
+                "a lease that is over, or whole, is not extended"
+            );
+            return;
+        };
+        lease.pages.extend(pages);
+        let deadline = Instant::now() + self.terms.transfer_timeout;
+        self.timers.cancel(lease.timer);
+        lease.deadline = deadline;
+        lease.timer = self.timers.set(deadline, Due::Lease(id));
+        let servings = lease.servings.iter().filter(|serving| !serving.released);
+        let takers: Vec<_> = servings.map(|s| (s.peer, s.transfer)).collect();
+        self.sum(id);
+        for (peer, transfer) in takers {
+            self.tell_in_passing(peer, &Message::Extended { transfer });
+        }
     }
 
     pub(super) fn withdraw(&mut self, id: u64, reason: &str) {
@@ -121,16 +139,7 @@ impl Desk {
         let rank = request.rank as usize;
         let tokens = admitted.first_token..lease.token_count;
         let pieces = reshard::pieces(own, (&admitted.side, rank), tokens);
-        let (sums, parts) = lease.sums(&pieces);
-        let given_up = Arc::new(AtomicBool::new(false));
-        if !parts.is_empty() {
-            lease.hashing += 1;
-            self.around.checksums.sum(Summing {
-                of: SumsOf::Transfer(id, peer, transfer),
-                parts,
-                given_up: Arc::clone(&given_up),
-            });
-        }
+        let sums = lease.sums(&pieces);
         lease.servings.push(Serving {
             peer,
             transfer,
@@ -140,7 +149,8 @@ impl Desk {
             first_page: admitted.first_token / admitted.side.tokens_per_block(),
             sums,
             own_sums: Vec::new(),
-            given_up,
+            unsummed: Unsummed::default(),
+            given_up: Arc::new(AtomicBool::new(false)),
             next: 0,
             in_flight: 0,
             released: false,
@@ -155,6 +165,7 @@ impl Desk {
         self.timers.cancel(lease.timer);
         let deadline = Instant::now() + self.terms.transfer_timeout;
         lease.timer = self.timers.set(deadline, Due::Lease(id));
+        self.sum(id);
     }
 
     /// Whether a request may have what it asks for; otherwise why not.
@@ -294,34 +305,6 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_hashed(&mut self, of: SumsOf, checksums: Vec<Checksum>) {
-        match of {
-            SumsOf::Lease(id) => {
-                let Some(lease) = self.leases.get_mut(&id) else {
-                    return;
-                };
-                lease.checksums.extend(checksums);
-                self.ready
-                    .extend(lease.servings.iter().map(|serving| serving.peer));
-            }
-            SumsOf::Transfer(id, peer, transfer) => {
-                let lease = self.leases.get_mut(&id);
-                if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-                    serving.own_sums.extend(checksums);
-                    self.ready.insert(peer);
-                }
-            }
-        }
-    }
-
-    pub(super) fn on_hashing_ended(&mut self, of: SumsOf) {
-        let (SumsOf::Lease(id) | SumsOf::Transfer(id, ..)) = of;
-        if let Some(lease) = self.leases.get_mut(&id) {
-            lease.hashing -= 1;
-        }
-        self.finish_lease(id);
-    }
-
     pub(super) fn on_write_done(
         &mut self,
         peer: PeerId,
@@ -389,7 +372,7 @@ impl Desk {
     }
 
     /// Submits pieces to a peer, its transfers in turn, until it takes no more.
-    fn pump(&mut self, peer: PeerId) {
+    pub(super) fn pump(&mut self, peer: PeerId) {
         let Some(mut turns) = self.turns.remove(&peer) else {
             return;
         };
@@ -516,7 +499,7 @@ impl Desk {
     }
 
     /// Closes a lease's books once nobody holds its pages any more.
-    fn finish_lease(&mut self, id: u64) {
+    pub(super) fn finish_lease(&mut self, id: u64) {
         let Some(lease) = self.leases.get(&id) else {
             return;
         };

@@ -11,7 +11,8 @@ use super::task::{Phase, Place};
 use crate::handoff::HandoffError;
 use crate::page::Page;
 use crate::transceiver::message::{Claim, Message, Request, Taker};
-use crate::transceiver::state::{OpaqueState, PROTOCOL_VERSION, printable};
+use crate::transceiver::reshard;
+use crate::transceiver::state::{LayoutRecord, OpaqueState, PROTOCOL_VERSION, printable};
 use crate::transceiver::wires::ways;
 use crate::transport::{Deregistered, EndpointRecord, PeerId, Submission, TransferId};
 
@@ -227,6 +228,39 @@ impl Desk {
                 self.fail(transfer, error);
             } else if self.retreat(transfer, &error) {
                 self.go(transfer, Some(error));
+            }
+        }
+    }
+
+    /// Connects to a context instance, the way that its first fetch will go.
+    pub(super) fn on_meet(&mut self, state: &OpaqueState) {
+        let there = self.terms.layout.convertible(&state.layout);
+        // Who cannot take anything has the leading rank say so.
+        let senders = there.map_or_else(
+            |_| vec![0],
+            |there| reshard::senders(&self.terms.layout.side, self.terms.rank, &there),
+        );
+        let ways = ways(self.around.wires.all(), &state.ranks, &senders);
+        let Some(way) = ways.ok().and_then(|mut ways| ways.pop_front()) else {
+            return;
+        };
+        let hello = Message::Hello {
+            version: PROTOCOL_VERSION,
+            instance: self.terms.instance.clone(),
+            layout: self.terms.layout.record.clone(),
+        };
+        for endpoint in &way.endpoints {
+            self.tell_endpoint(way.wire, endpoint, &hello);
+        }
+    }
+
+    /// A generation instance has connected. Whether it can take KV of here is said now, not with the first request.
+    pub(super) fn on_hello(&mut self, peer: PeerId, instance: &str, layout: &LayoutRecord) {
+        let instance = printable(instance);
+        match self.terms.layout.convertible(layout) {
+            Ok(_) => tracing::debug!(%peer, instance, "a generation server has connected"),
+            Err(error) => {
+                tracing::warn!(%peer, instance, %error, "a generation server cannot take kv of this one");
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Instances of several ranks that divide one model differently: each rank's transceiver over the wire, against a dense
 //! tensor; and what cannot be converted.
 
+use std::ops::Range;
+
 use super::*;
 use crate::model::shard::{Grid, KvPart};
 
@@ -86,20 +88,40 @@ impl Group {
             .collect()
     }
 
-    fn offer(&mut self, id: u64) -> HandoffTicket {
+    /// How many pages there are.
+    fn page_count(&self) -> usize {
+        TOKENS.div_ceil(self.whole.tokens_per_block)
+    }
+
+    /// Pages of a rank.
+    fn pages(&self, rank: usize, which: Range<usize>) -> Vec<Arc<Page>> {
+        let shape = self.part(rank).page(self.whole);
+        which
+            .map(|index| {
+                let mut page = Page::zeroed(shape);
+                for (at, row) in self.rows(rank, index) {
+                    page.as_f32_mut()[at * 6..][..6].copy_from_slice(&row);
+                }
+                Arc::new(page)
+            })
+            .collect()
+    }
+
+    /// Adds pages to a lease on every rank.
+    fn extend(&mut self, id: u64, which: Range<usize>) {
+        for rank in 0..self.ranks.len() {
+            let pages = self.pages(rank, which.clone());
+            let node = &mut self.ranks[rank];
+            node.transceiver.extend(id, pages.clone());
+            node.lent.entry(id).or_default().extend(pages);
+        }
+    }
+
+    /// Offers so many pages; more may follow.
+    fn offer(&mut self, id: u64, count: usize) -> HandoffTicket {
         let mut state = Vec::new();
         for rank in 0..self.ranks.len() {
-            let shape = self.part(rank).page(self.whole);
-            let count = TOKENS.div_ceil(self.whole.tokens_per_block);
-            let pages: Vec<_> = (0..count)
-                .map(|index| {
-                    let mut page = Page::zeroed(shape);
-                    for (at, row) in self.rows(rank, index) {
-                        page.as_f32_mut()[at * 6..][..6].copy_from_slice(&row);
-                    }
-                    Arc::new(page)
-                })
-                .collect();
+            let pages = self.pages(rank, 0..count);
             let offer = Offer {
                 ctx_request_id: id,
                 token_count: TOKENS,
@@ -122,8 +144,8 @@ impl Group {
         }
     }
 
-    /// Fetches on all ranks from a token on; returns the bytes that came.
-    fn fetch(&mut self, request: u64, ticket: &HandoffTicket, first_token: usize) -> u64 {
+    /// Fetches on all ranks from a token on.
+    fn fetch(&mut self, request: u64, ticket: &HandoffTicket, first_token: usize) {
         let block = self.whole.tokens_per_block;
         let pages = first_token / block..TOKENS.div_ceil(block);
         for rank in 0..self.ranks.len() {
@@ -145,6 +167,10 @@ impl Group {
                 pages: lent,
             });
         }
+    }
+
+    /// The bytes that a fetch has brought.
+    fn fetched(&mut self, request: u64) -> u64 {
         self.ranks
             .iter_mut()
             .map(|node| node.outcome(request).unwrap().bytes)
@@ -171,11 +197,27 @@ impl Group {
     }
 }
 
-fn hand_over(wire: Wire, from: (usize, usize, usize), to: (usize, usize, usize), first: usize) {
+/// Whether all KV is there before it is fetched, or it is written page by page meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kv {
+    There,
+    Growing,
+}
+
+/// Tensor ranks, pipeline ranks and tokens per block.
+type Division = (usize, usize, usize);
+
+fn hand_over(wire: Wire, (from, to): (Division, Division), first: usize, kv: Kv) {
     let mut context = Group::start(wire, "ctx-0", (from.0, from.1), from.2);
     let mut generation = Group::start(wire, "gen-0", (to.0, to.1), to.2);
-    let ticket = context.offer(1);
-    let bytes = generation.fetch(1, &ticket, first);
+    let count = context.page_count();
+    let begun = if kv == Kv::There { count } else { 1 };
+    let ticket = context.offer(1, begun);
+    generation.fetch(1, &ticket, first);
+    for page in begun..count {
+        context.extend(1, page..page + 1);
+    }
+    let bytes = generation.fetched(1);
     generation.assert_dense(first);
     let row = 6 * 4 * (TOKENS - first) as u64;
     let parts = (0..generation.ranks.len()).map(|rank| generation.part(rank));
@@ -202,7 +244,8 @@ fn kv_goes_from_any_division_to_any_other() {
     let grids = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1)];
     for from in grids {
         for to in grids {
-            hand_over(Wire::MEMORY, (from.0, from.1, 16), (to.0, to.1, 16), 0);
+            let divisions = ((from.0, from.1, 16), (to.0, to.1, 16));
+            hand_over(Wire::MEMORY, divisions, 0, Kv::There);
         }
     }
 }
@@ -217,7 +260,8 @@ fn blocks_may_differ_and_a_prefix_stays_where_it_is() {
         ((2, 2, 32), (4, 1, 32), 32),
     ] {
         for wire in wires() {
-            hand_over(wire, from, to, first);
+            hand_over(wire, (from, to), first, Kv::There);
+            hand_over(wire, (from, to), first, Kv::Growing);
         }
     }
 }
@@ -238,7 +282,7 @@ fn a_flipped_byte_of_one_rank_is_named_with_the_rank() {
     spoiled.faults = FaultPlan::parse("flip_byte=2000").unwrap();
     context.ranks[1] = Instance::start(Wire::TCP, spoiled);
     context.name_all();
-    let ticket = context.offer(1);
+    let ticket = context.offer(1, context.page_count());
     let node = &mut generation.ranks[0];
     let count = TOKENS.div_ceil(16);
     node.shape = generation.whole;

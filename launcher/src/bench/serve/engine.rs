@@ -79,7 +79,7 @@ impl EngineTarget {
                 Some(Event::Failed(failure)) => {
                     return Some(Failure::new(FailureKind::Engine, &failure.to_string()));
                 }
-                Some(Event::PromptLogprobs(_)) => {}
+                Some(Event::PromptLogprobs(_) | Event::LeaseOpened(_)) => {}
                 None => {
                     return Some(Failure::new(FailureKind::Engine, "the engine has ended"));
                 }
