@@ -1,15 +1,16 @@
 // Causal attention over paged KV for one row of each of many sequences, on the tensor cores.
 //
 // out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] bf16, 16-byte
-// aligned rows; D a multiple of 64. A block has one sequence, one kv head with up to 16 of the query heads that share it, and one of
+// aligned rows; D a multiple of 64. A block has one sequence, one kv head with up to 8 of the query heads that share it, and one of
 // `splits` parts of the KV; its four warps take 16 tokens each in turn. KV goes straight from the pages to registers, 16
 // bytes a lane: the products' inner dimension may be summed in any order, so each lane's 16 bytes are used as they come,
-// and values are paired by byte permutations. Each KV byte is read once for all heads of the group. Parts are put together
-// by attention_combine. KV past the end of a sequence is read as zero, whatever the page holds.
+// and values are paired by byte permutations. Tokens and then elements of values are the products' 16 rows, heads their 8 columns:
+// so few heads fill them, and what a lane holds leaves room for a third block. Each KV byte is read once for 8 heads of the group.
+// Parts are put together by attention_combine. KV past the end of a sequence is read as zero, whatever the page holds.
 // KV in 8 bits takes 8 bytes a lane, which become f16 in registers. Bound: 4 K D bytes of KV a seen position (2-byte KV).
 
 #define WARPS 4
-#define HEADS 16
+#define HEADS 8
 
 struct Parts {
     // [S, H, splits, D] and [S, H, splits, 2] (maximum, sum), where there is more than one split.
@@ -19,15 +20,22 @@ struct Parts {
 
 __device__ __forceinline__ u32 word(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// Of an 8 x 8 matrix of 16-bit elements, of which each lane has two neighbours of row lane / 4.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+    u32 turned;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+    return turned;
+}
+
 // Tokens of a split: whole rounds of all warps. The last splits may have none, and write nothing.
 __device__ __forceinline__ int split_tokens(int tokens, int splits) {
     int round = WARPS * 16, rounds = (tokens + round - 1) / round;
     return (rounds + splits - 1) / splits * round;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(Attention a, Parts parts) {
+extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf16(Attention a, Parts parts) {
     a.scale *= KV_UNDO;
-    __shared__ float shared_sums[WARPS][HEADS][D];
+    __shared__ __align__(16) float shared_sums[WARPS][HEADS][D];
     __shared__ float shared_stats[WARPS][HEADS][2];
     int sequence = parts.sequences[blockIdx.z], splits = gridDim.y, split = blockIdx.y;
     if (sequence < 0) return;
@@ -43,30 +51,23 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
 
     const int *blocks = a.blocks + a.block_starts[sequence];
     const kv_t *keys = a.pages + plane(a, 0, kv_head), *values = a.pages + plane(a, 1, kv_head);
-    u32 q[D / 16][4];
+    // Of head `octet`.
+    uint4 q[D / 32];
 #pragma unroll
     for (int c = 0; c < D / 32; c++) {
-        uint4 rows[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int head = octet + half * 8;
-            rows[half] = make_uint4(0, 0, 0, 0);
-            if (head < heads) rows[half] = *(const uint4 *)(a.q + row * a.ld_q + (head_base + head) * D + c * 32 + quad * 8);
-        }
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            q[2 * c + s][0] = bf16_pair_to_kv(word(rows[0], 2 * s));
-            q[2 * c + s][1] = bf16_pair_to_kv(word(rows[1], 2 * s));
-            q[2 * c + s][2] = bf16_pair_to_kv(word(rows[0], 2 * s + 1));
-            q[2 * c + s][3] = bf16_pair_to_kv(word(rows[1], 2 * s + 1));
-        }
+        q[c] = make_uint4(0, 0, 0, 0);
+        if (octet < heads) q[c] = *(const uint4 *)(a.q + row * a.ld_q + (head_base + octet) * D + c * 32 + quad * 8);
+        q[c].x = bf16_pair_to_kv(q[c].x), q[c].y = bf16_pair_to_kv(q[c].y), q[c].z = bf16_pair_to_kv(q[c].z), q[c].w = bf16_pair_to_kv(q[c].w);
     }
 
-    float sums[D / 8][4] = {}, largest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {};
+    // Of heads 2 · quad and the next. Product c · 4 + i has elements c · 64 + octet · 8 + 2 i and the next.
+    float sums[D / 16][4] = {}, largest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {};
+    // Lanes 0 to 15 look up the blocks of the 16 tokens, a round ahead.
+    int mine = start + warp * 16 + lane % 16, next = mine < end ? blocks[mine / P] : 0;
     for (int token = start + warp * 16; token < end; token += WARPS * 16) {
-        // Lanes 0 to 15 look up the blocks of the 16 tokens.
-        int mine = token + lane % 16;
-        int block = mine < end ? blocks[mine / P] : 0;
+        int block = next;
+        mine += WARPS * 16;
+        next = mine < end ? blocks[mine / P] : 0;
         uint4 k[2][D / 32], v[4][D / 64];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -82,76 +83,57 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_decode_bf16(
 #pragma unroll
             for (int c = 0; c < D / 64; c++) v[n][c] = load_kv(from + c * 64, at < end);
         }
-        float scores[2][4] = {};
+        // Tokens octet and octet + 8 of each of the two heads.
+        float scores[4] = {};
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int c = 0; c < D / 32; c++) {
-                mma(scores[n], q[2 * c], k[n][c].x, k[n][c].y);
-                mma(scores[n], q[2 * c + 1], k[n][c].z, k[n][c].w);
-            }
+        for (int c = 0; c < D / 32; c++) {
+            mma(scores, {k[0][c].x, k[1][c].x, k[0][c].y, k[1][c].y}, q[c].x, q[c].y);
+            mma(scores, {k[0][c].z, k[1][c].z, k[0][c].w, k[1][c].w}, q[c].z, q[c].w);
         }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float now = largest[half];
+        for (int i = 0; i < 2; i++) {
+            if (token + octet >= end) scores[i] = -INFINITY_F;
+            if (token + 8 + octet >= end) scores[2 + i] = -INFINITY_F;
+            float now = fmaxf(largest[i], fmaxf(scores[i], scores[2 + i]));
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
+            for (int step = 4; step < WARP; step *= 2) now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, step));
+            float base = now == -INFINITY_F ? 0.0f : now * a.scale, keep = exp2_fast(largest[i] * a.scale - base);
+            largest[i] = now;
+            scores[i] = exp2_fast(scores[i] * a.scale - base);
+            scores[2 + i] = exp2_fast(scores[2 + i] * a.scale - base);
+            total[i] = total[i] * keep + scores[i] + scores[2 + i];
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float &score = scores[n][2 * half + i];
-                    if (token + n * 8 + quad * 2 + i >= end) score = -INFINITY_F;
-                    now = fmaxf(now, score);
-                }
-            }
-            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
-            now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
-            float base = now == -INFINITY_F ? 0.0f : now * a.scale, keep = exp2_fast(largest[half] * a.scale - base);
-            largest[half] = now;
-            float sum = 0.0f;
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float weight = exp2_fast(scores[n][2 * half + i] * a.scale - base);
-                    scores[n][2 * half + i] = weight;
-                    sum += weight;
-                }
-            }
-            total[half] = total[half] * keep + sum;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                sums[n][2 * half] *= keep;
-                sums[n][2 * half + 1] *= keep;
+            for (int n = 0; n < D / 16; n++) {
+                sums[n][i] *= keep;
+                sums[n][2 + i] *= keep;
             }
         }
-        u32 p[4] = {pack_kv(scores[0][0], scores[0][1]), pack_kv(scores[0][2], scores[0][3]),
-                    pack_kv(scores[1][0], scores[1][1]), pack_kv(scores[1][2], scores[1][3])};
+        // Weights of tokens as rows become those of tokens as columns.
+        u32 p0 = transpose(pack_kv(scores[0], scores[1])), p1 = transpose(pack_kv(scores[2], scores[3]));
 #pragma unroll
         for (int c = 0; c < D / 64; c++) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                u32 select = j % 2 ? 0x7632 : 0x5410;
-                u32 b0 = __byte_perm(word(v[0][c], j / 2), word(v[1][c], j / 2), select);
-                u32 b1 = __byte_perm(word(v[2][c], j / 2), word(v[3][c], j / 2), select);
-                mma(sums[c * 8 + j], p, b0, b1);
+            for (int i = 0; i < 4; i++) {
+                u32 first = word(v[0][c], i), second = word(v[1][c], i), third = word(v[2][c], i), fourth = word(v[3][c], i);
+                mma(sums[c * 4 + i],
+                    {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632), __byte_perm(third, fourth, 0x5410), __byte_perm(third, fourth, 0x7632)},
+                    p0, p1);
             }
         }
     }
 
-    // Each warp's part to shared memory, then all threads put them together. Column n of product j is element n * 8 + j.
+    // Each warp's part to shared memory, then all threads put them together.
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float sum = total[half];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        int head = octet + half * 8;
+    for (int i = 0; i < 2; i++) {
+        float sum = total[i];
+#pragma unroll
+        for (int step = 4; step < WARP; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        int head = quad * 2 + i;
         if (head >= heads) continue;
-        if (quad == 0) shared_stats[warp][head][0] = largest[half], shared_stats[warp][head][1] = sum;
+        if (octet == 0) shared_stats[warp][head][0] = largest[i], shared_stats[warp][head][1] = sum;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            int d = n / 8 * 64 + quad * 16 + n % 8;
-            shared_sums[warp][head][d] = sums[n][2 * half];
-            shared_sums[warp][head][d + 8] = sums[n][2 * half + 1];
+        for (int n = 0; n < D / 16; n++) {
+            *(float2 *)(shared_sums[warp][head] + n / 4 * 64 + octet * 8 + n % 4 * 2) = make_float2(sums[n][i], sums[n][2 + i]);
         }
     }
     __syncthreads();

@@ -1,7 +1,11 @@
-// x += y, and gate = silu(gate) · up.
+// x += y, and gate = silu(gate) · up; the latter also in e4m3 with a scale a row.
 //
 // All [T, cols] bf16 with rows of ld elements. Blocks along rows and columns, a thread eight elements where cols and every ld
-// are multiples of 8, else one. Arithmetic in f32. Bound: 6 bytes an element.
+// are multiples of 8, else one. Arithmetic in f32. Bound: 6 bytes an element. In e4m3: one block a row, which its threads hold from one pass to the other;
+// out is dense, scales [T] f32, cols a multiple of 16 and at most HELD_MAX · 8 · 1,024; values in bf16 are what is rounded. Bound: 5
+// bytes an element.
+
+#define HELD_MAX 4
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
@@ -35,3 +39,27 @@ __device__ __forceinline__ u32 apply_silu_mul(u32 gate, u32 up) {
 
 ELEMENTWISE(add_bf16, apply_add)
 ELEMENTWISE(silu_mul_bf16, apply_silu_mul)
+
+extern "C" __global__ void silu_mul_e4m3(const u16 *gate, int ld_gate, const u16 *up, int ld_up, u8 *out, float *scales, int cols) {
+    __shared__ float shared[WARP];
+    const uint4 *a = (const uint4 *)(gate + (i64)blockIdx.x * ld_gate), *b = (const uint4 *)(up + (i64)blockIdx.x * ld_up);
+    uint4 held[HELD_MAX];
+    float most = 0.0f;
+#pragma unroll
+    for (int k = 0; k < HELD_MAX; k++) {
+        int i = k * blockDim.x + threadIdx.x;
+        if (i < cols / 8) {
+            uint4 v = a[i], w = b[i];
+            held[k] = make_uint4(apply_silu_mul(v.x, w.x), apply_silu_mul(v.y, w.y), apply_silu_mul(v.z, w.z), apply_silu_mul(v.w, w.w));
+            most = fmaxf(most, greatest(held[k]));
+        }
+    }
+    float scale = scale_of(block_greatest(most, shared)), inverse = 1.0f / scale;
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+    uint2 *to = (uint2 *)(out + (i64)blockIdx.x * cols);
+#pragma unroll
+    for (int k = 0; k < HELD_MAX; k++) {
+        int i = k * blockDim.x + threadIdx.x;
+        if (i < cols / 8) to[i] = round8(held[k], inverse);
+    }
+}

@@ -1,9 +1,11 @@
-// out = x / sqrt(mean(x²) + epsilon) · weight per row; and with x += y before.
+// out = x / sqrt(mean(x²) + epsilon) · weight per row; and with x += y before; and with out in e4m3 and a scale a row.
 //
-// x, y, out [T, E] bf16 with rows of ld elements, weight [E] bf16; 16-byte aligned where E and every ld are multiples of 8.
+// x, y, out [T, E] bf16 with rows of ld elements, weight [E] bf16; 16-byte aligned where E and every ld are multiples of 8. In
+// e4m3, out is dense, scales [T] f32, E and every ld are multiples of 16 and E is at most VECTORS_MAX · 8 · 1,024; what is
+// rounded are the values in bf16.
 // One block a row, so that a decode step of few rows is one wave; each thread keeps its part of the row in registers
 // between the two passes. Sums in f32; x + y is rounded to bf16 before it is squared, as the next layer reads it.
-// Bound: 4 E bytes a row, 8 E with the sum.
+// Bound: 4 E bytes a row, 8 E with the sum; E less in e4m3.
 
 #define VECTORS_MAX 4
 
@@ -26,41 +28,66 @@ __device__ __forceinline__ u32 scale_pair(u32 x, u32 weight, float scale) {
     return pack_bf16(bf16_low(x) * scale * bf16_low(weight), bf16_high(x) * scale * bf16_high(weight));
 }
 
+__device__ __forceinline__ uint4 add8(uint4 a, uint4 b) {
+    return make_uint4(add_pair(a.x, b.x), add_pair(a.y, b.y), add_pair(a.z, b.z), add_pair(a.w, b.w));
+}
+
+__device__ __forceinline__ uint4 scale8(uint4 x, uint4 weight, float scale) {
+    return make_uint4(scale_pair(x.x, weight.x, scale), scale_pair(x.y, weight.y, scale), scale_pair(x.z, weight.z, scale), scale_pair(x.w, weight.w, scale));
+}
+
+// This thread's part of a row, to which y is added where it is not null, and its squares' sum.
+__device__ __forceinline__ float hold_row(uint4 (&held)[VECTORS_MAX], u16 *x, const u16 *y, int cols) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < VECTORS_MAX; k++) {
+        int i = k * blockDim.x + threadIdx.x;
+        if (i < cols / 8) {
+            held[k] = ((const uint4 *)x)[i];
+            if (y) {
+                held[k] = add8(held[k], ((const uint4 *)y)[i]);
+                ((uint4 *)x)[i] = held[k];
+            }
+            sum += squares(held[k]);
+        }
+    }
+    return sum;
+}
+
+// The result in e4m3.
+__device__ __forceinline__ void norm_row_narrow(u16 *x, const u16 *y, const u16 *weight, u8 *out, float *to_scale, int cols, float epsilon) {
+    __shared__ float shared[WARP], shared_most[WARP];
+    uint4 held[VECTORS_MAX];
+    float sum = hold_row(held, x, y, cols);
+    float scale = rsqrtf(block_sum(sum, shared) / cols + epsilon), most = 0.0f;
+#pragma unroll
+    for (int k = 0; k < VECTORS_MAX; k++) {
+        int i = k * blockDim.x + threadIdx.x;
+        if (i < cols / 8) {
+            held[k] = scale8(held[k], ((const uint4 *)weight)[i], scale);
+            most = fmaxf(most, greatest(held[k]));
+        }
+    }
+    float unit = scale_of(block_greatest(most, shared_most)), inverse = 1.0f / unit;
+    if (threadIdx.x == 0) *to_scale = unit;
+#pragma unroll
+    for (int k = 0; k < VECTORS_MAX; k++) {
+        int i = k * blockDim.x + threadIdx.x;
+        if (i < cols / 8) ((uint2 *)out)[i] = round8(held[k], inverse);
+    }
+}
+
 // y may be null. x is written only where it is not.
 __device__ __forceinline__ void norm_row(u16 *x, const u16 *y, const u16 *weight, u16 *out, int cols, float epsilon, bool aligned) {
     __shared__ float shared[WARP];
     if (aligned && cols <= VECTORS_MAX * 8 * (int)blockDim.x) {
         uint4 held[VECTORS_MAX];
-        float sum = 0.0f;
-#pragma unroll
-        for (int k = 0; k < VECTORS_MAX; k++) {
-            int i = k * blockDim.x + threadIdx.x;
-            if (i < cols / 8) {
-                held[k] = ((const uint4 *)x)[i];
-                if (y) {
-                    uint4 more = ((const uint4 *)y)[i];
-                    held[k].x = add_pair(held[k].x, more.x);
-                    held[k].y = add_pair(held[k].y, more.y);
-                    held[k].z = add_pair(held[k].z, more.z);
-                    held[k].w = add_pair(held[k].w, more.w);
-                    ((uint4 *)x)[i] = held[k];
-                }
-                sum += squares(held[k]);
-            }
-        }
+        float sum = hold_row(held, x, y, cols);
         float scale = rsqrtf(block_sum(sum, shared) / cols + epsilon);
 #pragma unroll
         for (int k = 0; k < VECTORS_MAX; k++) {
             int i = k * blockDim.x + threadIdx.x;
-            if (i < cols / 8) {
-                uint4 w = ((const uint4 *)weight)[i];
-                uint4 to;
-                to.x = scale_pair(held[k].x, w.x, scale);
-                to.y = scale_pair(held[k].y, w.y, scale);
-                to.z = scale_pair(held[k].z, w.z, scale);
-                to.w = scale_pair(held[k].w, w.w, scale);
-                ((uint4 *)out)[i] = to;
-            }
+            if (i < cols / 8) ((uint4 *)out)[i] = scale8(held[k], ((const uint4 *)weight)[i], scale);
         }
         return;
     }
@@ -88,6 +115,12 @@ extern "C" __global__ void rms_norm_bf16(const u16 *x, int ld_x, const u16 *weig
 extern "C" __global__ void add_rms_norm_bf16(u16 *x, int ld_x, const u16 *y, int ld_y, const u16 *weight, u16 *out, int ld_out, int cols, float epsilon) {
     bool aligned = cols % 8 == 0 && ld_x % 8 == 0 && ld_y % 8 == 0 && ld_out % 8 == 0;
     norm_row(x + (i64)blockIdx.x * ld_x, y + (i64)blockIdx.x * ld_y, weight, out + (i64)blockIdx.x * ld_out, cols, epsilon, aligned);
+}
+
+// y may be null, and ld_y is not used then.
+extern "C" __global__ void norm_e4m3(u16 *x, int ld_x, const u16 *y, int ld_y, const u16 *weight, u8 *out, float *scales, int cols, float epsilon) {
+    const u16 *more = y ? y + (i64)blockIdx.x * ld_y : 0;
+    norm_row_narrow(x + (i64)blockIdx.x * ld_x, more, weight, out + (i64)blockIdx.x * cols, scales + blockIdx.x, cols, epsilon);
 }
 
 // In place on each head: x [T, heads · D], weight [D]. A warp a head, any D.

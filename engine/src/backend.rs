@@ -19,7 +19,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::collective::CollectiveError;
+use crate::collective::{Collective, CollectiveError, tell_all};
 use crate::page::{Page, PageShape};
 pub use stored::{WeightBytes, WeightDtype, WeightSource};
 
@@ -252,6 +252,15 @@ pub enum BackendError {
     },
 }
 
+/// The ranks that compute one model together; each is `stage * tensor + its number within the stage`.
+#[derive(Debug)]
+pub struct RankGroup<'a> {
+    /// The way to the others.
+    pub collective: &'a mut dyn Collective,
+    /// Ranks of a stage.
+    pub tensor: usize,
+}
+
 /// The operations of one step; what it gives is its logits, unless nobody wants any.
 pub(crate) type StepPass<'a, B, T> =
     &'a mut dyn FnMut(&mut B, &StepBatch) -> Result<Option<T>, BackendError>;
@@ -284,6 +293,25 @@ pub trait Backend: Debug + Send + 'static {
     /// host's.
     fn page_device(&self) -> Option<usize> {
         None
+    }
+
+    /// Says that this device will be one of several that compute one model, before it is loaded.
+    ///
+    /// # Errors
+    /// When what it takes is missing.
+    fn expect_ranks(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Joins the devices of all ranks, which call it at the same time, so that sums and rows go from one to the other by
+    /// themselves. False where they do not: then it is for the hosts to do, and [`Backend::sum_over_ranks`] and its kin are not called.
+    ///
+    /// # Errors
+    /// When a rank is lost, or has a device that cannot be joined.
+    fn join_ranks(&mut self, group: RankGroup<'_>) -> Result<bool, BackendError> {
+        // The others may ask for its device.
+        tell_all(group.collective, &[])?;
+        Ok(false)
     }
 
     /// Says how many elements the matrices have that will be loaded, before the first of them. Two of 8 bits count as one.
@@ -397,6 +425,62 @@ pub trait Backend: Debug + Send + 'static {
 
     /// `out[t] = table[tokens[t]]`; table `[V, E]`, out `[T, E]`. Panics on a token outside the table.
     fn embed(&self, table: &Self::Weight, tokens: &[TokenId], out: &mut Self::Tensor);
+
+    /// The same where the table has some rows of a vocabulary: zeros for the tokens of the others.
+    fn embed_part(
+        &self,
+        (table, held): (&Self::Weight, Range<usize>),
+        tokens: &[TokenId],
+        out: &mut Self::Tensor,
+    ) {
+        let own = |token: TokenId| held.contains(&(token as usize));
+        let first = TokenId::try_from(held.start).expect("the vocabulary is bounded");
+        let local: Vec<TokenId> = tokens
+            .iter()
+            .map(|&token| if own(token) { token - first } else { 0 })
+            .collect();
+        self.embed(table, &local, out);
+        self.on_host(out, &mut |values| {
+            let cols = values.len() / tokens.len();
+            let rows = values.chunks_exact_mut(cols).zip(tokens);
+            rows.filter(|&(_, &token)| !own(token))
+                .for_each(|(row, _)| row.fill(0.0));
+        });
+    }
+
+    /// Sums over the ranks of the stage, all of which get the same bits; x `[T, E]`. Only where the devices have joined, as the next
+    /// three.
+    fn sum_over_ranks(&self, x: &mut Self::Tensor) {
+        unreachable!("no devices have joined that could sum {x:?}");
+    }
+
+    /// Gives x `[T, E]` to another rank.
+    fn send_rows(&self, x: &Self::Tensor, to: usize) {
+        unreachable!("no devices have joined that could send {x:?} to rank {to}");
+    }
+
+    /// Takes x `[T, E]` from another rank.
+    fn receive_rows(&self, x: &mut Self::Tensor, from: usize) {
+        unreachable!("no devices have joined that could receive {x:?} from rank {from}");
+    }
+
+    /// `out = x · weightᵀ` of a weight whose rows are divided over the ranks of the stage; out `[T, V]` is wide, and `columns` of it
+    /// are this rank's.
+    fn linear_over_ranks(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Weight,
+        columns: Range<usize>,
+        out: &mut Self::Tensor,
+    ) {
+        unreachable!("no devices have joined for {x:?} · {weight:?} in {columns:?} of {out:?}");
+    }
+
+    /// Says that what a norm or [`Backend::silu_mul`] writes to x from now on is for products with these weights, and nothing else
+    /// reads it. A backend whose products with them round x may have it rounded there.
+    fn dedicate(&self, x: &mut Self::Tensor, weights: &[&Self::Weight]) {
+        let _ = (x, weights);
+    }
 
     /// `out = x / rms(x) * weight` per row; x and out `[T, E]`, weight `[E]`.
     fn rms_norm(

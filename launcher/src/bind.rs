@@ -67,6 +67,33 @@ fn chosen_device(node: &Node) -> Option<&str> {
     node.devices.get(index).map(String::as_str)
 }
 
+/// More ranks than GPUs, where each needs one of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "device: cuda wants a gpu for each of {ranks} ranks, and this process sees {devices}\nhint: make tensor_parallel_size times pipeline_parallel_size {devices} or less, or use --device cpu; CUDA_VISIBLE_DEVICES may hide others"
+)]
+pub(crate) struct TooFewDevices {
+    ranks: usize,
+    devices: usize,
+}
+
+/// Whether so many ranks can each have a device that this process sees. Where there are none, the driver says it better.
+pub(crate) fn check_devices(environment: &Environment, ranks: u32) -> Result<(), TooFewDevices> {
+    let devices = devices(environment).len();
+    let ranks = usize::try_from(ranks).unwrap_or(usize::MAX);
+    match devices {
+        1.. if devices < ranks => Err(TooFewDevices { ranks, devices }),
+        _ => Ok(()),
+    }
+}
+
+/// Devices that this process may see.
+fn devices(environment: &Environment) -> Vec<String> {
+    environment
+        .get(DEVICES)
+        .map_or_else(|| devices_of_machine(environment), visible_devices)
+}
+
 fn thread_count(node: &Node) -> usize {
     let share = node.cpus.count() / sharers(node).max(1);
     let quota = node
@@ -98,9 +125,7 @@ pub(crate) fn of_this_process(
     decide(&Node {
         local_rank: index(local_rank),
         local_size: index(local_size).max(1),
-        devices: environment
-            .get(DEVICES)
-            .map_or_else(|| devices_of_machine(environment), visible_devices),
+        devices: devices(environment),
         devices_are_own: environment.get("SLURM_GPUS_PER_TASK").is_some(),
         neighbours: mask::of_step(environment, &cpus, index(local_rank)),
         node_cpus: node_cpus(environment),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant as Moment};
 
 use anyhow::Context;
 use baton_configs::disagg::{self, DisaggDocument, ServerAddress};
+use baton_configs::llm::{Device, LlmOptions};
 use baton_configs::yaml::Document;
 use baton_engine::ranks::Fabric;
 use baton_engine::secret::Secret;
@@ -77,12 +78,22 @@ pub(crate) fn mpi_worker(args: MpiWorkerArgs) -> anyhow::Result<Outcome> {
     world(&work, &args.world)
 }
 
+/// Ranks that an instance's options ask for.
+pub(crate) fn ranks_of(llm: &LlmOptions) -> u32 {
+    llm.tensor_parallel_size
+        .saturating_mul(llm.pipeline_parallel_size)
+}
+
 /// Runs the ranks of one server on this machine, as `baton serve --tp_size N` without a launcher asks.
 pub(crate) fn local(
-    ranks: u32,
+    llm: &LlmOptions,
     arguments: Vec<String>,
     log_level: LogLevel,
 ) -> anyhow::Result<Outcome> {
+    let (ranks, environment) = (ranks_of(llm), Environment::of_process());
+    if llm.device == Device::Cuda {
+        bind::check_devices(&environment, ranks).outcome(Outcome::Config)?;
+    }
     let options = WorldArgs {
         // Longer than the server's own drain.
         drain_timeout: 35,
@@ -111,7 +122,6 @@ pub(crate) fn local(
             &options,
         )
     };
-    let environment = Environment::of_process();
     let bindings: Vec<Binding> = (0..ranks)
         .map(|rank| bind::of_this_process(&environment, rank, ranks))
         .collect();

@@ -29,10 +29,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Outcome> {
     let membership = Membership::from_environment().outcome(Outcome::Usage)?;
     let options = serve_options(args)?;
     let llm = &options.llm;
-    let ranks = llm
-        .tensor_parallel_size
-        .saturating_mul(llm.pipeline_parallel_size);
-    if membership.is_none() && ranks > 1 {
+    if membership.is_none() && launch::ranks_of(llm) > 1 {
         let arguments: Option<Vec<String>> = std::env::args_os()
             .skip(1)
             .map(|word| word.into_string().ok())
@@ -40,7 +37,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<Outcome> {
         let arguments = arguments
             .ok_or_else(|| anyhow!("an argument is not UTF-8"))
             .outcome(Outcome::Usage)?;
-        return launch::local(ranks, arguments, args.log_level);
+        return launch::local(llm, arguments, args.log_level);
     }
     crate::on_all_cores()?.block_on(serve_here(options, membership))
 }

@@ -1,6 +1,7 @@
 """Many hand-offs with clients that leave and a generation server that is killed: nothing leaks, no token is wrong.
 
-Usage: scripts/soak-handoff [--requests 10000] [--kill-every 1000] [--cancel 0.1] [--threads 8] [--transport tcp].
+Usage: scripts/soak-handoff [--requests 10000] [--kill-every 1000] [--cancel 0.1] [--threads 8] [--transport tcp]
+       [--step-tokens 16].
 A context server, a generation server and the proxy with a tiny model. Each request is one of the golden prompts; one that
 ends must have the golden ids, one that breaks must have been told why. At the end every block must be back on both
 sides without any traffic. Resident memory is sampled and plotted beside the raw result. Exit code 1 when anything is off.
@@ -77,6 +78,13 @@ class Worker:
             sys.exit(f"{self.name} does not show its blocks: {gauges}")
         return {name: float(value) for name, value in gauges if float(value) != 0}
 
+    def counter(self, name):
+        connection = http.client.HTTPConnection(self.address, timeout=10)
+        connection.request("GET", "/prometheus/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        return next(int(line.split(" ")[1]) for line in lines if line.startswith(name + " "))
+
 
 def items():
     found = json.loads(GOLDEN.read_text())["models"]["llama"]
@@ -125,7 +133,11 @@ def load(address, jobs, outcomes):
 def run(arguments, folder):
     options, config = pathlib.Path(folder) / "options.yaml", pathlib.Path(folder) / "disagg_config.yaml"
     transceiver = {"backend": arguments.transport.upper(), "kv_transfer_timeout_ms": 10000}
-    options.write_text(json.dumps({"dtype": "float32", "max_seq_len": 512, "kv_cache_config": {"max_tokens": 16384}, "cache_transceiver_config": transceiver}))
+    engine = {"dtype": "float32", "max_seq_len": 512, "kv_cache_config": {"max_tokens": 16384}, "cache_transceiver_config": transceiver}
+    if arguments.step_tokens:
+        engine |= {"max_num_tokens": arguments.step_tokens, "enable_chunked_prefill": True}
+        engine["kv_cache_config"]["tokens_per_block"] = 8
+    options.write_text(json.dumps(engine))
     context = Worker(folder, "context", options, free_port())
     generation = Worker(folder, "generation", options, free_port())
     config.write_text(json.dumps({
@@ -162,7 +174,9 @@ def drive(arguments, context, generation, address):
         jobs.put(None)
     for thread in threads:
         thread.join()
-    return {"outcomes": count(outcomes), "samples": samples, "held": settled(context, generation), "lives": generation.lives}
+    early = context.counter("baton_handoffs_opened_early_total"), generation.counter("baton_handoffs_prefetched_total")
+    return {"outcomes": count(outcomes), "samples": samples, "held": settled(context, generation), "lives": generation.lives,
+            "opened_early": early[0], "prefetched_in_last_life": early[1]}
 
 
 def wait_ready(address):
@@ -229,11 +243,13 @@ def main():
     parser.add_argument("--cancel", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--transport", default="DEFAULT")
+    parser.add_argument("--step-tokens", type=int, default=16, help="of a step, so that KV travels while prompts are read; 0: whole prompts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="baton-soak-") as folder:
         result = run(arguments, folder)
     result["growth"] = {name: growth(result["samples"], name) for name in ("context", "generation")}
     print(f"outcomes: {result['outcomes']['counted']}; generation server started {result['lives']} times")
+    print(f"opened while the prompt was read: {result['opened_early']}; taken over in the last life: {result['prefetched_in_last_life']}")
     print(f"still held at the end: {result['held']}")
     print(f"resident memory, late over early: context {result['growth']['context']:.3f}, generation {result['growth']['generation']:.3f} (longest life)")
     name = f"soak-{arguments.transport.lower()}"

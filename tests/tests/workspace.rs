@@ -36,6 +36,8 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/backend/cuda/driver.rs",
     "engine/src/backend/cuda/event.rs",
     "engine/src/backend/cuda/linear.rs",
+    "engine/src/backend/cuda/nccl.rs",
+    "engine/src/backend/cuda/one_shot.rs",
     "engine/src/backend/cuda/ops.rs",
     "engine/src/backend/cuda/peer.rs",
     "engine/src/collective/mpi/plugin.rs",

@@ -57,6 +57,7 @@ macro_rules! conformance_tests {
             linear_matches_the_reference,
             linear_of_stored_formats_matches_the_reference,
             linear_of_8_bit_weights_matches_the_reference,
+            dedicated_rows_give_the_same_products,
             linear_rows_are_bit_equal_in_any_batch,
             weights_of_the_wrong_size_are_refused,
             eight_bit_weights_of_the_wrong_size_are_refused,

@@ -6,10 +6,13 @@
 //! An operation that fails is remembered, those after it do nothing, and the step says so. Must match `backend/cpu` within
 //! the tolerances of the conformance suite; rows are not bit-equal across batches, because the library's algorithm depends on the shape.
 //!
-//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of few rows read them beside bf16 activations, larger ones
-//! round the activations to 8 bits too, with a scale a row; elsewhere they become bf16 when they are loaded.
+//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of one or two rows read them beside bf16 activations, larger
+//! ones have the activations in 8 bits too, with a scale a row, rounded where they are computed if it is known by then that nothing
+//! else reads them; elsewhere they become bf16 when they are loaded.
 //!
-//! Absent: several devices in one process. Peers reach the pool of pages and nothing else (`handoff.rs`).
+//! Several ranks, each with a GPU of its own, compute a model together through NCCL and each other's memory (`ranks.rs`).
+//!
+//! Absent: several devices in one process. Peers of a hand-off reach the pool of pages and nothing else (`handoff.rs`).
 
 mod calls;
 mod compiler;
@@ -22,12 +25,16 @@ mod handoff;
 mod kernels;
 mod linear;
 mod memory;
+mod nccl;
+mod one_shot;
 mod ops;
 mod pages;
 mod peer;
+mod ranks;
 mod step;
 mod tensor;
 mod upload;
+mod watch;
 mod weight;
 
 use std::cell::RefCell;
@@ -41,7 +48,7 @@ pub(crate) use peer::HANDLE_BYTES;
 pub use tensor::CudaTensor;
 pub use weight::CudaWeight;
 
-use self::calls::are_one;
+use self::calls::{are_one, rounds};
 use self::driver::{DevicePtr, Gpu, PinnedMemory};
 use self::flights::Flights;
 use self::graphs::Graphs;
@@ -49,19 +56,23 @@ use self::linear::{Linear, Product, ProductShape};
 use self::memory::{Buffer, Pool};
 use self::ops::{AttentionCall, Ops, Parts, Rotation};
 use self::pages::Pages;
+use self::ranks::Ranks;
+use self::tensor::Rounded;
 use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
 use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, PrefillRows, RopePairing, RopeTable, StepBatch, StepOutput, StepPass, StepWish,
-    TokenId, WeightDtype, WeightSource, e4m3,
+    PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch, StepOutput, StepPass,
+    StepWish, TokenId, WeightDtype, WeightSource, e4m3,
 };
 use crate::page::{Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
 const FEW_TOKENS_MAX: usize = 2;
-/// The same where weights are in 8 bits.
-const FEW_TOKENS_MAX_8_BIT: usize = 4;
+/// The same where weights are in 8 bits: beyond, it pays to round the activations too.
+const FEW_TOKENS_MAX_8_BIT: usize = 2;
+/// Columns of a row that the kernels round as they compute it, at most; `VECTORS_MAX` in `rms_norm.cu`, `HELD_MAX` in `elementwise.cu`.
+const ROUNDED_COLS_MAX: usize = 4 * 8 * 1024;
 /// A step of fewer rows leaves multiprocessors idle; beside decoding, 2,048 rows take some 50 ms of an 8B model.
 const PREFILL_ROWS: PrefillRows = PrefillRows {
     alone: 8192,
@@ -73,8 +84,9 @@ const ROWS_MAX: usize = 1 << 16;
 const NOT_FINITE: u32 = u32::MAX;
 /// Parts that a sequence's KV is divided into for decoding, at most.
 const SPLITS_MAX: usize = 32;
-/// Blocks of a decode kernel per multiprocessor that are enough to hide the memory's latency.
-const DECODE_BLOCKS_PER_PROCESSOR: usize = 3;
+/// Blocks of a decode kernel per multiprocessor, at most, where KV is divided: more of them hide no more of the memory's latency,
+/// and parts have to be put together again.
+const DECODE_BLOCKS_PER_PROCESSOR: usize = 2;
 
 /// One GPU as a device.
 #[derive(Debug)]
@@ -82,6 +94,8 @@ pub struct CudaBackend {
     /// What failed first.
     failure: RefCell<Option<BackendError>>,
     graphs: Graphs,
+    /// The other ranks' GPUs, where they have joined. Behind the recordings: these are dropped first.
+    ranks: Option<Ranks>,
     ops: RefCell<Ops>,
     linear: RefCell<Linear>,
     store: WeightStore,
@@ -106,8 +120,10 @@ impl Backend for CudaBackend {
     type Tensor = CudaTensor;
 
     fn capability(&self) -> BackendCapability {
+        let ranks = self.ranks.as_ref().map(Ranks::description);
+        let ranks = ranks.map_or_else(String::new, |ranks| format!("; {ranks}"));
         BackendCapability {
-            description: format!("cuda ({}, bfloat16)", self.gpu.name),
+            description: format!("cuda ({}, bfloat16{ranks})", self.gpu.name),
             host_pages: false,
             batch_invariant: false,
             runs_by_itself: true,
@@ -126,6 +142,40 @@ impl Backend for CudaBackend {
 
     fn page_device(&self) -> Option<usize> {
         Some(self.gpu.ordinal())
+    }
+
+    fn expect_ranks(&mut self) -> Result<(), BackendError> {
+        let opened = nccl::Nccl::open();
+        opened
+            .map(drop)
+            .map_err(|error| error.of("several ranks on gpus"))
+    }
+
+    fn join_ranks(&mut self, group: RankGroup<'_>) -> Result<bool, BackendError> {
+        self.ranks = Ranks::meet(&self.gpu, group)?;
+        Ok(self.ranks.is_some())
+    }
+
+    fn sum_over_ranks(&self, x: &mut CudaTensor) {
+        self.sum_of_ranks(x);
+    }
+
+    fn send_rows(&self, x: &CudaTensor, to: usize) {
+        self.send_to_rank(x, to);
+    }
+
+    fn receive_rows(&self, x: &mut CudaTensor, from: usize) {
+        self.receive_from_rank(x, from);
+    }
+
+    fn linear_over_ranks(
+        &self,
+        x: &CudaTensor,
+        weight: &CudaWeight,
+        columns: Range<usize>,
+        out: &mut CudaTensor,
+    ) {
+        self.product_of_ranks(x, weight, columns, out);
     }
 
     fn expect_weights(&mut self, elements: usize) -> Result<(), BackendError> {
@@ -192,6 +242,7 @@ impl Backend for CudaBackend {
                 wide: false,
                 offset,
                 buffer: whole.buffer.clone(),
+                rounded: None,
             };
             offset += cols;
             part
@@ -219,17 +270,20 @@ impl Backend for CudaBackend {
         wish: StepWish<'_>,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<Option<StepOutput>, BackendError> {
-        let out = graphs::run(self, batch, wish, pass)?;
-        // What failed meanwhile comes first.
-        self.check()?;
-        let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
-        begun.map_err(|error| error.of("beginning a step"))?;
-        Ok(None)
+        self.step_goes_on();
+        let begun = graphs::run(self, batch, wish, pass).and_then(|out| {
+            // What failed meanwhile comes first.
+            self.check()?;
+            let begun = self.take_off(out, batch.logit_rows.len(), wish.rows);
+            begun.map_err(|error| error.of("beginning a step"))
+        });
+        self.unless_lost(begun.map(|()| None))
     }
 
     fn finish_step(&mut self) -> Result<StepOutput, BackendError> {
         let landed = self.land_step();
-        landed.map_err(|error| error.of("reading results"))
+        self.step_ended();
+        self.unless_lost(landed.map_err(|error| error.of("reading results")))
     }
 
     fn warm_up(
@@ -237,7 +291,10 @@ impl Backend for CudaBackend {
         sequences_max: usize,
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<(), BackendError> {
-        graphs::warm_up(self, sequences_max, pass)
+        self.step_goes_on();
+        let warm = graphs::warm_up(self, sequences_max, pass);
+        self.step_ended();
+        self.unless_lost(warm)
     }
 
     fn embed(&self, table: &CudaWeight, tokens: &[TokenId], out: &mut CudaTensor) {
@@ -251,13 +308,48 @@ impl Backend for CudaBackend {
         }
         self.attempt("embed", || {
             let tokens = self.staging.of_words(&self.pool, tokens)?;
-            self.ops.borrow_mut().embed(table, tokens.address, out)
+            self.ops.borrow_mut().embed((table, 0), tokens.address, out)
         });
+    }
+
+    fn embed_part(
+        &self,
+        (table, held): (&CudaWeight, Range<usize>),
+        tokens: &[TokenId],
+        out: &mut CudaTensor,
+    ) {
+        assert_eq!(
+            (out.rows, out.cols),
+            (tokens.len(), table.cols),
+            "shape of out"
+        );
+        assert_eq!(held.len(), table.rows, "rows of the table");
+        self.attempt("embed", || {
+            let first = TokenId::try_from(held.start).expect("the vocabulary is bounded");
+            let tokens = self.staging.of_words(&self.pool, tokens)?;
+            let mut ops = self.ops.borrow_mut();
+            ops.embed((table, first), tokens.address, out)
+        });
+    }
+
+    fn dedicate(&self, x: &mut CudaTensor, weights: &[&CudaWeight]) {
+        if !rounds(x, weights) {
+            x.rounded = None;
+        } else if x.rounded.is_none() {
+            self.attempt("rounded activations", || {
+                x.rounded = Some(Arc::new(self.rounded(x)?));
+                Ok(())
+            });
+        }
     }
 
     fn rms_norm(&self, x: &CudaTensor, weight: &CudaWeight, epsilon: f32, out: &mut CudaTensor) {
         self.attempt("rms_norm", || {
-            self.ops.borrow_mut().rms_norm(x, weight, epsilon, out)
+            let mut ops = self.ops.borrow_mut();
+            match &out.rounded {
+                Some(to) => ops.norm_rounding((x, None), weight, epsilon, to),
+                None => ops.rms_norm(x, weight, epsilon, out),
+            }
         });
     }
 
@@ -270,7 +362,10 @@ impl Backend for CudaBackend {
     ) {
         self.attempt("add_rms_norm", || {
             let mut ops = self.ops.borrow_mut();
-            ops.add_rms_norm((x, y), weight, epsilon, out)
+            match &out.rounded {
+                Some(to) => ops.norm_rounding((x, Some(y)), weight, epsilon, to),
+                None => ops.add_rms_norm((x, y), weight, epsilon, out),
+            }
         });
     }
 
@@ -290,6 +385,7 @@ impl Backend for CudaBackend {
         assert_eq!((out.rows, out.cols), (x.rows, weight.rows), "shape of out");
         let bias_len = bias.map_or(weight.rows, |bias| bias.cols);
         assert_eq!(bias_len, weight.rows, "length of bias");
+        out.rounded = None;
         self.attempt("linear", || {
             self.product(x, (weight, bias), (out, weight.rows))
         });
@@ -306,6 +402,9 @@ impl Backend for CudaBackend {
             let cols: usize = outs.iter().map(|out| out.cols).sum();
             assert_eq!(rows, cols, "shapes of outs");
             self.attempt("linear", || self.product(x, weights[0], (outs[0], rows)));
+            for out in outs {
+                out.rounded = None;
+            }
             return;
         }
         for ((weight, bias), out) in weights.into_iter().zip(outs) {
@@ -321,7 +420,11 @@ impl Backend for CudaBackend {
 
     fn silu_mul(&self, gate: &mut CudaTensor, up: &CudaTensor) {
         self.attempt("silu_mul", || {
-            self.ops.borrow_mut().elementwise("silu_mul_bf16", gate, up)
+            let mut ops = self.ops.borrow_mut();
+            match &gate.rounded {
+                Some(to) => ops.silu_mul_rounding(gate, up, to),
+                None => ops.elementwise("silu_mul_bf16", gate, up),
+            }
         });
     }
 

@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::Duration;
 
-use super::{Collective, CollectiveError, RankNames};
+use super::{Collective, CollectiveError, Lifeline, RankNames};
 use crate::collective::doing::Doing;
 use crate::collective::sum::{Members, sum_in_order};
 use exchange::Links;
@@ -145,6 +145,14 @@ impl Collective for TcpGroup {
             }
         }
         Ok(())
+    }
+
+    fn peer_timeout(&self) -> Duration {
+        self.links.peer_timeout()
+    }
+
+    fn lifelines(&self) -> Vec<Lifeline> {
+        self.links.lifelines()
     }
 
     fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError> {

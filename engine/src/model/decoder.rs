@@ -12,8 +12,8 @@ use std::sync::Arc;
 use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
-    AttentionSpec, Backend, BackendError, BlockId, Carried, PrefillRows, RowWish, StepBatch,
-    StepOutput, StepWish, WeightDtype,
+    AttentionSpec, Backend, BackendError, BlockId, Carried, PrefillRows, RankGroup, RowWish,
+    StepBatch, StepOutput, StepWish, WeightDtype,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
@@ -23,10 +23,13 @@ use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::load::LoadProgress;
 use crate::model::micro;
 use crate::model::peers::Peers;
-use crate::model::shard::Shard;
+use crate::model::shard::{Grid, Shard};
 use crate::model::weights::{DecoderWeights, LayerWeights, Linear, Slot};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
+
+/// What a device's library takes to reach those of other ranks, once they have joined; generous.
+const JOINING_BYTES: u64 = 1 << 30;
 
 /// A decoder on its backend, or the part of one that a rank holds.
 #[derive(Debug)]
@@ -105,15 +108,33 @@ impl<B: Backend> Decoder<B> {
         let heads = config.heads + 2 * config.kv_heads;
         let per_token = 2 * config.ffn_width + 4 * config.width + 2 * heads * config.head_dim;
         let (tokens, sequences) = (options.max_num_tokens, options.max_batch_size);
-        let per_sequence = 4 * (config.vocab + config.width);
+        // Every rank of a stage may have whole logits.
+        let per_sequence = 4 * (self.shape.vocab + config.width);
         let activations = 2 * per_token as u64 * u64::from(tokens);
         let results = per_sequence as u64 * u64::from(sequences.min(tokens));
-        Some(free.saturating_sub(activations + results))
+        let alone = self.part.shard.place.grid == Grid::ALONE;
+        let joining = if alone { 0 } else { JOINING_BYTES };
+        Some(free.saturating_sub(activations + results + joining))
     }
 
     /// Joins the other ranks, whose shards these are. From now on all of them make each step together.
-    pub(crate) fn join(&mut self, collective: Box<dyn Collective>, shards: &[Shard]) {
-        self.part.peers = Some(Peers::new(collective, shards));
+    pub(crate) fn join(
+        &mut self,
+        mut collective: Box<dyn Collective>,
+        shards: &[Shard],
+    ) -> Result<(), BackendError> {
+        let devices = self.backend.join_ranks(RankGroup {
+            collective: collective.as_mut(),
+            tensor: self.part.shard.place.grid.tensor,
+        })?;
+        self.part.peers = Some(Peers::new(collective, shards, devices));
+        Ok(())
+    }
+
+    /// Whether a step needs nothing of other hosts once all have begun it. Then every rank gets its whole logits.
+    fn steps_alone(&self) -> bool {
+        let peers = self.part.peers.as_ref();
+        peers.is_none_or(Peers::step_by_themselves)
     }
 
     /// The ranks that were joined.
@@ -127,17 +148,17 @@ impl<B: Backend> Decoder<B> {
 
     /// What is wanted of a batch that is not empty, where this rank has it.
     fn step(&mut self, batch: &StepBatch, rows: &[RowWish]) -> Result<StepOutput, BackendError> {
-        let Self { backend, part, .. } = self;
         let wish = StepWish {
-            // Talk with other ranks is not the same from step to step.
-            repeatable: part.peers.is_none(),
+            // Talk with other hosts is not the same from step to step.
+            repeatable: self.steps_alone(),
             rows,
             carried: &[],
         };
+        let Self { backend, part, .. } = self;
         backend.step(batch, wish, &mut |backend, batch| part.pass(backend, batch))
     }
 
-    /// What a step gave on a rank that is alone.
+    /// What a step gave on a rank that has all of it.
     fn whole_logits(&self, out: StepOutput) -> Logits {
         Logits {
             values: out.values,
@@ -231,6 +252,7 @@ impl<B: Backend> DecoderPart<B> {
                 let rows = self.shard.vocab.clone();
                 embed(backend, (table, rows), peers, &batch.tokens, &mut x)?;
             }
+            (None, Some(peers)) if peers.devices() => backend.receive_rows(&mut x, peers.before()),
             (None, Some(peers)) => on_host(backend, &mut x, |values| peers.take_over(values))?,
             (None, None) => unreachable!("a rank that is alone has the embedding"),
         }
@@ -240,9 +262,11 @@ impl<B: Backend> DecoderPart<B> {
     /// The residual stream goes on to the next stage.
     fn leave(&mut self, backend: &B, x: &B::Tensor) -> Result<(), BackendError> {
         match &mut self.peers {
-            Some(peers) => Ok(peers.pass_on(&backend.to_host(x))?),
+            Some(peers) if peers.devices() => backend.send_rows(x, peers.next()),
+            Some(peers) => peers.pass_on(&backend.to_host(x))?,
             None => unreachable!("a rank that is alone is the last stage"),
         }
+        Ok(())
     }
 
     /// Logits `[R, V]` of the final hidden state `x [R, E]`, to which the last layer's result is still to be added.
@@ -261,8 +285,18 @@ impl<B: Backend> DecoderPart<B> {
         backend.add_rms_norm((x, last), norm, config.rms_epsilon, &mut normed);
         let head = weights.lm_head.as_ref().or(weights.embedding.as_ref());
         let head = head.expect("the last stage has an output projection");
-        let mut logits = backend.wide_tensor(rows, config.vocab);
-        backend.linear(&normed, head, None, &mut logits);
+        let whole = self
+            .peers
+            .as_ref()
+            .filter(|peers| peers.step_by_themselves());
+        let mut logits = backend.wide_tensor(rows, whole.map_or(config.vocab, Peers::vocab));
+        match whole {
+            Some(_) => {
+                let columns = self.shard.vocab.clone();
+                backend.linear_over_ranks(&normed, head, columns, &mut logits);
+            }
+            None => backend.linear(&normed, head, None, &mut logits),
+        }
         logits
     }
 }
@@ -315,12 +349,13 @@ impl<B: Backend> Pass<B> {
             mixed,
         } = self;
         let (norm, epsilon) = (&layer.attention_norm, config.rms_epsilon);
+        let projections = [&layer.query, &layer.key, &layer.value];
+        backend.dedicate(normed, &projections.map(|projection| &projection.weight));
         match before {
             Some(before) => backend.add_rms_norm((x, before), norm, epsilon, normed),
             None => backend.rms_norm(x, norm, epsilon, normed),
         }
-        let projections = [&layer.query, &layer.key, &layer.value].map(Linear::both);
-        backend.linears(normed, projections, [q, k, v]);
+        backend.linears(normed, projections.map(Linear::both), [q, k, v]);
         if let Some(norm) = &layer.query_norm {
             backend.head_norm(q, norm, config.rms_epsilon);
         }
@@ -379,9 +414,11 @@ impl<B: Backend> Tail<B> {
         linear(backend, mixed, &layer.output, projected);
         sum(backend, peers, projected)?;
         let epsilon = config.rms_epsilon;
+        let widening = [&layer.gate, &layer.up];
+        backend.dedicate(normed, &widening.map(|projection| &projection.weight));
         backend.add_rms_norm((x, projected), &layer.ffn_norm, epsilon, normed);
-        let widening = [&layer.gate, &layer.up].map(Linear::both);
-        backend.linears(normed, widening, [&mut *gate, &mut *up]);
+        backend.linears(normed, widening.map(Linear::both), [&mut *gate, &mut *up]);
+        backend.dedicate(gate, &[&layer.down.weight]);
         backend.silu_mul(gate, up);
         linear(backend, gate, &layer.down, projected);
         sum(backend, peers, projected)
@@ -399,6 +436,10 @@ pub(super) fn sum<B: Backend>(
     x: &mut B::Tensor,
 ) -> Result<(), BackendError> {
     match peers {
+        Some(peers) if peers.sums() && peers.devices() => {
+            backend.sum_over_ranks(x);
+            Ok(())
+        }
         Some(peers) if peers.sums() => on_host(backend, x, |values| peers.sum(values)),
         _ => Ok(()),
     }
@@ -469,7 +510,7 @@ impl<B: Backend> Model for Decoder<B> {
         let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
         let mut out = StepOutput::default();
         // A part of a row does not tell its token.
-        let alone = self.part.peers.is_none();
+        let alone = self.steps_alone();
         let wishes = if alone { wishes } else { &[] };
         if rows > 0 {
             for cut in micro::cuts(rows, self.part.shard.place.grid.pipeline) {
@@ -482,8 +523,8 @@ impl<B: Backend> Model for Decoder<B> {
             }
         }
         let values = match &mut self.part.peers {
-            Some(peers) => peers.collect_logits(out.values, batch.logit_rows.len())?,
-            None => out.values,
+            Some(peers) if !alone => peers.collect_logits(out.values, batch.logit_rows.len())?,
+            _ => out.values,
         };
         Ok(Logits {
             values,
@@ -493,7 +534,7 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn warm_up(&mut self, sequences_max: usize) -> Result<(), BackendError> {
-        if self.part.peers.is_some() {
+        if !self.steps_alone() {
             return Ok(());
         }
         let Self { backend, part, .. } = self;
@@ -502,7 +543,7 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn runs_by_itself(&self) -> bool {
-        self.part.peers.is_none() && self.backend.capability().runs_by_itself
+        self.steps_alone() && self.backend.capability().runs_by_itself
     }
 
     fn begin(
@@ -511,7 +552,7 @@ impl<B: Backend> Model for Decoder<B> {
         wishes: &[RowWish],
         carried: &[Carried],
     ) -> Result<Option<Logits>, BackendError> {
-        if self.part.peers.is_some() || batch.tokens.is_empty() {
+        if !self.steps_alone() || batch.tokens.is_empty() {
             return self.forward_choosing(batch, wishes).map(Some);
         }
         let Self { backend, part, .. } = self;

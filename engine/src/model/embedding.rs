@@ -19,18 +19,6 @@ pub(super) fn embed<B: Backend>(
         backend.embed(table, tokens, out);
         return Ok(());
     }
-    let own = |token: TokenId| held.contains(&(token as usize));
-    let first = TokenId::try_from(held.start).expect("the vocabulary is bounded");
-    let local: Vec<TokenId> = tokens
-        .iter()
-        .map(|&token| if own(token) { token - first } else { 0 })
-        .collect();
-    backend.embed(table, &local, out);
-    backend.on_host(out, &mut |values| {
-        let cols = values.len() / tokens.len();
-        let rows = values.chunks_exact_mut(cols).zip(tokens);
-        rows.filter(|&(_, &token)| !own(token))
-            .for_each(|(row, _)| row.fill(0.0));
-    });
+    backend.embed_part((table, held), tokens, out);
     sum(backend, peers, out)
 }

@@ -19,6 +19,8 @@ const MESSAGE_BYTES_MAX: usize = 4 << 20;
 pub(crate) struct Peers {
     pub(crate) collective: Box<dyn Collective>,
     place: Place,
+    /// Whether the devices have joined, so that rows and sums do not pass through the host.
+    devices: bool,
     /// The rows of the vocabulary that each rank of the last stage holds.
     vocab: Vec<Range<usize>>,
     /// The last message.
@@ -26,14 +28,15 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    /// `shards` are those of all ranks, in their order.
-    pub(crate) fn new(collective: Box<dyn Collective>, shards: &[Shard]) -> Self {
+    /// `shards` are those of all ranks, in their order; `devices` says whether their devices have joined.
+    pub(crate) fn new(collective: Box<dyn Collective>, shards: &[Shard], devices: bool) -> Self {
         assert_eq!(collective.size(), shards.len(), "a rank for every shard");
         let place = shards[collective.rank()].place;
         let last = &shards[place.last_stage()];
         Self {
             collective,
             place,
+            devices,
             vocab: last.iter().map(|shard| shard.vocab.clone()).collect(),
             message: Vec::new(),
         }
@@ -44,6 +47,31 @@ impl Peers {
         self.place.grid.tensor > 1
     }
 
+    /// Whether the devices sum and hand over rows by themselves.
+    pub(crate) const fn devices(&self) -> bool {
+        self.devices
+    }
+
+    /// Whether a step needs no host but to be begun: the devices of one stage have joined.
+    pub(crate) const fn step_by_themselves(&self) -> bool {
+        self.devices && self.place.grid.pipeline == 1
+    }
+
+    /// `V`.
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab.last().map_or(0, |range| range.end)
+    }
+
+    /// The rank of the next stage that this one's rows go to.
+    pub(crate) const fn next(&self) -> usize {
+        self.place.rank() + self.place.grid.tensor
+    }
+
+    /// The rank of the stage before that this one's rows come from.
+    pub(crate) const fn before(&self) -> usize {
+        self.place.rank() - self.place.grid.tensor
+    }
+
     /// Sums over the ranks of this stage.
     pub(crate) fn sum(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
         self.collective.all_reduce_sum(self.place.stage(), values)
@@ -51,12 +79,12 @@ impl Peers {
 
     /// Hands rows to the next stage.
     pub(crate) fn pass_on(&mut self, values: &[f32]) -> Result<(), CollectiveError> {
-        self.send(self.place.rank() + self.place.grid.tensor, values)
+        self.send(self.next(), values)
     }
 
     /// Takes rows from the stage before.
     pub(crate) fn take_over(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
-        self.receive(self.place.rank() - self.place.grid.tensor, values)
+        self.receive(self.before(), values)
     }
 
     /// Puts the last stage's logits together on rank 0; empty on the others. `part` are this rank's, `[R, V of this
@@ -76,7 +104,7 @@ impl Peers {
             }
             return Ok(Vec::new());
         }
-        let vocab = self.vocab.last().map_or(0, |range| range.end);
+        let vocab = self.vocab();
         let mut whole = vec![0.0; rows * vocab];
         let mut received = part;
         for (index, from) in self.place.last_stage().enumerate() {

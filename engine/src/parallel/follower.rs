@@ -11,8 +11,8 @@ use baton_configs::transceiver::TransceiverConfig;
 
 use super::ParallelError;
 use super::model::{ACCEPTED, REFUSED};
-use super::order::Order;
-use crate::backend::{Backend, BackendError, BlockId};
+use super::order::{Order, Step};
+use crate::backend::{Backend, BackendError, BlockId, RowWish};
 use crate::handoff::{
     Fetch, Handoff, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer, RankOrder,
     RanksEvent,
@@ -60,7 +60,7 @@ pub(crate) fn follow<B: Backend>(
     own: &Follower<'_>,
 ) -> Result<(), ParallelError> {
     let mut message = Vec::new();
-    let mut hands = None;
+    let (mut hands, mut steps) = (None, Steps::default());
     loop {
         decoder.collective().broadcast(&mut message)?;
         if own.stop.load(Ordering::Relaxed) {
@@ -72,16 +72,18 @@ pub(crate) fn follow<B: Backend>(
             hands.as_ref().map_or(Ok(()), Hands::check)?;
         }
         match order {
-            Order::Step(batch) => drop(decoder.forward(&batch)?),
-            Order::Ping => answer(decoder, b"")?,
+            Order::Step(step) => steps.take(decoder, &step)?,
+            Order::WarmUp(sequences_max) => {
+                let warm = decoder.warm_up(sequences_max);
+                answer_for(decoder, warm)?;
+            }
+            Order::Ping => {
+                steps.finish(decoder)?;
+                answer(decoder, b"")?;
+            }
             Order::Allocate { page, block_count } => {
-                match decoder.allocate_pages(own.shard.page(page), block_count) {
-                    Ok(()) => answer(decoder, b"")?,
-                    Err(error) => {
-                        answer(decoder, error.to_string().as_bytes())?;
-                        return Err(error.into());
-                    }
-                }
+                let made = decoder.allocate_pages(own.shard.page(page), block_count);
+                answer_for(decoder, made)?;
             }
             Order::JoinHandoff { page, terms } => {
                 hands = Some(join(decoder, own, page, &terms)?);
@@ -94,7 +96,7 @@ pub(crate) fn follow<B: Backend>(
                 let hands = hands.as_mut().ok_or_else(no_hands)?;
                 decoder.return_pages(hands.take(&blocks)?)?;
             }
-            Order::Goodbye => return Ok(()),
+            Order::Goodbye => return Ok(steps.finish(decoder)?),
         }
     }
 }
@@ -110,6 +112,61 @@ fn no_hands() -> ParallelError {
 /// Answers rank 0: nothing when all is well.
 fn answer<B: Backend>(decoder: &mut Decoder<B>, bytes: &[u8]) -> Result<(), BackendError> {
     Ok(decoder.collective().send(0, bytes)?)
+}
+
+/// Tells rank 0 what came of something.
+fn answer_for<B: Backend>(
+    decoder: &mut Decoder<B>,
+    outcome: Result<(), BackendError>,
+) -> Result<(), ParallelError> {
+    let text = outcome.as_ref().err().map(ToString::to_string);
+    answer(decoder, text.unwrap_or_default().as_bytes())?;
+    Ok(outcome?)
+}
+
+/// Steps that go on by themselves: the next order is heard meanwhile.
+#[derive(Debug, Default)]
+struct Steps {
+    under_way: usize,
+}
+
+impl Steps {
+    /// As many as rank 0 has under way.
+    const MAX: usize = 2;
+
+    /// Does this rank's part of a step, or begins it.
+    fn take<B: Backend>(
+        &mut self,
+        decoder: &mut Decoder<B>,
+        step: &Step<'_>,
+    ) -> Result<(), BackendError> {
+        if !decoder.runs_by_itself() {
+            return decoder.forward(&step.batch).map(drop);
+        }
+        if self.under_way == Self::MAX {
+            self.under_way -= 1;
+            decoder.finish()?;
+        }
+        // Nobody reads logits here, but every rank chooses, and goes on with what it has chosen.
+        let mut wishes = step.wishes.to_vec();
+        wishes.resize(step.batch.logit_rows.len(), RowWish::Best);
+        for wish in &mut wishes {
+            if *wish == RowWish::Logits {
+                *wish = RowWish::Best;
+            }
+        }
+        let begun = decoder.begin(&step.batch, &wishes, &step.carried)?;
+        self.under_way += usize::from(begun.is_none());
+        Ok(())
+    }
+
+    /// Waits for all that is under way.
+    fn finish<B: Backend>(&mut self, decoder: &mut Decoder<B>) -> Result<(), BackendError> {
+        for _ in 0..std::mem::take(&mut self.under_way) {
+            decoder.finish()?;
+        }
+        Ok(())
+    }
 }
 
 /// Starts this rank's transceiver and tells rank 0 how it is reached, or why there is none.

@@ -6,8 +6,8 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::order::Order;
-use crate::backend::{Backend, BackendError, BlockId, PrefillRows, StepBatch};
+use super::order::{Order, Step};
+use crate::backend::{Backend, BackendError, BlockId, Carried, PrefillRows, RowWish, StepBatch};
 use crate::collective::{CollectiveError, RankNames};
 use crate::handoff::RankOrder;
 use crate::model::decoder::Decoder;
@@ -76,6 +76,21 @@ impl<B: Backend> ParallelModel<B> {
         self.in_touch = true;
         self.ordered = Instant::now();
         Ok(done)
+    }
+
+    /// The order for a step. Only ranks that choose tokens by themselves need to know how.
+    fn step<'a>(
+        &self,
+        batch: &'a StepBatch,
+        wishes: &'a [RowWish],
+        carried: &'a [Carried],
+    ) -> Order<'a> {
+        let wishes = if self.runs_by_itself() { wishes } else { &[] };
+        Order::Step(Step {
+            batch: Cow::Borrowed(batch),
+            wishes: Cow::Borrowed(wishes),
+            carried: Cow::Borrowed(carried),
+        })
     }
 
     /// Every other rank's answer: nothing, or why it cannot.
@@ -154,9 +169,49 @@ impl<B: Backend> Model for ParallelModel<B> {
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {
-        self.together(&Order::Step(Cow::Borrowed(batch)), |model| {
-            model.decoder.forward(batch)
+        self.forward_choosing(batch, &[])
+    }
+
+    fn forward_choosing(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+    ) -> Result<Logits, BackendError> {
+        self.together(&self.step(batch, wishes, &[]), |model| {
+            model.decoder.forward_choosing(batch, wishes)
         })
+    }
+
+    fn warm_up(&mut self, sequences_max: usize) -> Result<(), BackendError> {
+        if !self.runs_by_itself() {
+            return Ok(());
+        }
+        self.together(&Order::WarmUp(sequences_max), |model| {
+            model.decoder.warm_up(sequences_max)?;
+            model.answers()
+        })
+    }
+
+    fn runs_by_itself(&self) -> bool {
+        self.decoder.runs_by_itself()
+    }
+
+    fn begin(
+        &mut self,
+        batch: &StepBatch,
+        wishes: &[RowWish],
+        carried: &[Carried],
+    ) -> Result<Option<Logits>, BackendError> {
+        self.together(&self.step(batch, wishes, carried), |model| {
+            model.decoder.begin(batch, wishes, carried)
+        })
+    }
+
+    fn finish(&mut self) -> Result<Logits, BackendError> {
+        let in_touch = std::mem::replace(&mut self.in_touch, false);
+        let logits = self.decoder.finish()?;
+        self.in_touch = in_touch;
+        Ok(logits)
     }
 
     fn share_pages(&mut self, blocks: &[BlockId]) -> Result<Vec<Arc<Page>>, BackendError> {

@@ -3,16 +3,18 @@
 
 use std::borrow::Cow;
 
-use crate::backend::{BlockId, SequenceSpan, StepBatch};
+use crate::backend::{BlockId, Carried, Draw, RowWish, SequenceSpan, StepBatch};
 use crate::handoff::RankOrder;
 use crate::page::{KvDtype, PageShape};
 use crate::request::RequestId;
 
 /// Something that all ranks of an instance do at the same time.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Order<'a> {
     /// One forward pass.
-    Step(Cow<'a, StepBatch>),
+    Step(Step<'a>),
+    /// Make ready what steps of up to so many sequences need. Answered.
+    WarmUp(usize),
     /// Answer, so that rank 0 knows that you are there.
     Ping,
     /// Make your pool: as many pages as this, each your part of a page of this shape. Answered.
@@ -30,12 +32,23 @@ pub(crate) enum Order<'a> {
     Goodbye,
 }
 
+/// One forward pass, and what follows from it where devices go on by themselves: every rank chooses the same tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Step<'a> {
+    pub(crate) batch: Cow<'a, StepBatch>,
+    /// As in [`crate::backend::StepWish`].
+    pub(crate) wishes: Cow<'a, [RowWish]>,
+    /// As in [`crate::backend::StepWish`].
+    pub(crate) carried: Cow<'a, [Carried]>,
+}
+
 /// Bytes that are no order; says why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not an order: {0}")]
 pub(crate) struct OrderError(&'static str);
 
 const STEP: u8 = 1;
+const WARM_UP: u8 = 13;
 const PING: u8 = 2;
 const ALLOCATE: u8 = 3;
 const JOIN_HANDOFF: u8 = 4;
@@ -53,9 +66,15 @@ impl Order<'_> {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
         match self {
-            Self::Step(batch) => {
+            Self::Step(step) => {
                 out.byte(STEP);
-                out.step(batch);
+                out.step(&step.batch);
+                out.wishes(&step.wishes);
+                out.carried(&step.carried);
+            }
+            Self::WarmUp(sequences_max) => {
+                out.byte(WARM_UP);
+                out.number(*sequences_max as u64);
             }
             Self::Ping => out.byte(PING),
             Self::Allocate { page, block_count } => {
@@ -82,7 +101,15 @@ impl Order<'_> {
     pub(crate) fn decode(message: &[u8]) -> Result<Order<'static>, OrderError> {
         let mut from = Reader(message);
         let order = match from.byte()? {
-            STEP => Order::Step(Cow::Owned(from.step()?)),
+            STEP => {
+                let batch = from.step()?;
+                Order::Step(Step {
+                    wishes: Cow::Owned(from.wishes(&batch)?),
+                    carried: Cow::Owned(from.carried(&batch)?),
+                    batch: Cow::Owned(batch),
+                })
+            }
+            WARM_UP => Order::WarmUp(from.size()?),
             PING => Order::Ping,
             ALLOCATE => Order::Allocate {
                 block_count: from.size()?,
@@ -222,6 +249,32 @@ impl Writer {
         }));
     }
 
+    fn wishes(&mut self, wishes: &[RowWish]) {
+        self.number(wishes.len() as u64);
+        for wish in wishes {
+            match wish {
+                RowWish::Logits => self.byte(LOGITS),
+                RowWish::Best => self.byte(BEST),
+                RowWish::Draw(draw) => {
+                    self.byte(DRAW);
+                    for value in [draw.temperature, draw.top_p, draw.min_p] {
+                        self.0.extend(value.to_le_bytes());
+                    }
+                    self.0.extend(draw.top_k.to_le_bytes());
+                    self.0.extend(draw.uniform.to_le_bytes());
+                }
+            }
+        }
+    }
+
+    fn carried(&mut self, carried: &[Carried]) {
+        self.number(carried.len() as u64);
+        for &Carried { row, from } in carried {
+            self.number(row as u64);
+            self.number(from as u64);
+        }
+    }
+
     fn page(&mut self, page: &PageShape) {
         for size in [
             page.layers,
@@ -239,6 +292,10 @@ impl Writer {
         });
     }
 }
+
+const LOGITS: u8 = 0;
+const BEST: u8 = 1;
+const DRAW: u8 = 2;
 
 const SHORT: OrderError = OrderError("it is cut short");
 const RANGE: OrderError = OrderError("a number is out of range");
@@ -373,6 +430,45 @@ impl Reader<'_> {
             batch.logit_rows.push(last);
         }
         Ok(batch)
+    }
+
+    fn wishes(&mut self, batch: &StepBatch) -> Result<Vec<RowWish>, OrderError> {
+        let count = self.count()?;
+        if count != 0 && count != batch.logit_rows.len() {
+            return Err(OrderError("its wishes are not one for each row of logits"));
+        }
+        let wish = |from: &mut Self| {
+            Ok(match from.byte()? {
+                LOGITS => RowWish::Logits,
+                BEST => RowWish::Best,
+                DRAW => RowWish::Draw(Draw {
+                    temperature: f32::from_le_bytes(from.array()?),
+                    top_p: f32::from_le_bytes(from.array()?),
+                    min_p: f32::from_le_bytes(from.array()?),
+                    top_k: u32::from_le_bytes(from.array()?),
+                    uniform: f64::from_le_bytes(from.array()?),
+                }),
+                _ => return Err(OrderError("a wish is unknown")),
+            })
+        };
+        (0..count).map(|_| wish(self)).collect()
+    }
+
+    fn carried(&mut self, batch: &StepBatch) -> Result<Vec<Carried>, OrderError> {
+        let carried = |from: &mut Self| {
+            let (row, from) = (from.size()?, from.size()?);
+            if row >= batch.tokens.len() {
+                return Err(OrderError("a token is carried to a row that is not there"));
+            }
+            Ok(Carried { row, from })
+        };
+        (0..self.count()?).map(|_| carried(self)).collect()
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], OrderError> {
+        let (&bytes, rest) = self.0.split_first_chunk().ok_or(SHORT)?;
+        self.0 = rest;
+        Ok(bytes)
     }
 
     fn page(&mut self) -> Result<PageShape, OrderError> {

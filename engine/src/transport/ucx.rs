@@ -208,6 +208,10 @@ impl Ucx {
     }
 }
 
+/// Why a peer is left to another transport; see `PREFERRED` in `context.rs`.
+const TCP_ALONE: &str = "UCX has only TCP to the peer (UCX_TLS?), where it ends the process whose reader leaves meanwhile; \
+    backend TCP carries KV over the same network without that";
+
 /// Memory with a random content, by which peers know that they read from the right process. Not UCX's own, so that it is
 /// read by a get, which the process has to answer on some wires.
 fn made_probe() -> io::Result<([u8; PROBE_BYTES], Arc<Arena>)> {
@@ -320,7 +324,14 @@ impl Fabric for Ucx {
                 detail: other.to_string(),
             },
         })?;
-        let wire = wire::described(connection.description().as_deref());
+        let description = connection.description();
+        if wire::is_tcp_alone(description.as_deref()) {
+            return Err(FabricError::Unreachable {
+                fabric: UCX,
+                detail: TCP_ALONE.to_owned(),
+            });
+        }
+        let wire = wire::described(description.as_deref());
         tracing::debug!(version = self.context.version(), wire, "UCX reaches a peer");
         *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
         Ok(Box::new(UcxPeer {

@@ -58,6 +58,17 @@ fn what_is_limited_already_stays() {
 }
 
 #[test]
+fn more_ranks_than_devices_are_refused() {
+    let seen = |list: &str| Environment::from_pairs([(DEVICES, list)]);
+    assert_eq!(check_devices(&seen("0,1"), 2), Ok(()));
+    let refused = check_devices(&seen("0,1"), 4).unwrap_err();
+    assert_eq!((refused.ranks, refused.devices), (4, 2));
+    assert!(refused.to_string().contains("each of 4 ranks"), "{refused}");
+    // Nothing is known of a machine without devices.
+    assert_eq!(check_devices(&seen(""), 4), Ok(()));
+}
+
+#[test]
 fn no_device_is_none() {
     for list in ["", "-1", "NoDevFiles", "void"] {
         assert_eq!(device_of(0, 2, list, false), None, "{list}");

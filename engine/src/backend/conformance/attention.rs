@@ -295,6 +295,8 @@ pub(crate) fn large_heads_match_the_reference<B: Backend>(backend: &mut B) {
         (Case::new(8, 1, 64, 16), 260),
         (Case::new(20, 1, 128, 32), 150),
         (Case::new(1, 2, 128, 64), 129),
+        (Case::new(2, 1, 128, 256), 300),
+        (Case::new(2, 1, 128, 20), 270),
     ];
     for (case, len) in cases {
         for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::Fp8] {
@@ -327,6 +329,7 @@ pub(crate) fn attention_ignores_what_pages_held_before<B: Backend>(backend: &mut
         (Case::new(2, 1, 16, 16), KvDtype::F32),
         (Case::new(4, 2, 64, 16), KvDtype::F16),
         (Case::new(4, 1, 128, 32), KvDtype::Bf16),
+        (Case::new(4, 1, 128, 32), KvDtype::Fp8),
         (Case::new(4, 1, 64, 32), KvDtype::Fp8),
     ] {
         let case = case.with(dtype, None);

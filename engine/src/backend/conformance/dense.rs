@@ -104,33 +104,38 @@ pub(crate) fn linear_of_stored_formats_matches_the_reference<B: Backend>(backend
 /// sum, and that is relative to the largest.
 const TOLERANCE_8_BIT: f64 = 0.06;
 
+/// Noise in 8 bits, with one scale or one for each row, and its values.
+fn stored_in_8_bits(rows: usize, cols: usize, each_row: bool) -> (WeightSource, Vec<f32>) {
+    let scales: Vec<f32> = (0..if each_row { rows } else { 1 })
+        .map(|row| 0.01 + 0.001 * (row % 7) as f32)
+        .collect();
+    let bytes: Vec<u8> = noise(9, rows * cols)
+        .iter()
+        .map(|value| e4m3::encode(value * 400.0))
+        .collect();
+    let values = e4m3::decode_rows(&bytes, rows, &scales);
+    let source = WeightSource {
+        name: "narrow".to_owned(),
+        rows,
+        cols,
+        dtype: WeightDtype::F8E4m3,
+        bytes: WeightBytes::Owned(bytes.into()),
+        scales: Some(scales.into()),
+    };
+    (source, values)
+}
+
 pub(crate) fn linear_of_8_bit_weights_matches_the_reference<B: Backend>(backend: &mut B) {
     let exact = backend.capability().activations == ActivationDtype::F32;
     let allowed = if exact { TOLERANCE } else { TOLERANCE_8_BIT };
     backend.expect_weights(1 << 22).expect("little memory");
-    for (rows, cols) in [(2, 16), (33, 48), (96, 512), (64, 4096)] {
+    for (rows, cols) in [(2, 16), (33, 48), (96, 512), (64, 4096), (4608, 256)] {
         for each_row in [false, true] {
-            let scales: Vec<f32> = (0..if each_row { rows } else { 1 })
-                .map(|row| 0.01 + 0.001 * (row % 7) as f32)
-                .collect();
-            let noise = noise(9, rows * cols);
-            let bytes: Vec<u8> = noise
-                .iter()
-                .map(|value| e4m3::encode(value * 400.0))
-                .collect();
-            let values = e4m3::decode_rows(&bytes, rows, &scales);
-            let source = WeightSource {
-                name: "narrow".to_owned(),
-                rows,
-                cols,
-                dtype: WeightDtype::F8E4m3,
-                bytes: WeightBytes::Owned(bytes.into()),
-                scales: Some(scales.into()),
-            };
+            let (source, values) = stored_in_8_bits(rows, cols, each_row);
             let weight = backend.load_weight(source).expect("sizes fit");
             let bias_values = noise_of(backend, 3, rows);
             let bias = plain(backend, rows, &bias_values);
-            for tokens in [1, 2, 4, 5, 17, 66] {
+            for tokens in [1, 2, 3, 8, 9, 16, 17, 32, 33, 66] {
                 let x = noise_of(backend, tokens as u64, tokens * cols);
                 let what = format!("[{rows}, {cols}] with {tokens} tokens");
                 let found = run(backend, (&x, cols), &weight, None, rows);
@@ -139,6 +144,43 @@ pub(crate) fn linear_of_8_bit_weights_matches_the_reference<B: Backend>(backend:
                 let expected = product(&x, &values, Some(&bias_values), cols);
                 assert_close(&found, &expected, allowed, &what);
             }
+        }
+    }
+}
+
+/// What is computed for products alone gives the same products, to the last bit, though it may be rounded earlier.
+pub(crate) fn dedicated_rows_give_the_same_products<B: Backend>(backend: &mut B) {
+    backend.expect_weights(1 << 22).expect("little memory");
+    for (rows, cols) in [(33, 48), (96, 512), (64, 4096), (16, 14_336)] {
+        let (source, _) = stored_in_8_bits(rows, cols, true);
+        let weight = backend.load_weight(source).expect("sizes fit");
+        let values = noise_of(backend, 1, cols);
+        let norm = plain(backend, cols, &values);
+        for tokens in [0, 1, 3, 17, 70] {
+            let [x, y] = [2, 3].map(|seed| noise_of(backend, seed, tokens * cols));
+            let products = |backend: &mut B, dedicated: bool| {
+                let weights: &[&B::Weight] = if dedicated { &[&weight] } else { &[] };
+                let mut out = backend.tensor(tokens, rows);
+                let mut found = Vec::new();
+                let mut normed = backend.tensor(tokens, cols);
+                let (mut x, y) = (upload(backend, cols, &x), upload(backend, cols, &y));
+                backend.dedicate(&mut normed, weights);
+                backend.rms_norm(&x, &norm, 1e-5, &mut normed);
+                backend.linear(&normed, &weight, None, &mut out);
+                found.extend(backend.to_host(&out));
+                backend.add_rms_norm((&mut x, &y), &norm, 1e-5, &mut normed);
+                backend.linear(&normed, &weight, None, &mut out);
+                found.extend(backend.to_host(&out));
+                found.extend(backend.to_host(&x));
+                backend.dedicate(&mut x, weights);
+                backend.silu_mul(&mut x, &y);
+                backend.linear(&x, &weight, None, &mut out);
+                found.extend(backend.to_host(&out));
+                found
+            };
+            let (found, expected) = (products(backend, true), products(backend, false));
+            let what = format!("[{rows}, {cols}] with {tokens} tokens");
+            assert_same_bits(&found, &expected, &what);
         }
     }
 }

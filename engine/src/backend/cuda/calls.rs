@@ -15,6 +15,7 @@ impl CudaBackend {
         Ok(Self {
             failure: RefCell::default(),
             graphs: Graphs::default(),
+            ranks: None,
             ops: RefCell::new(Ops::new(&gpu)?),
             linear: RefCell::new(Linear::open(&gpu)?),
             store: WeightStore::default(),
@@ -53,6 +54,7 @@ impl CudaBackend {
             wide,
             offset: 0,
             buffer: None,
+            rounded: None,
         };
         self.attempt("activations", || {
             tensor.buffer = Some(take(rows * cols * tensor.element_bytes())?);
@@ -122,6 +124,8 @@ impl CudaBackend {
         assert_eq!(x.cols, weight.cols, "columns of x and weight");
         assert_eq!(x.rows, out.rows, "rows of x and out");
         assert!(!x.wide, "x has the activations' type");
+        let in_8_bits = weight.scales().is_some();
+        assert!(x.rounded.is_none() || in_8_bits, "x is for other weights");
         if x.rows == 0 || rows == 0 {
             return Ok(());
         }
@@ -147,10 +151,10 @@ impl CudaBackend {
         if !few && self.linear.borrow_mut().run(&product)? {
             return Ok(());
         }
-        self.ops.borrow_mut().linear(&product)
+        self.ops.borrow_mut().linear(&product, None)
     }
 
-    /// The same with a weight in 8 bits. The library wants x in 8 bits as well.
+    /// The same with a weight in 8 bits. All but the fewest rows of x are multiplied in 8 bits as well.
     fn product_8_bit(
         &self,
         x: &CudaTensor,
@@ -158,24 +162,43 @@ impl CudaBackend {
         scales: DevicePtr,
     ) -> Result<(), CudaError> {
         if x.rows > FEW_TOKENS_MAX_8_BIT {
-            let narrow = self.pool.take(x.rows * x.cols)?;
-            let row_scales = self.pool.take(x.rows * 4)?;
-            let (to, to_scales) = (narrow.address(), row_scales.address());
-            self.ops.borrow_mut().quantize(x, to, to_scales)?;
+            let rounded = match &x.rounded {
+                Some(rounded) => Arc::clone(rounded),
+                None => {
+                    let rounded = self.rounded(x)?;
+                    self.ops.borrow_mut().quantize(x, &rounded)?;
+                    Arc::new(rounded)
+                }
+            };
             let narrow = Product {
-                x: to,
-                scales: Some([scales, to_scales]),
+                x: rounded.values.address(),
+                scales: Some([scales, rounded.scales.address()]),
                 shape: ProductShape {
                     ld_x: x.cols,
                     ..product.shape
                 },
                 ..product
             };
-            if self.linear.borrow_mut().run(&narrow)? {
+            let own = self.ops.borrow_mut().linear_rows(&narrow)?;
+            if own || self.linear.borrow_mut().run(&narrow)? {
                 return Ok(());
             }
+            if x.rounded.is_some() {
+                return Err(CudaError::Call {
+                    call: "cublasLtMatmulAlgoGetHeuristic",
+                    status: format!("nothing multiplies 8 bits of {:?}", narrow.shape),
+                });
+            }
         }
-        self.ops.borrow_mut().linear_e4m3(&product, scales)
+        self.ops.borrow_mut().linear(&product, Some(scales))
+    }
+
+    /// Room for x in 8 bits.
+    pub(super) fn rounded(&self, x: &CudaTensor) -> Result<Rounded, CudaError> {
+        Ok(Rounded {
+            values: self.pool.take(x.rows * x.cols)?,
+            scales: self.pool.take(x.rows * 4)?,
+        })
     }
 
     /// Puts the tokens that the step before chose where this step's rows go on with them.
@@ -253,9 +276,7 @@ impl CudaBackend {
         }
         let shape = self.pages().shape();
         let wanted = self.gpu.processors * DECODE_BLOCKS_PER_PROCESSOR;
-        let splits = wanted
-            .div_ceil(sequences * shape.kv_heads)
-            .clamp(1, SPLITS_MAX);
+        let splits = (wanted / (sequences * shape.kv_heads)).clamp(1, SPLITS_MAX);
         let parts_count = if splits == 1 {
             0
         } else {
@@ -270,6 +291,19 @@ impl CudaBackend {
         };
         ops.attention_decode(call, parts, (sequences, splits))
     }
+}
+
+/// Whether x is better computed in 8 bits when it is for these weights and nothing else: products with all of them are made so.
+pub(super) fn rounds(x: &CudaTensor, weights: &[&CudaWeight]) -> bool {
+    let aligned = x.cols.is_multiple_of(16) && x.ld.is_multiple_of(8);
+    // The library takes no other numbers of output features.
+    let taken = |weight: &&CudaWeight| weight.scales().is_some() && weight.rows.is_multiple_of(16);
+    x.rows > FEW_TOKENS_MAX_8_BIT
+        && x.cols <= ROUNDED_COLS_MAX
+        && aligned
+        && x.address().is_multiple_of(16)
+        && !weights.is_empty()
+        && weights.iter().all(taken)
 }
 
 /// Whether weights with their biases, each the next one's neighbour, are one weight.

@@ -97,7 +97,7 @@ impl Gpu {
         check("cuDeviceGet", unsafe {
             sys::cuDeviceGet(&raw mut device, number)
         })?;
-        let name = name_of(device)?;
+        let name = text_of("cuDeviceGetName", sys::cuDeviceGetName, device)?;
         let major = attribute(
             device,
             Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
@@ -147,6 +147,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// What tells it from all other devices of its machine: where it is plugged in, such as `0000:3A:00.0`.
+    pub(super) fn place(&self) -> Result<String, CudaError> {
+        text_of("cuDeviceGetPCIBusId", sys::cuDeviceGetPCIBusId, self.device)
+    }
+
     /// Its number among the devices that this process may see.
     pub(super) const fn ordinal(&self) -> usize {
         self.ordinal
@@ -187,12 +192,13 @@ impl Gpu {
         Ok((free, total))
     }
 
-    /// Puts a fill with zeros on the stream.
-    pub(super) fn zero(&self, target: &DeviceMemory) -> Result<(), CudaError> {
+    /// Puts a fill of the first bytes with zeros on the stream.
+    pub(super) fn zero(&self, target: &DeviceMemory, bytes: usize) -> Result<(), CudaError> {
+        assert!(bytes <= target.bytes, "a fill fits its target");
         self.bind()?;
-        // SAFETY: the range is the whole of an allocation that lives until work on the stream is done (see the module).
+        // SAFETY: the range is of an allocation that lives until work on the stream is done (see the module).
         check("cuMemsetD8Async", unsafe {
-            sys::cuMemsetD8Async(target.address, 0, target.bytes, self.stream)
+            sys::cuMemsetD8Async(target.address, 0, bytes, self.stream)
         })
     }
 
@@ -342,15 +348,18 @@ impl Drop for Gpu {
     }
 }
 
-fn name_of(device: sys::CUdevice) -> Result<String, CudaError> {
-    let mut name = [0 as c_char; 128];
+/// What the driver says of a device in words.
+fn text_of(
+    call: &'static str,
+    ask: unsafe fn(*mut c_char, c_int, sys::CUdevice) -> CUresult,
+    device: sys::CUdevice,
+) -> Result<String, CudaError> {
+    let mut text = [0 as c_char; 128];
     // SAFETY: the device exists and the buffer has the length that is told.
-    check("cuDeviceGetName", unsafe {
-        sys::cuDeviceGetName(name.as_mut_ptr(), 128, device)
-    })?;
-    // SAFETY: the driver ends the name with a zero.
-    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
-    Ok(name.to_string_lossy().into_owned())
+    check(call, unsafe { ask(text.as_mut_ptr(), 128, device) })?;
+    // SAFETY: the driver ends the text with a zero.
+    let text = unsafe { CStr::from_ptr(text.as_ptr()) };
+    Ok(text.to_string_lossy().into_owned())
 }
 
 fn attribute(device: sys::CUdevice, attribute: Attribute) -> Result<i32, CudaError> {
@@ -442,6 +451,11 @@ impl PinnedMemory {
     pub(super) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: the memory is initialised, this long, and borrowed as self is.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+
+    /// Where the device and the host find it.
+    pub(super) fn address(&self) -> DevicePtr {
+        self.start.addr() as DevicePtr
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {

@@ -58,6 +58,17 @@ pub enum CudaError {
         /// What the compiler says.
         log: String,
     },
+    /// Two ranks of an instance have one device.
+    #[error(
+        "ranks {} and {} compute on the same gpu ({place})\nhint: tensor_parallel_size times pipeline_parallel_size may not be more than the gpus of the machines; give each rank one of its own, or use --device cpu",
+        ranks[0], ranks[1]
+    )]
+    SharedDevice {
+        /// Their numbers.
+        ranks: [usize; 2],
+        /// Where the device is plugged in.
+        place: String,
+    },
     /// Something that this backend does not do.
     #[error("not served on cuda: {0}")]
     NotServed(String),

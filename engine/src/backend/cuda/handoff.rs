@@ -57,7 +57,7 @@ impl CudaArena {
     /// Zeroed memory on a device; `gpu` has the stream that writes it.
     pub(super) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Box<Self>, CudaError> {
         let memory = DeviceMemory::new(gpu, bytes.max(1).next_multiple_of(UNIT_BYTES))?;
-        gpu.zero(&memory)?;
+        gpu.zero(&memory, memory.bytes())?;
         let shown = Event::new(gpu)?;
         shown.record()?;
         let reach = Reach::open(gpu.ordinal())?;
@@ -174,7 +174,7 @@ pub fn peer_copies(bytes: usize, rounds: usize) -> Result<Vec<Duration>, CudaErr
     let hold = |ordinal| {
         let gpu = Gpu::open_at(ordinal)?;
         let memory = DeviceMemory::new(&gpu, bytes)?;
-        gpu.zero(&memory)?;
+        gpu.zero(&memory, memory.bytes())?;
         gpu.synchronize()?;
         Ok(Held { gpu, memory })
     };

@@ -18,6 +18,7 @@ use crate::page::{KvDtype, PageShape};
 
 const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 const ATTENTION: &str = include_str!("../../../kernels/attention.cuh");
+const ROUNDING: &str = include_str!("../../../kernels/rounding.cuh");
 
 /// One `.cu` file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,17 +33,20 @@ pub(super) enum Source {
     Elementwise,
     Linear,
     LinearE4m3,
+    LinearRowsE4m3,
     Quantize,
     Rope,
     AttentionAny,
     AttentionPrefill,
+    AttentionPrefillHopper,
     AttentionDecode,
     Handoff,
+    SumOverRanks,
 }
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 19] = [
         Self::Choose,
         Self::Carry,
         Self::Embed,
@@ -53,12 +57,15 @@ impl Source {
         Self::Elementwise,
         Self::Linear,
         Self::LinearE4m3,
+        Self::LinearRowsE4m3,
         Self::Quantize,
         Self::Rope,
         Self::AttentionAny,
         Self::AttentionPrefill,
+        Self::AttentionPrefillHopper,
         Self::AttentionDecode,
         Self::Handoff,
+        Self::SumOverRanks,
     ];
 
     /// File name and text.
@@ -79,12 +86,15 @@ impl Source {
             Self::Elementwise => kernel!("elementwise.cu"),
             Self::Linear => kernel!("linear.cu"),
             Self::LinearE4m3 => kernel!("linear_e4m3.cu"),
+            Self::LinearRowsE4m3 => kernel!("linear_rows_e4m3.cu"),
             Self::Quantize => kernel!("quantize.cu"),
             Self::Rope => kernel!("rope.cu"),
             Self::AttentionAny => kernel!("attention_any.cu"),
             Self::AttentionPrefill => kernel!("attention_prefill.cu"),
+            Self::AttentionPrefillHopper => kernel!("attention_prefill_hopper.cu"),
             Self::AttentionDecode => kernel!("attention_decode.cu"),
             Self::Handoff => kernel!("handoff.cu"),
+            Self::SumOverRanks => kernel!("sum_over_ranks.cu"),
         }
     }
 
@@ -92,10 +102,22 @@ impl Source {
     fn text(self) -> String {
         let (_, text) = self.file();
         let shared = match self {
-            Self::AttentionAny | Self::AttentionPrefill | Self::AttentionDecode => ATTENTION,
+            Self::AttentionAny
+            | Self::AttentionPrefill
+            | Self::AttentionPrefillHopper
+            | Self::AttentionDecode => ATTENTION,
+            Self::RmsNorm | Self::Elementwise | Self::Quantize => ROUNDING,
             _ => "",
         };
         [PRELUDE, shared, text].concat()
+    }
+
+    /// What it is compiled for where the device is of this kind. `sm_90a` has what only Hopper has, and runs nowhere else.
+    fn target(self, device: &str) -> String {
+        match self {
+            Self::AttentionPrefillHopper => format!("{device}a"),
+            _ => device.to_owned(),
+        }
     }
 }
 
@@ -201,7 +223,7 @@ impl Kernels {
 
     fn load(&self, source: Source, variant: Variant) -> Result<Module, CudaError> {
         let compiler = self.compiler.clone()?;
-        let (target, defines) = (self.gpu.target(), variant.defines());
+        let (target, defines) = (source.target(&self.gpu.target()), variant.defines());
         let text = source.text();
         let file = self.folder.as_ref().map(|folder| {
             let key = format!("{text}\0{defines:?}\0{:?}\0{target}", compiler.version);

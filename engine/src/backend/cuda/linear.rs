@@ -259,7 +259,8 @@ impl Plan {
         .map_err(failed("cublasLtMatmulDescSetAttribute"))
     }
 
-    /// The library's first choice; `None` when it has none.
+    /// The library's first choice; `None` when it has none. For 8 bits with a scale a row it knows no other (13.1 on an H100); for
+    /// bf16 the best of its eight was 2 to 3 % of a step faster for 16 to 256 rows, which is not worth timing them at every start.
     fn choose(
         &self,
         handle: sys::cublasLtHandle_t,

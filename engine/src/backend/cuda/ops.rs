@@ -3,6 +3,8 @@
 #![expect(unsafe_code, reason = "launching a kernel hands it addresses")]
 
 mod arguments;
+mod attention;
+mod products;
 
 use std::sync::Arc;
 
@@ -12,10 +14,10 @@ pub(super) use arguments::{AttentionCall, Parts, Rotation, StepAddresses};
 use super::driver::{Args, DevicePtr, Gpu, LaunchShape};
 use super::error::CudaError;
 use super::kernels::{Kernel, Kernels, Source, Variant};
-use super::linear::Product;
 use super::pages::Pages;
 use super::tensor::CudaTensor;
 use super::weight::CudaWeight;
+use crate::backend::TokenId;
 use crate::page::PageShape;
 
 /// Threads of a block where nothing asks for another number.
@@ -28,13 +30,6 @@ const BLOCKS_PER_PROCESSOR: usize = 16;
 const ROW_BLOCKS_MAX: usize = 65_535;
 /// Windows beyond every position: no window.
 const WINDOW_NONE: i32 = 1 << 30;
-/// Query heads of a decode block; `HEADS` in `attention_decode.cu`.
-const DECODE_HEADS: usize = 16;
-/// Rows and tokens of shared memory in a prefill block; `ROWS` and `TOKENS` in `attention_prefill.cu`.
-const PREFILL_SHARED_ROWS: usize = super::step::TILE_ROWS + 2 * 64;
-/// Output features of a warp and tokens of a block; `ROWS` and `TOKENS` in `linear.cu`.
-const LINEAR_ROWS: usize = 2;
-const LINEAR_TOKENS: usize = 4;
 
 fn int(value: usize) -> i32 {
     i32::try_from(value).expect("sizes of one call fit 31 bits")
@@ -101,10 +96,10 @@ impl Ops {
         [grid(blocks.min(most)), 1, 1]
     }
 
-    /// `out[t] = table[tokens[t]]`; the tokens have been checked to be in the table.
+    /// `out[t] = table[tokens[t] - first]`, zeros where the table has no such row.
     pub(super) fn embed(
         &mut self,
-        table: &CudaWeight,
+        (table, first): (&CudaWeight, TokenId),
         tokens: DevicePtr,
         out: &CudaTensor,
     ) -> Result<(), CudaError> {
@@ -114,7 +109,9 @@ impl Ops {
             .with(tokens)
             .with(out.address())
             .with(int(out.cols))
-            .with(int(out.ld));
+            .with(int(out.ld))
+            .with(first)
+            .with(int(table.rows));
         let kernel = plain(Source::Embed, "embed_bf16");
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
@@ -321,88 +318,6 @@ impl Ops {
         self.launch(&plain(Source::Elementwise, name), (shape, THREADS), args)
     }
 
-    /// `to = x / scales`, a scale a row: what the library multiplies with weights in 8 bits. `to` and `scales` have room for all.
-    pub(super) fn quantize(
-        &mut self,
-        x: &CudaTensor,
-        to: DevicePtr,
-        scales: DevicePtr,
-    ) -> Result<(), CudaError> {
-        assert!(
-            x.cols.is_multiple_of(16) && x.ld.is_multiple_of(8),
-            "alignment of x"
-        );
-        assert!(x.address().is_multiple_of(16), "alignment of x");
-        let args = Args::default()
-            .with(x.address())
-            .with(int(x.ld))
-            .with(to)
-            .with(scales)
-            .with(int(x.cols));
-        let kernel = plain(Source::Quantize, "quantize_e4m3");
-        let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
-        self.launch(&kernel, shape, args)
-    }
-
-    /// As [`Self::linear`], of a weight in 8 bits and activations that are not.
-    pub(super) fn linear_e4m3(
-        &mut self,
-        product: &Product,
-        scales: DevicePtr,
-    ) -> Result<(), CudaError> {
-        let shape = &product.shape;
-        assert!(
-            shape.cols.is_multiple_of(16)
-                && shape.ld_x.is_multiple_of(8)
-                && product.x.is_multiple_of(16),
-            "alignment of x"
-        );
-        let name = if shape.wide {
-            "linear_e4m3_f32"
-        } else {
-            "linear_e4m3_bf16"
-        };
-        let args = Args::default()
-            .with(product.x)
-            .with(int(shape.ld_x))
-            .with(product.weight)
-            .with(scales)
-            .with(product.bias.unwrap_or(0))
-            .with(product.out)
-            .with(int(shape.ld_out))
-            .with(int(shape.tokens))
-            .with(int(shape.rows))
-            .with(int(shape.cols));
-        let warps = shape.rows.div_ceil(LINEAR_ROWS);
-        let blocks = warps.div_ceil((THREADS / WARP) as usize);
-        let grid = [grid(blocks), grid(shape.tokens.div_ceil(LINEAR_TOKENS)), 1];
-        self.launch(&plain(Source::LinearE4m3, name), (grid, THREADS), args)
-    }
-
-    /// A product for few tokens, or of a shape that the library does not take.
-    pub(super) fn linear(&mut self, product: &Product) -> Result<(), CudaError> {
-        let shape = &product.shape;
-        let name = if shape.wide {
-            "linear_f32"
-        } else {
-            "linear_bf16"
-        };
-        let args = Args::default()
-            .with(product.x)
-            .with(int(shape.ld_x))
-            .with(product.weight)
-            .with(product.bias.unwrap_or(0))
-            .with(product.out)
-            .with(int(shape.ld_out))
-            .with(int(shape.tokens))
-            .with(int(shape.rows))
-            .with(int(shape.cols));
-        let warps = shape.rows.div_ceil(LINEAR_ROWS);
-        let blocks = warps.div_ceil((THREADS / WARP) as usize);
-        let grid = [grid(blocks), grid(shape.tokens.div_ceil(LINEAR_TOKENS)), 1];
-        self.launch(&plain(Source::Linear, name), (grid, THREADS), args)
-    }
-
     /// Rotates heads in place.
     pub(super) fn rope(
         &mut self,
@@ -471,70 +386,6 @@ impl Ops {
             .with(i32::from(rotation.adjacent));
         let kernel = of_pages(Source::Rope, "rope_write_kv_bf16", pages.shape());
         self.launch(&kernel, ([grid(k.rows), 1, 1], THREADS), args)
-    }
-
-    /// Attention of any kind, for all sequences of the step.
-    pub(super) fn attention_any(
-        &mut self,
-        call: &AttentionCall<'_>,
-        sequences: usize,
-        rows_max: usize,
-    ) -> Result<(), CudaError> {
-        let args = Args::default()
-            .with(call.args())
-            .with(int(call.heads))
-            .with(int(sequences));
-        let kernel = of_pages(
-            Source::AttentionAny,
-            "attention_any_bf16",
-            call.pages.shape(),
-        );
-        let blocks = (rows_max * call.heads).div_ceil((THREADS / WARP) as usize);
-        self.launch(&kernel, ([grid(blocks), grid(sequences), 1], THREADS), args)
-    }
-
-    /// Attention for sequences with many rows.
-    pub(super) fn attention_prefill(
-        &mut self,
-        call: &AttentionCall<'_>,
-        tiles: usize,
-    ) -> Result<(), CudaError> {
-        let shape = call.pages.shape();
-        assert!(call.is_fast(), "head size, type and alignment");
-        let shared_bytes = PREFILL_SHARED_ROWS * (shape.head_dim + 8) * 2;
-        let kernel = Kernel {
-            shared_bytes: grid(shared_bytes),
-            ..of_pages(Source::AttentionPrefill, "attention_prefill_bf16", shape)
-        };
-        let args = Args::default().with(call.args()).with(call.step.tiles);
-        let threads = 4 * WARP;
-        self.launch(&kernel, ([grid(tiles), grid(call.heads), 1], threads), args)
-    }
-
-    /// Attention for sequences with one row; `parts` has room for all splits.
-    pub(super) fn attention_decode(
-        &mut self,
-        call: &AttentionCall<'_>,
-        parts: Parts,
-        (sequences, splits): (usize, usize),
-    ) -> Result<(), CudaError> {
-        let shape = call.pages.shape();
-        assert!(call.is_fast(), "head size, type and alignment");
-        let tiles = (call.heads / shape.kv_heads).div_ceil(DECODE_HEADS);
-        let kernel = of_pages(Source::AttentionDecode, "attention_decode_bf16", shape);
-        let args = Args::default().with(call.args()).with(parts);
-        let blocks = [grid(shape.kv_heads * tiles), grid(splits), grid(sequences)];
-        self.launch(&kernel, (blocks, 4 * WARP), args)?;
-        if splits == 1 {
-            return Ok(());
-        }
-        let kernel = of_pages(Source::AttentionDecode, "attention_combine_bf16", shape);
-        let args = Args::default()
-            .with(call.args())
-            .with(parts)
-            .with(int(splits));
-        let blocks = [grid(call.heads), grid(sequences), 1];
-        self.launch(&kernel, (blocks, grid(shape.head_dim)), args)
     }
 }
 

@@ -80,6 +80,10 @@ impl Imported {
         Ok(opened)
     }
 
+    pub(super) const fn address(&self) -> DevicePtr {
+        self.address
+    }
+
     pub(super) const fn bytes(&self) -> usize {
         self.bytes
     }
@@ -377,7 +381,7 @@ impl Reach {
             Some(held) => held,
             None => DeviceMemory::new(&self.gpu, bytes.next_power_of_two().max(SUMS_BYTES_MIN))?,
         };
-        self.gpu.zero(&target)?;
+        self.gpu.zero(&target, target.bytes())?;
         let mut args = Args::default()
             .with(list)
             .with(count(&sums.stretches))

@@ -6,7 +6,7 @@
 
 use crate::backend::{RowWish, StepBatch, StepWish};
 
-/// Rows of a prefill tile; `ROWS` in `attention_prefill.cu`.
+/// Rows of a prefill tile; `ROWS` in `attention_prefill.cu` and `attention_prefill_hopper.cu`.
 pub(super) const TILE_ROWS: usize = 128;
 
 /// Words of a draw.

@@ -17,6 +17,17 @@ pub struct CudaTensor {
     pub(super) offset: usize,
     /// `None` when there was no memory for it: then the backend has failed and uses no tensor any more.
     pub(super) buffer: Option<Arc<Buffer>>,
+    /// Where norms and `silu_mul` write instead, and products read, while the tensor is dedicated to weights in 8 bits.
+    pub(super) rounded: Option<Arc<Rounded>>,
+}
+
+/// Activations in 8 bits.
+#[derive(Debug)]
+pub(super) struct Rounded {
+    /// `[rows, cols]` e4m3, dense.
+    pub(super) values: Buffer,
+    /// `[rows]` f32: what a row's values are multiples of.
+    pub(super) scales: Buffer,
 }
 
 impl CudaTensor {
@@ -35,6 +46,7 @@ impl CudaTensor {
     pub(super) fn again(&self) -> Self {
         Self {
             buffer: self.buffer.clone(),
+            rounded: self.rounded.clone(),
             ..*self
         }
     }

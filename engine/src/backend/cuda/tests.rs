@@ -2,6 +2,7 @@
 //! same weights on the GPU and on the CPU, prefilled, decoded, recorded and replayed.
 
 mod choose;
+mod logits;
 mod model;
 mod speed;
 

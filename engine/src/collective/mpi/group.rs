@@ -314,6 +314,10 @@ impl Collective for MpiGroup {
         Ok(())
     }
 
+    fn peer_timeout(&self) -> Duration {
+        self.peer_timeout
+    }
+
     fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError> {
         let bytes = Arc::new(message.to_vec());
         self.leave(to, MESSAGE, &bytes, Doing::Sending(message.len()))

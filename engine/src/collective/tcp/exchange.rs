@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::link::{Fault, Link, Receiving, Sending};
 use crate::collective::doing::Doing;
-use crate::collective::{CollectiveError, RankNames};
+use crate::collective::{CollectiveError, Lifeline, RankNames};
 
 /// The links of a rank to all others.
 #[derive(Debug)]
@@ -42,6 +42,20 @@ impl Links {
 
     pub(super) fn size(&self) -> usize {
         self.links.len()
+    }
+
+    pub(super) const fn peer_timeout(&self) -> Duration {
+        self.peer_timeout
+    }
+
+    /// Every connection once more, to be looked at. One that cannot be had twice is missing.
+    pub(super) fn lifelines(&self) -> Vec<Lifeline> {
+        let links = self.links.iter().enumerate();
+        let links = links.filter_map(|(rank, link)| {
+            let stream = link.as_ref()?.stream().try_clone().ok()?;
+            Some(Lifeline::new(self.names.name(rank), stream))
+        });
+        links.collect()
     }
 
     /// Sends and receives all of these frames.

@@ -108,7 +108,7 @@ pub(crate) fn lead<B: Backend>(
     let rooms = rooms(&reports, &shards, &processors, leading.options, &own);
     let weight_bytes: u64 = reports.iter().map(|report| report.weight_bytes).sum();
     let mut decoder = own.decoder;
-    decoder.join(collective, &shards);
+    decoder.join(collective, &shards)?;
     let ranks = Ranks {
         shards,
         names: leading.names.clone(),
@@ -160,8 +160,9 @@ fn load<B: Backend>(
     header: &ModelHeader,
     leading: &Leading<'_>,
     collective: &RefCell<Box<dyn Collective>>,
-    (backend, progress): (B, &dyn Fn(LoadProgress<'_>)),
+    (mut backend, progress): (B, &dyn Fn(LoadProgress<'_>)),
 ) -> Result<LoadedShard<B>, ParallelError> {
+    backend.expect_ranks()?;
     let said = RefCell::new(Instant::now());
     let told = |step: LoadProgress<'_>| {
         progress(step);

@@ -89,7 +89,7 @@ pub(crate) fn follow<B: Backend>(
         }
     };
     await_beginning(collective.as_mut(), own.stop)?;
-    decoder.join(collective, &shards);
+    decoder.join(collective, &shards)?;
     tracing::info!(rank, "following");
     let follower = Follower {
         shard: &shards[rank],
@@ -123,7 +123,8 @@ fn load<B: Backend>(
     let told = options.num_threads.map(|threads| threads as usize);
     let share = order.threads.get(rank).copied();
     let threads = own.num_threads.or(told).or(share).unwrap_or(1);
-    let backend = make(threads)?;
+    let mut backend = make(threads)?;
+    backend.expect_ranks()?;
     let said = RefCell::new(Instant::now());
     let progress = |step: LoadProgress<'_>| {
         if said.borrow().elapsed() < PROGRESS_PERIOD {

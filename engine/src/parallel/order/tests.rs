@@ -25,6 +25,15 @@ fn batch(spans: &[(usize, usize, Vec<BlockId>)], seed: u32) -> StepBatch {
     batch
 }
 
+/// A step of which nothing is wished.
+fn order(batch: StepBatch) -> Order<'static> {
+    Order::Step(Step {
+        batch: Cow::Owned(batch),
+        wishes: Cow::Borrowed(&[]),
+        carried: Cow::Borrowed(&[]),
+    })
+}
+
 fn survives(order: &Order<'_>) {
     let message = order.encode();
     assert_eq!(Order::decode(&message).as_ref(), Ok(order));
@@ -60,6 +69,7 @@ fn orders_survive_their_bytes() {
         });
     }
     survives(&Order::Ping);
+    survives(&Order::WarmUp(256));
     survives(&Order::Goodbye);
     survives(&Order::TakeBack(vec![5, 4, 3, u32::MAX, 0]));
     let handoffs = [
@@ -88,13 +98,13 @@ fn orders_survive_their_bytes() {
     for handoff in handoffs {
         survives(&Order::HandOff(Cow::Owned(handoff)));
     }
-    survives(&Order::Step(Cow::Owned(StepBatch::default())));
+    survives(&order(StepBatch::default()));
 }
 
 #[test]
 fn what_contradicts_itself_is_refused() {
     let step = batch(&[(2, 5, vec![1]), (3, 0, vec![2])], 2);
-    let message = Order::Step(Cow::Borrowed(&step)).encode();
+    let message = order(step.clone()).encode();
     // The kind, how many tokens, five of one byte each, how many sequences, the first one's rows.
     assert_eq!((message[1], message[7], message[8]), (5, 2, 2));
     let change = |at: usize, value: u8| {
@@ -106,10 +116,38 @@ fn what_contradicts_itself_is_refused() {
     assert!(change(8, 1).is_err(), "too few rows");
     assert!(change(0, 99).is_err(), "an unknown kind");
     assert!(
-        change(message.len() - 1, 99).is_err(),
+        change(message.len() - 3, 99).is_err(),
         "a row that is not there"
     );
     assert!(change(1, 0xff).is_err(), "more tokens than bytes");
+}
+
+#[test]
+fn what_devices_go_on_with_is_told() {
+    let batch = batch(&[(1, 5, vec![1]), (1, 9, vec![2]), (1, 2, vec![3])], 2);
+    let draw = Draw {
+        temperature: 0.7,
+        top_k: 40,
+        top_p: 0.9,
+        min_p: 0.05,
+        uniform: 0.123_456_789,
+    };
+    let step = Step {
+        batch: Cow::Owned(batch),
+        wishes: Cow::Owned(vec![RowWish::Logits, RowWish::Best, RowWish::Draw(draw)]),
+        carried: Cow::Owned(vec![Carried { row: 2, from: 0 }]),
+    };
+    let few = Step {
+        wishes: Cow::Owned(vec![RowWish::Best]),
+        ..step.clone()
+    };
+    assert!(Order::decode(&Order::Step(few).encode()).is_err());
+    let beyond = Step {
+        carried: Cow::Owned(vec![Carried { row: 3, from: 0 }]),
+        ..step.clone()
+    };
+    assert!(Order::decode(&Order::Step(beyond).encode()).is_err());
+    survives(&Order::Step(step));
 }
 
 #[test]
@@ -125,7 +163,7 @@ fn a_step_of_many_long_sequences_takes_some_kilobytes() {
         })
         .collect();
     let step = batch(&spans, 100_000);
-    let bytes = Order::Step(Cow::Borrowed(&step)).encode().len();
+    let bytes = order(step.clone()).encode().len();
     let plain = 64 * 250 * 4;
     assert!(bytes < plain / 2 + 1000, "{bytes} bytes");
     // Decoding of eight short sequences fits a packet.
@@ -133,7 +171,7 @@ fn a_step_of_many_long_sequences_takes_some_kilobytes() {
         .map(|sequence| (1, 500, (sequence * 16..sequence * 16 + 16).collect()))
         .collect();
     let step = batch(&spans, 40_000);
-    let bytes = Order::Step(Cow::Borrowed(&step)).encode().len();
+    let bytes = order(step.clone()).encode().len();
     assert!(bytes < 300, "{bytes} bytes");
 }
 
@@ -145,8 +183,8 @@ proptest! {
         seed in any::<u32>(),
     ) {
         let step = batch(&spans, seed);
-        let message = Order::Step(Cow::Borrowed(&step)).encode();
-        prop_assert_eq!(Order::decode(&message), Ok(Order::Step(Cow::Owned(step))));
+        let message = order(step.clone()).encode();
+        prop_assert_eq!(Order::decode(&message), Ok(order(step)));
     }
 
     #[test]

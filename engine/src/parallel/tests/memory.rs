@@ -97,6 +97,10 @@ impl Collective for MemoryGroup {
         Ok(())
     }
 
+    fn peer_timeout(&self) -> Duration {
+        Duration::from_millis(self.patience.load(Ordering::Relaxed))
+    }
+
     fn send(&mut self, to: usize, message: &[u8]) -> Result<(), CollectiveError> {
         let count = |left: usize| left.checked_sub(1);
         let left = &self.messages_left;
@@ -135,5 +139,21 @@ impl Collective for MemoryGroup {
             return self.receive(0, message);
         }
         (1..self.size()).try_for_each(|peer| self.send(peer, message))
+    }
+}
+
+#[test]
+fn what_each_rank_says_is_told_to_all() {
+    let ends = group(3, 10_000);
+    let ranks = ends.into_iter().map(|mut end| {
+        std::thread::spawn(move || {
+            let own = vec![7; end.rank()];
+            crate::collective::tell_all(&mut end, &own)
+        })
+    });
+    let ranks: Vec<_> = ranks.collect();
+    for rank in ranks {
+        let said = rank.join().expect("no rank panics").expect("all are there");
+        assert_eq!(said, [vec![], vec![7], vec![7, 7]]);
     }
 }

@@ -47,8 +47,8 @@ impl Desk {
                     return;
                 };
                 lease.checksums.extend(checksums);
-                let peers = lease.servings.iter().map(|serving| serving.peer);
-                self.ready.extend(peers);
+                self.ready
+                    .extend(lease.servings.iter().map(|serving| serving.peer));
             }
             SumsOf::Transfer(id, peer, transfer) => {
                 let lease = self.leases.get_mut(&id);

@@ -402,3 +402,30 @@ fn memory_of_ucx_is_mapped_and_needs_nothing_of_its_process() {
     let wire = reader.wire().unwrap();
     assert!(wire.ends_with(", mapped"), "{wire}");
 }
+
+#[test]
+#[ignore = "the next test starts it, with TCP alone"]
+fn as_a_reader_over_tcp() {
+    let exporter = Exporter::start("file");
+    let error = started().open(&exporter.address, soon()).unwrap_err();
+    assert!(matches!(error, FabricError::Unreachable { .. }));
+    assert!(
+        error.to_string().contains("UCX has only TCP to the peer"),
+        "{error}"
+    );
+}
+
+/// The variable is read once a process, so that the reader is one of its own.
+#[test]
+fn who_has_tcp_alone_is_left_to_another_transport() {
+    let reader = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "transport::ucx::tests::as_a_reader_over_tcp"])
+        .args(["--ignored", "--nocapture"])
+        .env("UCX_TLS", "tcp")
+        .output()
+        .unwrap();
+    let said = [reader.stdout, reader.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(reader.status.success(), "{said}");
+    assert!(said.contains("1 passed"), "{said}");
+}

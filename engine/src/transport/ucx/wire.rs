@@ -27,6 +27,12 @@ fn lanes(text: &str) -> Vec<&str> {
     found
 }
 
+/// Whether every lane is TCP, over which UCX reads memory by messages, as far as the text is understood.
+pub(super) fn is_tcp_alone(text: Option<&str>) -> bool {
+    let lanes = text.map(lanes).unwrap_or_default();
+    !lanes.is_empty() && lanes.iter().all(|lane| lane.starts_with("tcp/"))
+}
+
 /// The lanes in words.
 pub(super) fn described(text: Option<&str>) -> String {
     let lanes = text.map(lanes).unwrap_or_default();
@@ -58,6 +64,16 @@ mod tests {
     fn lanes_are_named_once() {
         assert_eq!(described(Some(TEXT_1_13)), "sysv/memory, posix/memory");
         assert_eq!(described(Some(TEXT_1_22)), "tcp/lo");
+    }
+
+    #[test]
+    fn tcp_is_told_from_other_wires() {
+        assert!(is_tcp_alone(Some(TEXT_1_22)));
+        let mixed = TEXT_1_13.replace("4:posix/memory.0", "4:tcp/lo.0");
+        for other in [TEXT_1_13, &mixed, "", "# lane[0]: gone"] {
+            assert!(!is_tcp_alone(Some(other)), "{other}");
+        }
+        assert!(!is_tcp_alone(None));
     }
 
     #[test]

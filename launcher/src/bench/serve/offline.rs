@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use baton_configs::llm::{self, LlmOptions};
+use baton_configs::llm;
 use baton_configs::yaml::Document;
 use baton_engine::engine::{EngineHandle, EngineThread};
 use baton_engine::serve::{Offline, ServeOptions, offline};
@@ -231,8 +231,7 @@ enum Ended {
 fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
     let membership = Membership::from_environment().outcome(Outcome::Usage)?;
     let mut options = options(args)?;
-    let ranks = ranks_of(&options.llm);
-    if membership.is_none() && ranks > 1 {
+    if membership.is_none() && launch::ranks_of(&options.llm) > 1 {
         let words: Option<Vec<String>> = std::env::args_os()
             .skip(1)
             .map(|word| word.into_string().ok())
@@ -240,7 +239,7 @@ fn measure(args: &BenchServeArgs) -> anyhow::Result<Ended> {
         let words = words
             .ok_or_else(|| anyhow!("an argument is not UTF-8"))
             .outcome(Outcome::Usage)?;
-        return launch::local(ranks, words, args.log_level).map(Ended::World);
+        return launch::local(&options.llm, words, args.log_level).map(Ended::World);
     }
     // Calling for other ranks needs a runtime that runs by itself.
     let calls = crate::on_all_cores()?;
@@ -359,12 +358,6 @@ fn options(args: &BenchServeArgs) -> anyhow::Result<ServeOptions> {
     let mut options = ServeOptions::new(model);
     options.llm = llm;
     Ok(options)
-}
-
-/// Ranks that the options ask for.
-fn ranks_of(llm: &LlmOptions) -> u32 {
-    llm.tensor_parallel_size
-        .saturating_mul(llm.pipeline_parallel_size)
 }
 
 fn say(word: &Word) -> anyhow::Result<()> {

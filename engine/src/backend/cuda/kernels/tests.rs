@@ -29,6 +29,15 @@ fn variants(source: Source) -> Vec<Variant> {
         }
         Source::AttentionAny => pages(&[24, 256], &all),
         Source::AttentionPrefill => pages(&[64, 80, 128], &half),
+        Source::AttentionPrefillHopper => {
+            let mut variants = pages(&[128], &half);
+            // Pages that a pass of rows does not divide, and one that is larger than a tile.
+            variants.extend([5, 256].map(|tokens| Variant {
+                head_dim: 128,
+                pages: Some((tokens, KvDtype::Fp8)),
+            }));
+            variants
+        }
         Source::AttentionDecode => pages(&[64, 128], &half),
         _ => vec![Variant::default()],
     }
@@ -50,12 +59,25 @@ fn compiler() -> Option<Compiler> {
     }
 }
 
+/// Whether a source is ever compiled for such a card.
+fn is_for(source: Source, target: &str) -> bool {
+    match source {
+        Source::AttentionPrefillHopper => target == "sm_90",
+        // Ampere multiplies no 8-bit floats.
+        Source::LinearRowsE4m3 => target != "sm_80",
+        _ => true,
+    }
+}
+
 fn compiles_for(target: &str) {
     let Some(compiler) = compiler() else { return };
     for source in Source::ALL {
+        if !is_for(source, target) {
+            continue;
+        }
         for variant in variants(source) {
             let (name, text) = (source.file().0, source.text());
-            let cubin = compiler.cubin((name, &text), target, &variant.defines());
+            let cubin = compiler.cubin((name, &text), &source.target(target), &variant.defines());
             let cubin = cubin.unwrap_or_else(|error| panic!("{variant:?}: {error}"));
             assert_eq!(&cubin[..4], b"\x7fELF", "{name}");
         }

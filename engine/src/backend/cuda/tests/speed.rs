@@ -114,7 +114,7 @@ fn products() {
             } else {
                 micros(&mut backend, |backend, index| {
                     let product = product(&weights[index % copies]);
-                    backend.ops.borrow_mut().linear(&product).unwrap();
+                    backend.ops.borrow_mut().linear(&product, None).unwrap();
                 })
             };
             let bytes = (rows * cols + tokens * (rows + cols)) as f64 * 2.0;
@@ -149,18 +149,15 @@ fn products_8_bit() {
             backend.load_pattern(&source).unwrap().unwrap()
         };
         let weights: Vec<_> = (0..copies).map(|_| weight()).collect();
-        for tokens in [1, 2, 3, 4, 5, 8, 16, 64, 256, 2048, 8192] {
+        for tokens in [1, 2, 3, 4, 5, 8, 16, 32, 64, 256, 2048, 8192] {
             let x = random(&mut backend, tokens, cols);
             let mut out = backend.tensor(tokens, rows);
             let all = micros(&mut backend, |backend, index| {
                 backend.linear(&x, &weights[index % copies], None, &mut out);
             });
-            let narrow = backend.pool.take(tokens * cols).unwrap();
-            let scales = backend.pool.take(tokens * 4).unwrap();
+            let rounded = backend.rounded(&x).unwrap();
             let rounding = micros(&mut backend, |backend, _| {
-                let mut ops = backend.ops.borrow_mut();
-                ops.quantize(&x, narrow.address(), scales.address())
-                    .unwrap();
+                backend.ops.borrow_mut().quantize(&x, &rounded).unwrap();
             });
             let bytes = (rows * cols + 2 * tokens * (rows + cols)) as f64;
             let flops = (2 * rows * cols * tokens) as f64;
