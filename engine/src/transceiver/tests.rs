@@ -21,6 +21,7 @@ mod open;
 mod ranks;
 mod resharding;
 mod several;
+mod unsummed;
 
 /// The transport for tests, started.
 const MEMORY: Kind = Kind {

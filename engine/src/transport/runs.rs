@@ -120,10 +120,29 @@ pub enum RunsError {
 /// order are mostly equal, and always those of [`Runs::whole`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Runs {
-    runs: Arc<[Run]>,
+    runs: Few,
     total_bytes: usize,
     source_end: usize,
     target_end: usize,
+}
+
+/// Some runs. Mostly there is one, and thousands of such are made, read and dropped a second: it takes no memory of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Few {
+    None,
+    One(Run),
+    /// At least two.
+    Several(Arc<[Run]>),
+}
+
+impl Few {
+    fn as_slice(&self) -> &[Run] {
+        match self {
+            Self::None => &[],
+            Self::One(run) => std::slice::from_ref(run),
+            Self::Several(runs) => runs,
+        }
+    }
 }
 
 impl Runs {
@@ -133,6 +152,7 @@ impl Runs {
     /// When there are too many, one ends beyond what can be counted, or one overlaps itself in the target.
     pub fn new(runs: impl IntoIterator<Item = Run>) -> Result<Self, RunsError> {
         let mut kept: Vec<Run> = Vec::new();
+        let mut last: Option<Run> = None;
         let (mut total_bytes, mut source_end, mut target_end) = (0_usize, 0, 0);
         for run in runs {
             let Run { count, bytes, .. } = run;
@@ -149,19 +169,30 @@ impl Runs {
             source_end = source_end.max(run_source);
             target_end = target_end.max(run_target);
             let run = run.plain();
-            match kept
-                .last_mut()
-                .and_then(|last| Some((last.joined(&run)?, last)))
-            {
-                Some((joined, last)) => *last = joined,
-                None => kept.push(run),
+            last = match last {
+                None => Some(run),
+                Some(before) => match before.joined(&run) {
+                    Some(joined) => Some(joined),
+                    None => {
+                        kept.push(before);
+                        Some(run)
+                    }
+                },
+            };
+        }
+        if kept.len() >= RUNS_MAX {
+            return Err(RunsError::TooMany(kept.len() + 1));
+        }
+        let runs = match last {
+            None => Few::None,
+            Some(run) if kept.is_empty() => Few::One(run),
+            Some(run) => {
+                kept.push(run);
+                Few::Several(kept.into())
             }
-        }
-        if kept.len() > RUNS_MAX {
-            return Err(RunsError::TooMany(kept.len()));
-        }
+        };
         Ok(Self {
-            runs: kept.into(),
+            runs,
             total_bytes,
             source_end,
             target_end,
@@ -173,7 +204,7 @@ impl Runs {
     pub fn whole(bytes: usize) -> Self {
         let run = (bytes > 0).then(|| Run::once(0, 0, bytes));
         Self {
-            runs: run.into_iter().collect(),
+            runs: run.map_or(Few::None, Few::One),
             total_bytes: bytes,
             source_end: bytes,
             target_end: bytes,
@@ -189,7 +220,7 @@ impl Runs {
     /// Number of stretches.
     #[must_use]
     pub fn stretch_count(&self) -> usize {
-        self.runs
+        self.as_slice()
             .iter()
             .fold(0, |sum, run| sum.saturating_add(run.count))
     }
@@ -220,7 +251,7 @@ impl Runs {
 
     /// Every stretch as its range in the source and its range in the target, in order.
     pub fn stretches(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
-        self.runs.iter().flat_map(|run| {
+        self.as_slice().iter().flat_map(|run| {
             (0..run.count).map(move |index| {
                 let source = run.source + index * run.source_stride;
                 let target = run.target + index * run.target_stride;
@@ -232,14 +263,14 @@ impl Runs {
     /// The runs themselves.
     #[must_use]
     pub fn as_slice(&self) -> &[Run] {
-        &self.runs
+        self.runs.as_slice()
     }
 
     /// The same targets, read from a source in which the stretches lie one after the other.
     #[must_use]
     pub fn gathered(&self) -> Self {
         let mut at = 0;
-        let runs = self.runs.iter().map(|run| {
+        let runs = self.as_slice().iter().map(|run| {
             let source = at;
             at += run.bytes * run.count;
             Run {
@@ -255,7 +286,7 @@ impl Runs {
     #[must_use]
     pub fn packed(&self) -> Self {
         let mut at = 0;
-        let runs = self.runs.iter().map(|run| {
+        let runs = self.as_slice().iter().map(|run| {
             let target = at;
             at += run.bytes * run.count;
             Run {
@@ -272,20 +303,20 @@ impl Runs {
     /// # Errors
     /// When one then ends beyond what can be counted.
     pub fn shifted(&self, bytes: usize) -> Result<Self, RunsError> {
-        let runs: Result<Vec<_>, _> = self
-            .runs
-            .iter()
-            .map(|run| {
-                let Run {
-                    count, bytes: of, ..
-                } = *run;
-                let source = run.source.checked_add(bytes);
-                source
-                    .map(|source| Run { source, ..*run })
-                    .ok_or(RunsError::Overflow { count, bytes: of })
+        let mut beyond = None;
+        let runs = self.as_slice().iter().map_while(|run| {
+            let source = run.source.checked_add(bytes);
+            if source.is_none() {
+                let (count, bytes) = (run.count, run.bytes);
+                beyond = Some(RunsError::Overflow { count, bytes });
+            }
+            Some(Run {
+                source: source?,
+                ..*run
             })
-            .collect();
-        Self::new(runs?)
+        });
+        let shifted = Self::new(runs);
+        beyond.map_or(shifted, Err)
     }
 
     /// For the wire: 48 bytes a run, little-endian.
@@ -299,12 +330,12 @@ impl Runs {
     /// How long [`Runs::encode`]'s bytes are.
     #[must_use]
     pub fn encoded_bytes(&self) -> usize {
-        self.runs.len() * RUN_BYTES
+        self.as_slice().len() * RUN_BYTES
     }
 
     /// As [`Runs::encode`], behind what is there.
     pub fn encode_to(&self, out: &mut Vec<u8>) {
-        for run in self.runs.iter() {
+        for run in self.as_slice().iter() {
             let words = [
                 run.source,
                 run.target,
@@ -330,12 +361,20 @@ impl Runs {
         if records.len() > RUNS_MAX {
             return Err(RunsError::TooMany(records.len()));
         }
-        let runs: Option<Vec<_>> = records.iter().map(decode_run).collect();
-        let beyond = RunsError::Overflow {
-            count: usize::MAX,
-            bytes: usize::MAX,
-        };
-        Self::new(runs.ok_or(beyond)?)
+        let mut read = 0;
+        let runs = records.iter().map_while(|record| {
+            let run = decode_run(record)?;
+            read += 1;
+            Some(run)
+        });
+        let decoded = Self::new(runs);
+        if read < records.len() {
+            return Err(RunsError::Overflow {
+                count: usize::MAX,
+                bytes: usize::MAX,
+            });
+        }
+        decoded
     }
 }
 

@@ -335,7 +335,9 @@ mod tests {
     fn every_processor_sums_the_same() {
         for count in [0, 1, 2, 3, 1023, 1024, 1025, 3000] {
             let stripes: Vec<[u8; STRIPE_BYTES]> = (0..count)
-                .map(|index: usize| std::array::from_fn(|byte| (index * 31 + byte * 7) as u8))
+                .map(|index: usize| {
+                    std::array::from_fn(|byte| (index * 31 + byte * 7).to_le_bytes()[0])
+                })
                 .collect();
             let mut plain = Stripes::default();
             plain.take_plainly(&stripes);

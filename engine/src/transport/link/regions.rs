@@ -75,7 +75,7 @@ impl Regions {
             id: region,
             remote: RemoteRegion {
                 bytes,
-                token: format!("{id:016x}{key:016x}"),
+                token: token(id, key),
             },
         }
     }
@@ -178,6 +178,16 @@ impl Regions {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
         self.slots.lock()
     }
+}
+
+/// A region's token: 32 hexadecimal digits. By hand, for a request has thousands.
+fn token(id: u64, key: u64) -> String {
+    let digit = |byte: u8| char::from(b"0123456789abcdef"[usize::from(byte & 0xF)]);
+    let bytes = [id.to_be_bytes(), key.to_be_bytes()];
+    let bytes = bytes.as_flattened().iter();
+    bytes
+        .flat_map(|byte| [digit(byte >> 4), digit(*byte)])
+        .collect()
 }
 
 /// Reads a region's token.
