@@ -133,10 +133,12 @@ def load(address, jobs, outcomes):
 def run(arguments, folder):
     options, config = pathlib.Path(folder) / "options.yaml", pathlib.Path(folder) / "disagg_config.yaml"
     transceiver = {"backend": arguments.transport.upper(), "kv_transfer_timeout_ms": 10000}
-    engine = {"dtype": "float32", "max_seq_len": 512, "kv_cache_config": {"max_tokens": 16384}, "cache_transceiver_config": transceiver}
+    # A small pool is soon touched all over; what a prompt's prefix is not found in has to travel.
+    kv = {"max_tokens": 4096, "enable_block_reuse": False}
+    engine = {"dtype": "float32", "max_seq_len": 512, "kv_cache_config": kv, "cache_transceiver_config": transceiver}
     if arguments.step_tokens:
         engine |= {"max_num_tokens": arguments.step_tokens, "enable_chunked_prefill": True}
-        engine["kv_cache_config"]["tokens_per_block"] = 8
+        kv["tokens_per_block"] = 8
     options.write_text(json.dumps(engine))
     context = Worker(folder, "context", options, free_port())
     generation = Worker(folder, "generation", options, free_port())
