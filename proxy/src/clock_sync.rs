@@ -53,11 +53,9 @@ fn ahead_s(sent: f64, stamps: Stamps, received: f64) -> f64 {
 }
 
 async fn ask(worker: &Arc<Worker>, call: &Call) -> Result<Bytes, Fault> {
-    let mut answer = upstream::exchange(worker, call).await?;
-    let body = answer.body.collect(ANSWER_BYTES_MAX).await?;
-    match answer.head.status {
-        StatusCode::OK => Ok(body),
-        status => Err(Fault::BadAnswer(format!(
+    match upstream::ask(worker, call, ANSWER_BYTES_MAX).await? {
+        (StatusCode::OK, body) => Ok(body),
+        (status, _) => Err(Fault::BadAnswer(format!(
             "status {} for {PATH}",
             status.as_u16()
         ))),

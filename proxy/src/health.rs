@@ -79,13 +79,7 @@ pub(crate) async fn watch(worker: Arc<Worker>, watching: Watching) {
 
 async fn probe(worker: &Arc<Worker>, patience: Duration) -> Condition {
     let call = Call::probe("/health", patience);
-    let answer = async {
-        let mut answer = upstream::exchange(worker, &call).await?;
-        let body = answer.body.collect(TEXT_BYTES_MAX).await?;
-        Ok((answer.head.status, body))
-    }
-    .await;
-    match answer {
+    match upstream::ask(worker, &call, TEXT_BYTES_MAX).await {
         Ok((StatusCode::OK, _)) => Condition::Up,
         Ok((StatusCode::SERVICE_UNAVAILABLE, body)) if !body.is_empty() => {
             Condition::NotReady(message_of(&body).chars().take(200).collect())

@@ -13,7 +13,7 @@ use hyper::{Method, StatusCode};
 use tokio::task::JoinSet;
 
 use crate::cluster::Cluster;
-use crate::error::{Fault, message_of};
+use crate::error::message_of;
 use crate::upstream::{self, Call};
 use crate::workers::{Role, Worker};
 
@@ -120,7 +120,8 @@ where
 }
 
 async fn endpoint_of(worker: &Arc<Worker>, patience: Duration) -> Option<Bytes> {
-    match ask(worker, &Call::probe(KV_ENDPOINT_PATH, patience)).await {
+    let call = Call::probe(KV_ENDPOINT_PATH, patience);
+    match upstream::ask(worker, &call, ANSWER_BYTES_MAX).await {
         Ok((StatusCode::OK, endpoint)) => Some(endpoint),
         Ok((status, _)) => {
             let status = status.as_u16();
@@ -147,7 +148,7 @@ async fn introduce(giver: &Worker, taker: &Arc<Worker>, endpoint: Bytes, patienc
     call.method = Method::POST;
     call.body = endpoint;
     let (giver, name) = (giver.name(), taker.name());
-    match ask(taker, &call).await {
+    match upstream::ask(taker, &call, ANSWER_BYTES_MAX).await {
         Ok((StatusCode::OK, _)) => tracing::debug!("{name} connects to {giver}"),
         Ok((StatusCode::BAD_REQUEST, body)) => {
             tracing::warn!("{name} cannot take kv of {giver}: {}", message_of(&body));
@@ -158,10 +159,4 @@ async fn introduce(giver: &Worker, taker: &Arc<Worker>, endpoint: Bytes, patienc
         }
         Err(fault) => tracing::debug!("{name} was not told of {giver}: {fault}"),
     }
-}
-
-async fn ask(worker: &Arc<Worker>, call: &Call) -> Result<(StatusCode, Bytes), Fault> {
-    let mut answer = upstream::exchange(worker, call).await?;
-    let body = answer.body.collect(ANSWER_BYTES_MAX).await?;
-    Ok((answer.head.status, body))
 }

@@ -146,13 +146,7 @@ pub(crate) async fn drain(proxy: &Proxy) -> Bytes {
 
 async fn ask(worker: Arc<Worker>, patience: Duration) -> Option<(String, Vec<Value>)> {
     let call = Call::probe("/perf_metrics", patience);
-    let answer = async {
-        let mut answer = upstream::exchange(&worker, &call).await?;
-        let body = answer.body.collect(ANSWER_BYTES_MAX).await?;
-        Ok::<_, crate::error::Fault>((answer.head.status, body))
-    }
-    .await;
-    match answer {
+    match upstream::ask(&worker, &call, ANSWER_BYTES_MAX).await {
         Ok((StatusCode::OK, body)) => {
             let records = serde_json::from_slice(&body).ok()?;
             Some((worker.endpoint().to_string(), records))

@@ -46,12 +46,7 @@ impl Prefetch {
         };
         let asked = Arc::clone(&worker);
         let call = tokio::spawn(async move {
-            let answered = async {
-                let mut answer = upstream::exchange(&asked, &call).await?;
-                let body = answer.body.collect(ANSWER_BYTES_MAX).await?;
-                Ok::<_, Fault>((answer.head.status, body))
-            };
-            match answered.await {
+            match upstream::ask(&asked, &call, ANSWER_BYTES_MAX).await {
                 Ok((StatusCode::OK, _)) => {}
                 Ok((status, body)) => {
                     let (name, body) = (asked.name(), String::from_utf8_lossy(&body));

@@ -17,7 +17,7 @@ use http_body_util::Full;
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{HOST, HeaderMap};
-use hyper::{Method, Request, Response, Uri, http};
+use hyper::{Method, Request, Response, StatusCode, Uri, http};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -208,8 +208,19 @@ pub(crate) async fn call(worker: &Arc<Worker>, call: &Call) -> Result<Answer, Up
     })
 }
 
+/// Asks a worker something small, without any effect on what is known of it: the status, and at most `limit` bytes.
+pub(crate) async fn ask(
+    worker: &Arc<Worker>,
+    call: &Call,
+    limit: usize,
+) -> Result<(StatusCode, Bytes), Fault> {
+    let mut answer = exchange(worker, call).await?;
+    let body = answer.body.collect(limit).await?;
+    Ok((answer.head.status, body))
+}
+
 /// As [`call`], without any effect on what is known of the worker.
-pub(crate) async fn exchange(worker: &Arc<Worker>, call: &Call) -> Result<Answer, Fault> {
+async fn exchange(worker: &Arc<Worker>, call: &Call) -> Result<Answer, Fault> {
     let started = Instant::now();
     let deadline = started + call.total;
     let mut request = call.request(worker);

@@ -67,23 +67,23 @@ class Worker:
     def resident_bytes(self):
         return common.Server(self.address, self.process.pid).resident_bytes()
 
-    def held(self):
-        """Every gauge of blocks or leases that is not zero."""
+    def metrics(self):
+        """Lines of names and values."""
         connection = http.client.HTTPConnection(self.address, timeout=10)
         connection.request("GET", "/prometheus/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        gauges = [line.split(" ") for line in lines if line.split(" ")[0] in HELD]
+        return [line.split(" ") for line in lines]
+
+    def held(self):
+        """Every gauge of blocks or leases that is not zero."""
+        gauges = [line for line in self.metrics() if line[0] in HELD]
         if len(gauges) != len(HELD):
             sys.exit(f"{self.name} does not show its blocks: {gauges}")
         return {name: float(value) for name, value in gauges if float(value) != 0}
 
     def counter(self, name):
-        connection = http.client.HTTPConnection(self.address, timeout=10)
-        connection.request("GET", "/prometheus/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        connection.close()
-        return next(int(line.split(" ")[1]) for line in lines if line.startswith(name + " "))
+        return next(int(line[1]) for line in self.metrics() if line[0] == name)
 
 
 def items():

@@ -269,13 +269,7 @@ class Bench:
         command = [BATON, "bench", "serve", "--offline", self.model, "--load-format", "dummy", "--device", self.device, "--max-seq-len", 16384,
                    "--max-batch-size", 64, "--enable-chunked-prefill", "--config", self.quiet, "--json", report, "--accept", "short,warmup,length,saturated", *words]
         with Process(self.log(name), command, env) as process:
-            try:
-                process.child.wait(limit)
-            except subprocess.TimeoutExpired:
-                raise RuntimeError(f"longer than {limit} s: {process.tail()}") from None
-            if process.child.returncode:
-                raise RuntimeError(f"ended with {process.child.returncode}: {process.tail()}")
-        run = json.loads(report.read_text())["runs"][0]
+            run = self.first_run(process, report, limit)
         return {"itl_p50_ms": run["itl_ms"]["p50"], "itl_p99_ms": run["itl_ms"]["p99"], "ttft_p50_ms": run["ttft_ms"]["p50"], "output_tokens_per_s": run["output_tokens_per_s"]}
 
     def decode(self):
@@ -313,14 +307,18 @@ class Bench:
         return Process(self.log(name), command), report, limit
 
     @staticmethod
-    def measured(process, report, limit):
+    def first_run(process, report, limit):
+        """What a bench reports, when it has ended."""
         try:
             process.child.wait(limit)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"longer than {limit} s: {process.tail()}") from None
         if process.child.returncode:
             raise RuntimeError(f"ended with {process.child.returncode}: {process.tail()}")
-        run = json.loads(report.read_text())["runs"][0]
+        return json.loads(report.read_text())["runs"][0]
+
+    def measured(self, process, report, limit):
+        run = self.first_run(process, report, limit)
         return {"itl_ms": run["itl_ms"], "ttft_ms": run["ttft_ms"], "output_tokens_per_s": run["output_tokens_per_s"]}
 
     def once(self, *load):

@@ -60,8 +60,8 @@ impl Core {
             return true;
         }
         let blocks = more.to_vec();
-        let (Some(handoff), Ok(pages)) = (&mut self.handoff, self.model.share_pages(&blocks))
-        else {
+        let pages = self.shared_pages(&blocks);
+        let (Some(handoff), Ok(pages)) = (&mut self.handoff, pages) else {
             self.withdraw(ctx_request_id);
             return false;
         };

@@ -1,5 +1,6 @@
 //! The engine's half of the hand-off: pinning and offering, lending and fetching, and what follows when either ends.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -117,20 +118,15 @@ impl Core {
         token_count: usize,
         blocks: Vec<BlockId>,
     ) -> Result<u64, HandoffError> {
+        let pages = self.shared_pages(&blocks)?;
         let Some(handoff) = &mut self.handoff else {
             return Err(HandoffError::Refused("there is no transceiver".to_owned()));
         };
-        let mut ends_here = |error: BackendError| {
-            let reason = HandoffError::Transport(error.to_string());
-            self.broken.get_or_insert(error);
-            reason
-        };
         let ctx_request_id = self.leases.next_id();
-        let pages = self.model.share_pages(&blocks);
         let opaque_state = handoff.offer(Offer {
             ctx_request_id,
             token_count,
-            pages: pages.map_err(&mut ends_here)?,
+            pages,
         })?;
         let order = RankOrder::Offer {
             ctx_request_id,
@@ -138,7 +134,8 @@ impl Core {
             blocks: blocks.clone(),
             state: opaque_state.clone(),
         };
-        self.model.hand_off(&order).map_err(ends_here)?;
+        let told = self.model.hand_off(&order);
+        told.map_err(|error| self.ends_here(error))?;
         self.scheduler.pool.share(&blocks);
         self.stats.handoffs_offered_total += 1;
         let lease = Lease {
@@ -148,6 +145,22 @@ impl Core {
         };
         self.leases.insert(ctx_request_id, lease);
         Ok(ctx_request_id)
+    }
+
+    /// The pages of blocks, for others to read.
+    pub(super) fn shared_pages(
+        &mut self,
+        blocks: &[BlockId],
+    ) -> Result<Vec<Arc<Page>>, HandoffError> {
+        let pages = self.model.share_pages(blocks);
+        pages.map_err(|error| self.ends_here(error))
+    }
+
+    /// Notes a failure of the device or of a rank: there will be no other step.
+    fn ends_here(&mut self, error: BackendError) -> HandoffError {
+        let reason = HandoffError::Transport(error.to_string());
+        self.broken.get_or_insert(error);
+        reason
     }
 
     /// The ticket of a lease, with what the context phase has chosen.

@@ -109,11 +109,12 @@ pub fn fold(bytes: &[u8]) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn sample(len: usize) -> Vec<u8> {
+    /// Bytes without a pattern.
+    pub(crate) fn sample(len: usize) -> Vec<u8> {
         let mut state = 1_u64;
         (0..len)
             .map(|_| {

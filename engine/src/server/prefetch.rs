@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use baton_configs::wire::{AnswerHead, DisaggregatedParams, KV_PREFETCH_HEADER};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::Response;
 use hyper::header::{CONTENT_LENGTH, HeaderValue};
@@ -56,7 +56,7 @@ pub(super) fn respond_early(
     ticket: HandoffTicket,
 ) -> Result<Response<ReplyBody>, ApiError> {
     let line = line(&answer.composer.prefetch(ticket))?;
-    let line = Some(line.freeze());
+    let line = Some(line.into());
     let mut response = lines(Box::new(Early { answer, line }), step);
     let headers = response.headers_mut();
     headers.insert(KV_PREFETCH_HEADER, HeaderValue::from_static("1"));
@@ -98,15 +98,15 @@ async fn in_lines(response: Response<ReplyBody>) -> Result<Bytes, ApiError> {
     })?;
     let body = body.collect().await;
     let body = body.map_err(|cut| ApiError::internal(cut.to_string()))?;
-    out.put(body.to_bytes());
-    Ok(out.freeze())
+    out.extend_from_slice(&body.to_bytes());
+    Ok(out.into())
 }
 
-fn line<T: Serialize>(value: &T) -> Result<BytesMut, ApiError> {
+fn line<T: Serialize>(value: &T) -> Result<Vec<u8>, ApiError> {
     let mut line = serde_json::to_vec(value)
         .map_err(|error| ApiError::internal(format!("writing the answer failed: {error}")))?;
     line.push(b'\n');
-    Ok(BytesMut::from(&line[..]))
+    Ok(line)
 }
 
 /// Fetches KV for a request that is still to come, until it has come. Whoever goes away before ends the fetch.

@@ -257,9 +257,7 @@ impl Desk {
         };
         match message {
             Message::Request(request) => self.on_request(peer, request),
-            Message::Hello {
-                instance, layout, ..
-            } => self.on_hello(peer, &instance, &layout),
+            Message::Hello { instance, layout } => self.on_hello(peer, &instance, &layout),
             Message::Extended { transfer } => self.on_extended(peer, transfer),
             Message::Acknowledge { transfer } => self.on_acknowledge(peer, transfer),
             Message::Release { transfer } => self.on_release(peer, transfer),

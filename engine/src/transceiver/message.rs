@@ -109,7 +109,6 @@ mod regions {
 pub(super) enum Message {
     /// Generation: here I am, before there is anything to ask for.
     Hello {
-        version: u32,
         /// The generation instance, for messages.
         instance: String,
         layout: LayoutRecord,

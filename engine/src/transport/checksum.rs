@@ -149,19 +149,8 @@ pub fn sum(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::fold::tests::sample;
     use proptest::prelude::*;
-
-    fn sample(len: usize) -> Vec<u8> {
-        let mut state = 1_u64;
-        (0..len)
-            .map(|_| {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                state.to_le_bytes()[7]
-            })
-            .collect()
-    }
 
     /// The definition, word by word, in numbers that cannot overflow.
     fn by_definition(bytes: &[u8]) -> u64 {

@@ -47,6 +47,16 @@ pub(super) fn prefetch_of(whole: &GenerateRequest) -> GenerateRequest {
 }
 
 impl Rig {
+    /// Turns until a lease is opened for a prompt that is not read to its end; its ticket.
+    fn until_opened(&mut self, reader: &mut Reader) -> HandoffTicket {
+        loop {
+            if let Some(ticket) = &reader.read().lease {
+                return ticket.clone();
+            }
+            assert!(self.step(), "a lease is opened before the prompt ends");
+        }
+    }
+
     fn pages_under(&self, ctx_request_id: u64) -> usize {
         self.wire.lock().offers[&ctx_request_id].pages.len()
     }
@@ -71,10 +81,7 @@ fn a_lease_grows_with_the_prompt() {
         let mut rig = Rig::of(model, config, 100);
         let whole = request(&long_prompt(), 8);
         let mut reader = rig.submit(context_of(&whole));
-        while reader.read().lease.is_none() {
-            assert!(rig.step(), "a lease is opened before the prompt ends");
-        }
-        let early = reader.answer.lease.clone().expect("just seen");
+        let early = rig.until_opened(&mut reader);
         assert!(reader.answer.tokens.is_empty() && early.first_tokens.is_empty());
         assert_eq!(early.disagg_request_id, Some(77));
         assert_eq!(rig.pages_under(early.ctx_request_id), 2);
@@ -132,15 +139,7 @@ fn an_answer_that_ends_with_its_first_token_gives_its_lease_up() {
 fn who_goes_away_while_the_prompt_is_read_leaves_no_lease() {
     let mut rig = Rig::new(in_chunks());
     let mut reader = rig.submit(context_of(&request(&long_prompt(), 8)));
-    while reader.read().lease.is_none() {
-        rig.step();
-    }
-    let lease = reader
-        .answer
-        .lease
-        .clone()
-        .expect("just seen")
-        .ctx_request_id;
+    let lease = rig.until_opened(&mut reader).ctx_request_id;
     reader.drop_stream();
     rig.run();
     assert_eq!(rig.wire.lock().withdrawn, [lease]);
@@ -154,15 +153,7 @@ fn who_goes_away_while_the_prompt_is_read_leaves_no_lease() {
 fn a_lease_that_ends_before_the_prompt_does_is_replaced_at_its_end() {
     let mut rig = Rig::new(in_chunks());
     let mut reader = rig.submit(context_of(&request(&long_prompt(), 8)));
-    while reader.read().lease.is_none() {
-        rig.step();
-    }
-    let early = reader
-        .answer
-        .lease
-        .clone()
-        .expect("just seen")
-        .ctx_request_id;
+    let early = rig.until_opened(&mut reader).ctx_request_id;
     rig.end_lease(early, LeaseEnd::Cancelled);
     rig.run();
     let lease = reader

@@ -245,7 +245,6 @@ impl Desk {
             return;
         };
         let hello = Message::Hello {
-            version: PROTOCOL_VERSION,
             instance: self.terms.instance.clone(),
             layout: self.terms.layout.record.clone(),
         };
