@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod cuda;
 pub(crate) mod e4m3;
 mod stored;
+mod wish;
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -22,6 +23,10 @@ use std::sync::Arc;
 use crate::collective::{Collective, CollectiveError, tell_all};
 use crate::page::{Page, PageShape};
 pub use stored::{WeightBytes, WeightDtype, WeightSource};
+pub use wish::{
+    ALTERNATIVES_MAX, BIASES_MAX, Carried, Changes, Choice, Draw, Penalties, RowWish, Seen,
+    StepOutput, StepWish, TABLES_MAX, TokenWish,
+};
 
 /// A token of the vocabulary.
 pub type TokenId = u32;
@@ -120,65 +125,6 @@ impl Default for PrefillRows {
             beside_decode: 512,
         }
     }
-}
-
-/// How a step may be run, and what is wanted of it.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct StepWish<'a> {
-    /// Whether passes over batches of the same shape make the same calls, so that one may be recorded and replayed.
-    pub repeatable: bool,
-    /// What is wanted of each of the `logit_rows`; empty when it is the logits of all.
-    pub rows: &'a [RowWish],
-    /// Rows whose token is not known yet, because the step that was begun before chooses it.
-    pub carried: &'a [Carried],
-}
-
-/// A row that computes a token which the step begun before chooses. Where that chose none, because its logits are not finite,
-/// it is any token of the vocabulary.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Carried {
-    /// Row of this batch.
-    pub row: usize,
-    /// Which of the `logit_rows` of the step before, counted from 0.
-    pub from: usize,
-}
-
-/// What is wanted of a row. A device that cannot choose gives logits in any case.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub enum RowWish {
-    /// Its logits.
-    #[default]
-    Logits,
-    /// The lowest of its best tokens.
-    Best,
-    /// A token that is drawn.
-    Draw(Draw),
-}
-
-/// How to draw a token: with probability `exp(logit / temperature)` among those that top-k leaves, of these those that top-p
-/// leaves, of these those that min-p leaves.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Draw {
-    /// Above 0.
-    pub temperature: f32,
-    /// So many of the best; 0 for all.
-    pub top_k: u32,
-    /// As few of the best as have this share of the weight.
-    pub top_p: f32,
-    /// Those with this share of the best one's weight.
-    pub min_p: f32,
-    /// In `[0, 1)`: which one.
-    pub uniform: f64,
-}
-
-/// What a step gave.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct StepOutput {
-    /// Values of the rows that have no token in [`StepOutput::chosen`], in order. Of a row for which a token was wished and that
-    /// was not finite they may be any that are not finite.
-    pub values: Vec<f32>,
-    /// For each of the `logit_rows` its token, where the device chose one; empty for none.
-    pub chosen: Vec<Option<TokenId>>,
 }
 
 /// Type of activations.
@@ -374,7 +320,7 @@ pub trait Backend: Debug + Send + 'static {
         let out = pass(self, batch)?;
         Ok(StepOutput {
             values: out.map_or_else(Vec::new, |out| self.to_host(&out)),
-            chosen: Vec::new(),
+            ..StepOutput::default()
         })
     }
 

@@ -26,3 +26,4 @@ mod server;
 pub mod tokenizer;
 pub mod transceiver;
 pub mod transport;
+mod wishes;

@@ -31,6 +31,7 @@ use crate::handoff::RankOrder;
 pub use crate::model::error::{ModelError, ModelErrorKind};
 pub use crate::model::special_tokens::{GenerationDefaults, SpecialTokens};
 use crate::page::{Page, PageShape};
+use crate::request::TokenLogprobs;
 
 /// A model's outside dimensions.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,13 +66,15 @@ pub struct Logits {
     pub vocab: usize,
     /// The token of each row that has one; empty when none has.
     pub chosen: Vec<Option<TokenId>>,
+    /// What is told of each of these tokens, where that was wished; empty when nothing is.
+    pub logprobs: Vec<Option<TokenLogprobs>>,
 }
 
 /// What is known of one row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Outcome<'a> {
-    /// The token that was chosen as wished.
-    Chosen(TokenId),
+    /// The token that was chosen as wished, and what was to be told of it.
+    Chosen(TokenId, Option<&'a TokenLogprobs>),
     /// `[V]`.
     Values(&'a [f32]),
 }
@@ -93,7 +96,10 @@ impl Logits {
     pub fn outcomes(&self) -> impl Iterator<Item = Outcome<'_>> {
         let mut values = self.values.chunks_exact(self.vocab);
         (0..self.rows()).map(move |index| match self.chosen.get(index) {
-            Some(&Some(token)) => Outcome::Chosen(token),
+            Some(&Some(token)) => {
+                let told = self.logprobs.get(index).and_then(Option::as_ref);
+                Outcome::Chosen(token, told)
+            }
             _ => Outcome::Values(values.next().expect("a row without a token has values")),
         })
     }

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::backend::{Draw, RowWish, TokenId};
+use crate::backend::{Choice, Draw, RowWish, TokenId, TokenWish};
 use crate::request::{SamplingParams, TokenLogprobs};
 
 use logprobs::token_logprobs;
@@ -97,11 +97,15 @@ impl Sampler {
     }
 }
 
-/// The token that a row's wish is for: what a device that chooses must match.
+/// The token that a row's wish is for, where its logits are not to be changed.
 pub(crate) fn choose(logits: &[f32], wish: &RowWish) -> Result<TokenId, SampleError> {
     check_finite(logits)?;
     let best = argmax(logits);
-    let RowWish::Draw(how) = wish else {
+    let RowWish::Token(TokenWish {
+        choice: Choice::Draw(how),
+        ..
+    }) = wish
+    else {
         return Ok(best);
     };
     let weights = filter::Weights {
@@ -150,19 +154,18 @@ fn draw(kept: &[(TokenId, f32)], uniform: f64) -> TokenId {
         .map_or(0, |&(token, _)| token)
 }
 
-/// What is wanted of the logits for the answer's next token: a device may choose it, unless more than temperature and filters
-/// has a say in it, or the logits are asked for.
-pub(crate) fn wish(params: &SamplingParams, answer_len: usize) -> RowWish {
-    let adjusted = !params.logit_bias.is_empty()
-        || has_penalty(params)
-        || answer_len < params.min_tokens as usize;
-    if adjusted || params.logprobs.is_some() {
-        RowWish::Logits
-    } else if params.temperature <= 0.0 {
-        RowWish::Best
+/// How the answer's next token is chosen, once logits are changed.
+pub(crate) fn choice(params: &SamplingParams, answer_len: usize) -> Choice {
+    if params.temperature <= 0.0 {
+        Choice::Best
     } else {
-        RowWish::Draw(draw_of(params, answer_len))
+        Choice::Draw(draw_of(params, answer_len))
     }
+}
+
+/// Whether logits are changed before.
+pub(crate) fn changes_logits(params: &SamplingParams, answer_len: usize) -> bool {
+    !params.logit_bias.is_empty() || has_penalty(params) || answer_len < params.min_tokens as usize
 }
 
 fn draw_of(params: &SamplingParams, answer_len: usize) -> Draw {
@@ -176,10 +179,7 @@ fn draw_of(params: &SamplingParams, answer_len: usize) -> Draw {
 }
 
 fn is_plain_greedy(params: &SamplingParams, answer_len: usize) -> bool {
-    params.temperature <= 0.0
-        && params.logit_bias.is_empty()
-        && !has_penalty(params)
-        && answer_len >= params.min_tokens as usize
+    params.temperature <= 0.0 && !changes_logits(params, answer_len)
 }
 
 #[expect(clippy::float_cmp, reason = "the neutral values are exact")]
@@ -280,5 +280,9 @@ fn check_finite(logits: &[f32]) -> Result<(), SampleError> {
     })
 }
 
+#[cfg(test)]
+mod device;
+#[cfg(test)]
+pub(crate) use device::{changed, sample_for};
 #[cfg(test)]
 mod tests;

@@ -8,13 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::{BlockId, RowWish, TokenId};
+use crate::backend::{BlockId, TokenId};
 use crate::handoff::{HandoffStats, HandoffTicket};
 use crate::request::{
     FinishReason, GenerateRequest, RequestCosts, RequestId, RequestKind, SamplingParams,
     TokenLogprobs,
 };
-use crate::sampler::wish;
 
 /// Most prompt rows per step whose logits are asked for: they are `V` wide and live on the host.
 const PROMPT_LOGPROB_ROWS: usize = 64;
@@ -293,11 +292,6 @@ impl Sequence {
         };
         let last = (end == self.len_ahead() && self.forced.is_empty()).then(|| end - 1);
         LogitPositions { prompt, last }
-    }
-
-    /// What is wanted of the logits by which the next token is chosen.
-    pub(crate) fn wish(&self) -> RowWish {
-        wish(&self.sampling, self.len_ahead() - self.prompt_len)
     }
 
     /// Appends a token to the answer. Returns why the answer ends with it, if it does.

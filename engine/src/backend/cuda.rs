@@ -32,6 +32,7 @@ mod pages;
 mod peer;
 mod ranks;
 mod step;
+mod tables;
 mod tensor;
 mod upload;
 mod watch;
@@ -57,6 +58,7 @@ use self::memory::{Buffer, Pool};
 use self::ops::{AttentionCall, Ops, Parts, Rotation};
 use self::pages::Pages;
 use self::ranks::Ranks;
+use self::tables::Tables;
 use self::tensor::Rounded;
 use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
@@ -107,6 +109,8 @@ pub struct CudaBackend {
     flights: Flights,
     /// Tokens of a step's rows.
     tokens: Buffer,
+    /// What sequences hold whose logits are changed before a choice.
+    tables: Tables,
     /// What wide tensors lie in: there is one at a time, a step's result.
     wide: RefCell<Option<Arc<Buffer>>>,
     /// Where results land.

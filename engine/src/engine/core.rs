@@ -13,6 +13,7 @@ use crate::request::{Event, FinishReason, RequestFailure, RequestId, RequestKind
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::Sequence;
+use crate::wishes::Wishes;
 
 use super::EngineConfig;
 use super::clients::{Client, End, Publisher};
@@ -29,6 +30,7 @@ pub(super) struct Core {
     pub(super) config: EngineConfig,
     pub(super) scheduler: Scheduler,
     pub(super) sampler: Sampler,
+    pub(super) wishes: Wishes,
     pub(super) clients: HashMap<RequestId, Client>,
     pub(super) leases: Leases,
     pub(super) stats: EngineStats,
@@ -63,7 +65,14 @@ impl Core {
             config.enable_block_reuse,
             config.event_buffer_max_size > 0,
         );
+        let wishes = Wishes::new(
+            model.runs_by_itself(),
+            model.shape().vocab,
+            &config.eos_token_ids,
+            config.max_batch_size,
+        );
         let mut core = Self {
+            wishes,
             model,
             handoff,
             config,
@@ -204,6 +213,7 @@ impl Core {
             | FinishReason::Length
             | FinishReason::NotFinished => self.stats.requests_finished_total += 1,
         }
+        self.wishes.forget(sequence.id);
         self.publish_stats();
         let Some(client) = self.clients.remove(&sequence.id) else {
             return;
@@ -226,6 +236,7 @@ impl Core {
             self.cancel_fetch(sequence.fetch);
         }
         self.withdraw_of(id);
+        self.wishes.forget(id);
         let client = self.clients.remove(&id);
         let is_request = client.as_ref().is_none_or(|client| !client.is_prefetch);
         self.stats.requests_failed_total += u64::from(is_request);

@@ -4,7 +4,7 @@
 //! the device and are named by their row (`carried`); whatever ends an answer shows one step later, and what the next step
 //! computed for it is dropped. With a model that is done at once the same happens in the same order, so that tokens are
 //! the same; then the host chooses early what it would choose anyway. No step is overtaken whose results the host needs
-//! to go on: logits, or blocks of which there are too few.
+//! to go on: logits that the device cannot choose by (`wishes.rs`), or blocks of which there are too few.
 
 use std::time::Instant;
 
@@ -52,7 +52,7 @@ impl Flight {
         let logits = self.done.as_ref()?;
         let chosen = logits.outcomes().zip(&self.wishes);
         let token = |(outcome, wish): (Outcome<'_>, &RowWish)| match outcome {
-            Outcome::Chosen(token) => token,
+            Outcome::Chosen(token, _) => token,
             // What is not finite fails its request when the results are taken over.
             Outcome::Values(values) => choose(values, wish).unwrap_or(0),
         };
@@ -152,8 +152,9 @@ impl Core {
     }
 
     /// What the model is to compute, and what is wanted of it.
-    fn task(&self, plan: &Plan) -> Task {
+    fn task(&mut self, plan: &Plan) -> Task {
         let mut task = Task::default();
+        self.wishes.next_step();
         for span in &plan.spans {
             let sequence = self.scheduler.running(span.index);
             let batch = &mut task.batch;
@@ -175,11 +176,11 @@ impl Core {
             let positions = sequence.logit_positions(span.rows);
             for at in positions.prompt.clone() {
                 batch.logit_rows.push(first + at - start);
-                task.wishes.push(RowWish::Logits);
+                task.wishes.push(self.wishes.prompt_token(sequence, at));
             }
             if let Some(at) = positions.last {
                 batch.logit_rows.push(first + at - start);
-                task.wishes.push(sequence.wish());
+                task.wishes.push(self.wishes.next_token(sequence));
             }
             batch.sequences.push(SequenceSpan {
                 rows: first..first + span.rows,

@@ -64,9 +64,7 @@ impl Core {
         let mut next = || outcomes.next().expect("the model gives every row");
         let mut broken = None;
         for position in part.positions.prompt.clone() {
-            if let Outcome::Values(values) = next()
-                && let Err(error) = collect_prompt_logprobs(sequence, position, values)
-            {
+            if let Err(error) = collect_prompt_logprobs(sequence, position, next()) {
                 broken = Some(error);
             }
         }
@@ -88,7 +86,9 @@ impl Core {
         };
         let values = match last {
             None => return publisher.forced(sequence),
-            Some(Outcome::Chosen(token)) => return publisher.token(sequence, token, None),
+            Some(Outcome::Chosen(token, told)) => {
+                return publisher.token(sequence, token, told.cloned());
+            }
             Some(Outcome::Values(values)) => values,
         };
         let sampled = self.sampler.sample(&SampleInput {
@@ -148,12 +148,14 @@ impl Core {
 fn collect_prompt_logprobs(
     sequence: &mut Sequence,
     position: usize,
-    values: &[f32],
+    outcome: Outcome<'_>,
 ) -> Result<(), SampleError> {
     let token = sequence.tokens[position + 1];
     if let Some(wanted) = &mut sequence.prompt_logprobs {
-        let logprobs = prompt_logprobs(values, token, wanted.top)?;
-        wanted.collected.push(logprobs);
+        wanted.collected.push(match outcome {
+            Outcome::Chosen(_, told) => told.expect("it was wished").clone(),
+            Outcome::Values(values) => prompt_logprobs(values, token, wanted.top)?,
+        });
         wanted.count += 1;
     }
     Ok(())

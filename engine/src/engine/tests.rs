@@ -281,6 +281,19 @@ fn closed_form(request: &GenerateRequest, max_len: usize) -> (Vec<TokenId>, Fini
     }
 }
 
+/// Asserts that what was told of the answer's tokens is right, of all but those that another server chose.
+fn assert_logprobs(request: &GenerateRequest, answer: &Answer) {
+    let mut tokens = request.prompt.clone();
+    for (index, (&token, told)) in answer.tokens.iter().zip(&answer.logprobs).enumerate() {
+        let expected = request.sampling.logprobs.map(|top| {
+            crate::sampler::prompt_logprobs(&logits_after(&tokens), token, top).expect("finite")
+        });
+        let forced = index == 0 && matches!(request.kind, RequestKind::GenerationOnly(_));
+        assert!(*told == expected || forced && told.is_none(), "{request:?}");
+        tokens.push(token);
+    }
+}
+
 /// A prompt whose answer does not end by itself soon, so that tests can count tokens.
 fn long_running(salt: TokenId) -> Vec<TokenId> {
     (0..)

@@ -164,6 +164,7 @@ impl<B: Backend> Decoder<B> {
             values: out.values,
             vocab: self.shape.vocab,
             chosen: out.chosen,
+            logprobs: out.logprobs,
         }
     }
 }
@@ -530,6 +531,7 @@ impl<B: Backend> Model for Decoder<B> {
             values,
             vocab,
             chosen: out.chosen,
+            logprobs: out.logprobs,
         })
     }
 

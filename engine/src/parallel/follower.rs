@@ -149,10 +149,10 @@ impl Steps {
         }
         // Nobody reads logits here, but every rank chooses, and goes on with what it has chosen.
         let mut wishes = step.wishes.to_vec();
-        wishes.resize(step.batch.logit_rows.len(), RowWish::Best);
+        wishes.resize(step.batch.logit_rows.len(), RowWish::BEST);
         for wish in &mut wishes {
             if *wish == RowWish::Logits {
-                *wish = RowWish::Best;
+                *wish = RowWish::BEST;
             }
         }
         let begun = decoder.begin(&step.batch, &wishes, &step.carried)?;

@@ -1,9 +1,11 @@
 //! What rank 0 tells the others to do, as bytes. A step is one message, whatever its size: numbers are written seven
 //! bits a byte, block numbers as differences, and positions not at all, because they follow from the sequences.
 
+mod wishes;
+
 use std::borrow::Cow;
 
-use crate::backend::{BlockId, Carried, Draw, RowWish, SequenceSpan, StepBatch};
+use crate::backend::{BlockId, Carried, RowWish, SequenceSpan, StepBatch};
 use crate::handoff::RankOrder;
 use crate::page::{KvDtype, PageShape};
 use crate::request::RequestId;
@@ -249,24 +251,6 @@ impl Writer {
         }));
     }
 
-    fn wishes(&mut self, wishes: &[RowWish]) {
-        self.number(wishes.len() as u64);
-        for wish in wishes {
-            match wish {
-                RowWish::Logits => self.byte(LOGITS),
-                RowWish::Best => self.byte(BEST),
-                RowWish::Draw(draw) => {
-                    self.byte(DRAW);
-                    for value in [draw.temperature, draw.top_p, draw.min_p] {
-                        self.0.extend(value.to_le_bytes());
-                    }
-                    self.0.extend(draw.top_k.to_le_bytes());
-                    self.0.extend(draw.uniform.to_le_bytes());
-                }
-            }
-        }
-    }
-
     fn carried(&mut self, carried: &[Carried]) {
         self.number(carried.len() as u64);
         for &Carried { row, from } in carried {
@@ -292,10 +276,6 @@ impl Writer {
         });
     }
 }
-
-const LOGITS: u8 = 0;
-const BEST: u8 = 1;
-const DRAW: u8 = 2;
 
 const SHORT: OrderError = OrderError("it is cut short");
 const RANGE: OrderError = OrderError("a number is out of range");
@@ -430,28 +410,6 @@ impl Reader<'_> {
             batch.logit_rows.push(last);
         }
         Ok(batch)
-    }
-
-    fn wishes(&mut self, batch: &StepBatch) -> Result<Vec<RowWish>, OrderError> {
-        let count = self.count()?;
-        if count != 0 && count != batch.logit_rows.len() {
-            return Err(OrderError("its wishes are not one for each row of logits"));
-        }
-        let wish = |from: &mut Self| {
-            Ok(match from.byte()? {
-                LOGITS => RowWish::Logits,
-                BEST => RowWish::Best,
-                DRAW => RowWish::Draw(Draw {
-                    temperature: f32::from_le_bytes(from.array()?),
-                    top_p: f32::from_le_bytes(from.array()?),
-                    min_p: f32::from_le_bytes(from.array()?),
-                    top_k: u32::from_le_bytes(from.array()?),
-                    uniform: f64::from_le_bytes(from.array()?),
-                }),
-                _ => return Err(OrderError("a wish is unknown")),
-            })
-        };
-        (0..count).map(|_| wish(self)).collect()
     }
 
     fn carried(&mut self, batch: &StepBatch) -> Result<Vec<Carried>, OrderError> {

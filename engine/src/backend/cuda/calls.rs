@@ -23,6 +23,7 @@ impl CudaBackend {
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,
             tokens: pool.take(ROWS_MAX * 4)?,
+            tables: Tables::default(),
             flights: Flights::default(),
             wide: RefCell::default(),
             landing: RefCell::default(),
@@ -215,9 +216,10 @@ impl CudaBackend {
         self.attempt("choosing tokens", || {
             let bytes = self.tokens.memory().bytes();
             assert!(out.rows * 4 <= bytes, "rows of a step");
-            let draws = self.staging.draws();
+            self.tables.check(out.cols);
+            let wishes = self.staging.wishes();
             let mut ops = self.ops.borrow_mut();
-            ops.choose(out, draws, self.tokens.address())
+            ops.choose(out, wishes, self.tokens.address())
         });
     }
 

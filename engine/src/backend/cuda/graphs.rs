@@ -85,7 +85,10 @@ fn upload(
     batch: &StepBatch,
     wish: StepWish<'_>,
 ) -> Result<(), BackendError> {
+    let ready = backend.ready_tables(wish.rows);
+    ready.map_err(|error| error.of("tables of what sequences hold"))?;
     let per_block = backend.pages().shape().tokens_per_block;
+    let wish = (wish, backend.tables.places());
     match backend.staging.begin(batch, wish, per_block) {
         Ok(true) => backend.graphs = Graphs::default(),
         Ok(false) => {}

@@ -24,6 +24,7 @@ const ROUNDING: &str = include_str!("../../../kernels/rounding.cuh");
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Source {
     Choose,
+    Seen,
     Carry,
     Embed,
     SelectRows,
@@ -46,8 +47,9 @@ pub(super) enum Source {
 
 impl Source {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 19] = [
+    pub(super) const ALL: [Self; 20] = [
         Self::Choose,
+        Self::Seen,
         Self::Carry,
         Self::Embed,
         Self::SelectRows,
@@ -77,6 +79,7 @@ impl Source {
         }
         match self {
             Self::Choose => kernel!("choose.cu"),
+            Self::Seen => kernel!("seen.cu"),
             Self::Carry => kernel!("carry.cu"),
             Self::Embed => kernel!("embed.cu"),
             Self::SelectRows => kernel!("select_rows.cu"),

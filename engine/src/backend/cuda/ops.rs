@@ -135,23 +135,33 @@ impl Ops {
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
 
-    /// A token for each row of a wide tensor: there are as many draws, and `tokens` has room for as many.
+    /// A token for each row of a wide tensor: there are as many wishes and rows, and `chosen` has room for as many.
     pub(super) fn choose(
         &mut self,
         x: &CudaTensor,
-        draws: DevicePtr,
-        tokens: DevicePtr,
+        [wishes, tokens, rows]: [DevicePtr; 3],
+        chosen: DevicePtr,
     ) -> Result<(), CudaError> {
-        assert!(draws.is_multiple_of(8), "draws are aligned");
+        assert!(wishes.is_multiple_of(8), "wishes are aligned");
         assert!(x.wide && x.cols > 0, "logits are wide");
         let args = Args::default()
             .with(x.address())
             .with(int(x.ld))
-            .with(draws)
+            .with(wishes)
+            .with(chosen)
+            .with(int(x.cols))
             .with(tokens)
-            .with(int(x.cols));
+            .with(rows);
         let kernel = plain(Source::Choose, "choose_f32");
         self.launch(&kernel, ([grid(x.rows), 1, 1], 1024), args)
+    }
+
+    /// Makes tables anew: as many jobs as said, at an aligned place, whose lists and tables have been laid out by `tables.rs`.
+    pub(super) fn seen(&mut self, jobs: DevicePtr, count: usize) -> Result<(), CudaError> {
+        assert!(jobs.is_multiple_of(8), "jobs are aligned");
+        let args = Args::default().with(jobs);
+        let kernel = plain(Source::Seen, "seen_u32");
+        self.launch(&kernel, ([grid(count), 1, 1], 1024), args)
     }
 
     /// Tokens that the step before chose, in the places of those rows that go on with them; lists of `rows` each.

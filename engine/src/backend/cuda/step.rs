@@ -4,13 +4,20 @@
 //! rows, the heaviest first, so that no long one is left for the end. Rows behind those of the last sequence are padding:
 //! each counts as a sequence of its own that has no block. Pure; the upload is the caller's.
 
-use crate::backend::{RowWish, StepBatch, StepWish};
+use super::driver::DevicePtr;
+use crate::backend::{ALTERNATIVES_MAX, Choice, Draw, RowWish, StepBatch, StepWish};
 
 /// Rows of a prefill tile; `ROWS` in `attention_prefill.cu` and `attention_prefill_hopper.cu`.
 pub(super) const TILE_ROWS: usize = 128;
 
-/// Words of a draw.
-const DRAW_WORDS: usize = 6;
+/// Words of a wish.
+const WISH_WORDS: usize = 16;
+/// Words that are told of a row's token: log-probability, rank, and pairs of token and log-probability.
+pub(super) const TOLD_WORDS: usize = 2 + 2 * ALTERNATIVES_MAX;
+/// Bits of a wish; those of `choose.cu`.
+const COUNTS_OWN: u32 = 1;
+const BANS: u32 = 2;
+const IS_GIVEN: u32 = 4;
 /// A block or sequence that is none; negative in the kernels.
 const NONE: u32 = u32::MAX;
 
@@ -27,8 +34,8 @@ pub(super) struct StepLayout {
     pub(super) row_blocks: usize,
     /// `[R]`.
     pub(super) logit_rows: usize,
-    /// `[R]` of [`DRAW_WORDS`] each, at an even place.
-    pub(super) draws: usize,
+    /// `[R]` of [`WISH_WORDS`] each, at an even place.
+    pub(super) wishes: usize,
     /// `[S]` each.
     pub(super) first_rows: usize,
     pub(super) row_counts: usize,
@@ -52,11 +59,20 @@ fn word(value: usize) -> u32 {
     u32::try_from(value).expect("rows, positions and blocks fit 32 bits")
 }
 
+/// What wishes refer to on the device.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Places<'a> {
+    /// Of the tables, by their number.
+    pub(super) tables: &'a [DevicePtr],
+    /// Where the first row of which something is told has its [`TOLD_WORDS`]; the others follow.
+    pub(super) told: DevicePtr,
+}
+
 /// Writes a step's words to `words`, which is cleared before. Rows without a wish get that for their best token. `per_block` is
 /// `P`.
 pub(super) fn encode(
     batch: &StepBatch,
-    wish: StepWish<'_>,
+    (wish, places): (StepWish<'_>, Places<'_>),
     per_block: usize,
     words: &mut Vec<u32>,
 ) -> StepLayout {
@@ -93,9 +109,14 @@ pub(super) fn encode(
     layout.logit_rows = words.len();
     words.extend(batch.logit_rows.iter().map(|&row| word(row)));
     words.resize(words.len().next_multiple_of(2), 0);
-    layout.draws = words.len();
-    words.extend(wish.rows.iter().flat_map(draw_words));
-    words.resize(layout.draws + batch.logit_rows.len() * DRAW_WORDS, 0);
+    layout.wishes = words.len();
+    let mut told = places.told;
+    for row in wish.rows {
+        words.extend(wish_words(row, (places.tables, told)));
+        let tells = row.logprobs().is_some();
+        told += if tells { TOLD_WORDS as u64 * 4 } else { 0 };
+    }
+    words.resize(layout.wishes + batch.logit_rows.len() * WISH_WORDS, 0);
     layout.first_rows = words.len();
     words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
     pad(words, 0);
@@ -144,11 +165,38 @@ fn tiles(batch: &StepBatch) -> Vec<(usize, u32, u32)> {
     tiles
 }
 
-/// `Draw` in `choose.cu`.
-fn draw_words(wish: &RowWish) -> [u32; DRAW_WORDS] {
-    let RowWish::Draw(draw) = wish else {
-        return [0; DRAW_WORDS];
+/// `Wish` in `choose.cu`.
+fn wish_words(wish: &RowWish, (tables, told): (&[DevicePtr], DevicePtr)) -> [u32; WISH_WORDS] {
+    let mut words = [0; WISH_WORDS];
+    let RowWish::Token(wish) = wish else {
+        return words;
     };
+    match wish.choice {
+        Choice::Best => {}
+        Choice::Draw(draw) => words[..6].copy_from_slice(&draw_words(&draw)),
+        Choice::Given(token) => {
+            words[13] = IS_GIVEN;
+            words[15] = token;
+        }
+    }
+    if let Some(changes) = &wish.changes {
+        let address = tables[changes.table as usize];
+        words[6..8].copy_from_slice(&bytemuck::cast::<_, [u32; 2]>(address));
+        words[10] = changes.penalties.repetition.to_bits();
+        words[11] = changes.penalties.frequency.to_bits();
+        words[12] = changes.penalties.presence.to_bits();
+        words[13] |= if changes.counts_own { COUNTS_OWN } else { 0 };
+        words[13] |= if changes.bans { BANS } else { 0 };
+    }
+    if let Some(top) = wish.logprobs {
+        assert!(top as usize <= ALTERNATIVES_MAX, "room for what is told");
+        words[8..10].copy_from_slice(&bytemuck::cast::<_, [u32; 2]>(told));
+        words[14] = top;
+    }
+    words
+}
+
+fn draw_words(draw: &Draw) -> [u32; 6] {
     // A temperature so small that its inverse is infinite takes the best token.
     let inverse = draw.temperature.recip();
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
@@ -164,7 +212,7 @@ fn used_blocks(tokens: usize, per_block: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Carried, SequenceSpan};
+    use crate::backend::{Carried, Changes, Penalties, SequenceSpan, TokenWish};
 
     #[test]
     fn a_step_is_laid_out_as_the_kernels_read_it() {
@@ -188,7 +236,7 @@ mod tests {
             carried: &[Carried { row: 132, from: 2 }],
             ..StepWish::default()
         };
-        let layout = encode(&batch, wish, 4, &mut words);
+        let layout = encode(&batch, (wish, Places::default()), 4, &mut words);
         let at = |start: usize, len: usize| words[start..start + len].to_vec();
         assert_eq!(at(layout.tokens, 133), batch.tokens);
         assert_eq!(at(layout.positions, 133), batch.positions);
@@ -214,6 +262,64 @@ mod tests {
     }
 
     #[test]
+    fn wishes_are_laid_out_as_the_kernel_reads_them() {
+        let batch = StepBatch {
+            tokens: vec![5, 6, 7],
+            positions: vec![0, 0, 0],
+            logit_rows: vec![0, 1, 2],
+            ..StepBatch::default()
+        };
+        let changes = Changes {
+            table: 1,
+            anew: None,
+            counts_own: true,
+            penalties: Penalties {
+                repetition: 1.5,
+                frequency: 0.25,
+                presence: 0.5,
+            },
+            bans: true,
+        };
+        let rows = [
+            RowWish::Token(TokenWish {
+                choice: Choice::Given(9),
+                changes: None,
+                logprobs: Some(3),
+            }),
+            RowWish::BEST,
+            RowWish::Token(TokenWish {
+                choice: Choice::Best,
+                changes: Some(changes),
+                logprobs: Some(0),
+            }),
+        ];
+        let wish = StepWish {
+            rows: &rows,
+            ..StepWish::default()
+        };
+        let places = Places {
+            tables: &[1 << 40, (1 << 40) + 512],
+            told: 3 << 40,
+        };
+        let mut words = Vec::new();
+        let layout = encode(&batch, (wish, places), 4, &mut words);
+        assert!(layout.wishes.is_multiple_of(2));
+        let row = |row: usize| &words[layout.wishes + row * WISH_WORDS..][..WISH_WORDS];
+        assert_eq!(
+            row(0),
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 768, 0, 0, 0, IS_GIVEN, 3, 9]
+        );
+        assert_eq!(row(1), [0; WISH_WORDS]);
+        let penalties = [1.5, 0.25, 0.5].map(f32::to_bits);
+        assert_eq!(
+            row(2)[6..10],
+            [512, 256, u32::try_from(TOLD_WORDS * 4).unwrap(), 768]
+        );
+        assert_eq!(row(2)[10..13], penalties);
+        assert_eq!(row(2)[13..], [COUNTS_OWN | BANS, 0, 0]);
+    }
+
+    #[test]
     fn padding_writes_nothing_and_attends_to_nothing() {
         let batch = StepBatch {
             tokens: vec![5, 0, 0],
@@ -226,7 +332,7 @@ mod tests {
             logit_rows: vec![0, 1, 2],
         };
         let mut words = Vec::new();
-        let layout = encode(&batch, StepWish::default(), 4, &mut words);
+        let layout = encode(&batch, Default::default(), 4, &mut words);
         assert_eq!(words[layout.row_blocks..][..3], [3, NONE, NONE]);
         assert_eq!(words[layout.decodes..][..3], [0, NONE, NONE]);
         assert_eq!((layout.decode_count, layout.sequence_count), (3, 3));
@@ -236,7 +342,7 @@ mod tests {
             sequences: Vec::new(),
             ..batch
         };
-        let alone = encode(&nothing, StepWish::default(), 4, &mut words);
+        let alone = encode(&nothing, Default::default(), 4, &mut words);
         let places = |layout: StepLayout| (layout.decodes, layout.tiles, layout.blocks);
         assert_eq!(places(alone), places(layout));
         assert_eq!((alone.decode_count, alone.rows_max), (3, 1));

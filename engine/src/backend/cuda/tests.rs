@@ -1,6 +1,7 @@
 //! The conformance suite on a GPU, where there is one; the reason is printed where there is none. And a whole model: the
 //! same weights on the GPU and on the CPU, prefilled, decoded, recorded and replayed.
 
+mod changes;
 mod choose;
 mod logits;
 mod model;

@@ -13,7 +13,7 @@ use super::error::CudaError;
 use super::event::Event;
 use super::memory::{Buffer, Pool};
 use super::ops::StepAddresses;
-use super::step::{StepLayout, encode};
+use super::step::{Places, StepLayout, encode};
 use crate::backend::{StepBatch, StepWish};
 
 /// Room for a step's lists at first, in words.
@@ -93,7 +93,7 @@ impl Staging {
     pub(super) fn begin(
         &mut self,
         batch: &StepBatch,
-        wish: StepWish<'_>,
+        wish: (StepWish<'_>, Places<'_>),
         per_block: usize,
     ) -> Result<bool, CudaError> {
         let words = self.words.get_mut();
@@ -135,10 +135,13 @@ impl Staging {
         (place(current.layout.carried), place(current.layout.tokens))
     }
 
-    /// How to choose a token for each of the current step's rows.
-    pub(super) fn draws(&self) -> DevicePtr {
+    /// How to choose a token for each of the current step's rows of logits, the tokens that its rows compute, and which rows have
+    /// logits.
+    pub(super) fn wishes(&self) -> [DevicePtr; 3] {
         let current = self.current.expect("tokens are chosen within a step");
-        at(self.target.address(), current.layout.draws)
+        let layout = current.layout;
+        let places = [layout.wishes, layout.tokens, layout.logit_rows];
+        places.map(|offset| at(self.target.address(), offset))
     }
 
     /// A batch's lists.
@@ -157,7 +160,7 @@ impl Staging {
             });
         }
         let mut words = self.words.borrow_mut();
-        let layout = encode(batch, StepWish::default(), per_block, &mut words);
+        let layout = encode(batch, Default::default(), per_block, &mut words);
         let buffer = self.upload(pool, &words)?;
         Ok(OnDevice {
             addresses: addresses(buffer.address(), &layout),

@@ -3,12 +3,14 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::backend::{BackendError, BlockId, Carried, RowWish, StepBatch, TokenId};
+use crate::backend::{
+    BackendError, BlockId, Carried, RowWish, Seen, StepBatch, TABLES_MAX, TokenId, TokenWish,
+};
 use crate::handoff::{Fetch, Handoff, HandoffError, HandoffTicket, Offer};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
 use crate::request::RequestId;
-use crate::sampler::choose;
+use crate::sampler::{SampleError, Sampled, choose, sample_for};
 
 pub(super) const VOCAB: usize = 48;
 
@@ -57,6 +59,8 @@ pub(super) struct FakeModel {
     flights: Option<VecDeque<Flying>>,
     /// Whether it draws, too.
     chooses_all: bool,
+    /// What sequences hold whose logits it changes.
+    tables: HashMap<u32, Seen>,
     /// What the last computed step chose.
     chosen: Vec<TokenId>,
     pub(super) counts: Arc<Mutex<StepCounts>>,
@@ -98,6 +102,7 @@ impl FakeModel {
             steps_left: 0,
             flights: None,
             chooses_all: false,
+            tables: HashMap::new(),
             chosen: Vec::new(),
             counts: Arc::default(),
         }
@@ -132,6 +137,28 @@ impl FakeModel {
         }
         self.flights = Some(flights);
         Ok(())
+    }
+
+    /// Changes and chooses as a device does, by nothing but what wishes have said of its tables.
+    fn sample(
+        &mut self,
+        row: &[f32],
+        wish: &TokenWish,
+        own: TokenId,
+    ) -> Result<Sampled, SampleError> {
+        let Some(changes) = &wish.changes else {
+            return sample_for(row, wish, &Seen::default());
+        };
+        assert!((changes.table as usize) < TABLES_MAX, "tables are few");
+        if let Some(seen) = &changes.anew {
+            self.tables.insert(changes.table, Seen::clone(seen));
+        }
+        let seen = self.tables.get_mut(&changes.table);
+        let seen = seen.expect("a table that goes on was made");
+        if changes.counts_own {
+            seen.answer.push(own);
+        }
+        sample_for(row, wish, seen)
     }
 
     fn write(&mut self, block: BlockId, at: usize, token: TokenId, position: u32) {
@@ -276,6 +303,7 @@ impl Model for FakeModel {
             values,
             vocab: VOCAB,
             chosen: Vec::new(),
+            logprobs: Vec::new(),
         })
     }
 
@@ -338,17 +366,42 @@ impl Model for FakeModel {
             values: Vec::new(),
             vocab: VOCAB,
             chosen: Vec::new(),
+            logprobs: Vec::new(),
         };
-        for (row, wish) in whole.values.chunks_exact(VOCAB).zip(wishes) {
-            let chosen = match wish {
-                RowWish::Best => choose(row, wish).ok(),
-                RowWish::Draw(_) if self.chooses_all => choose(row, wish).ok(),
-                RowWish::Draw(_) | RowWish::Logits => None,
+        let mut tables = HashSet::new();
+        for (index, (row, wish)) in whole.values.chunks_exact(VOCAB).zip(wishes).enumerate() {
+            let sampled = match wish {
+                RowWish::Token(wish) if self.chooses_all => {
+                    if let Some(changes) = &wish.changes {
+                        assert!(
+                            tables.insert(changes.table),
+                            "a table has one row of a step"
+                        );
+                    }
+                    let own = batch.tokens[batch.logit_rows[index]];
+                    self.sample(row, wish, own).ok()
+                }
+                RowWish::Token(TokenWish {
+                    changes: Some(_), ..
+                }) => panic!("only a device that runs by itself is asked for more"),
+                wish if *wish == RowWish::BEST => {
+                    let token = choose(row, wish).ok();
+                    token.map(|token| Sampled {
+                        token,
+                        logprobs: None,
+                    })
+                }
+                RowWish::Token(_) | RowWish::Logits => None,
             };
-            if chosen.is_none() {
+            if sampled.is_none() {
                 logits.values.extend_from_slice(row);
             }
-            logits.chosen.push(chosen);
+            logits
+                .chosen
+                .push(sampled.as_ref().map(|sampled| sampled.token));
+            logits
+                .logprobs
+                .push(sampled.and_then(|sampled| sampled.logprobs));
         }
         Ok(logits)
     }

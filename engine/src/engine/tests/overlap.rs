@@ -19,6 +19,7 @@ fn assert_answer(reader: &mut Reader, request: &GenerateRequest) {
     let answer = reader.read();
     assert_eq!(answer.tokens, tokens, "{request:?}");
     assert_eq!(answer.reason(), reason);
+    assert_logprobs(request, answer);
 }
 
 /// Greedy and drawn ones, with and without an end of their own, and some that need the host to choose.
@@ -37,6 +38,14 @@ fn mixed() -> Vec<GenerateRequest> {
             }
             if n % 8 == 5 {
                 request.sampling.logprobs = Some(1);
+            }
+            if n % 4 == 3 {
+                request.sampling.repetition_penalty = 1.5;
+                request.sampling.presence_penalty = 0.25;
+            }
+            if n % 6 == 4 {
+                request.sampling.min_tokens = 6;
+                request.sampling.logit_bias = vec![(EOS, 8.0), (7, -2.0)];
             }
             request
         })
@@ -92,13 +101,33 @@ fn an_end_that_was_not_foreseen_costs_one_row_that_nobody_sees() {
 }
 
 #[test]
-fn a_step_whose_logits_are_needed_is_not_overtaken() {
+fn what_a_device_changes_and_tells_is_overtaken() {
     let model = FakeModel::by_itself();
     let counts = Arc::clone(&model.counts);
     let mut rig = Rig::of(model, overlapping(), 100);
     let mut wanted = request(&long_running(5), 12);
     wanted.sampling.frequency_penalty = 0.5;
+    wanted.sampling.repetition_penalty = 1.2;
+    wanted.sampling.min_tokens = 4;
+    wanted.sampling.logit_bias = vec![(3, 2.0)];
+    wanted.sampling.logprobs = Some(20);
     wanted.sampling.prompt_logprobs = Some(0);
+    wanted.sampling.ignore_eos = true;
+    let mut reader = rig.submit(wanted.clone());
+    rig.run();
+    assert_answer(&mut reader, &wanted);
+    let counts = counts.lock().expect("nobody panicked");
+    assert_eq!((counts.begun, counts.alone), (12, 1));
+}
+
+#[test]
+fn a_step_whose_logits_are_needed_is_not_overtaken() {
+    let model = FakeModel::by_itself();
+    let counts = Arc::clone(&model.counts);
+    let mut rig = Rig::of(model, overlapping(), 100);
+    let mut wanted = request(&long_running(5), 12);
+    // More than a device tells.
+    wanted.sampling.logprobs = Some(21);
     wanted.sampling.ignore_eos = true;
     let mut reader = rig.submit(wanted.clone());
     rig.run();

@@ -54,6 +54,17 @@ impl Plan {
             request.sampling.seed = self.seed;
             request.sampling.frequency_penalty = 0.3;
         }
+        // What a device needs a table for, or tells.
+        if self.seed % 3 == 0 {
+            request.sampling.repetition_penalty = 1.4;
+            request.sampling.presence_penalty = 0.2;
+            request.sampling.prompt_ignore_length = self.shared;
+        }
+        if self.seed % 5 == 0 {
+            request.sampling.min_tokens = self.max_tokens / 2;
+            request.sampling.logit_bias = vec![(0, 6.0), (3, -1.0), (3, 0.5)];
+        }
+        request.sampling.logprobs = [None, None, Some(0), Some(3)][(self.seed % 4) as usize];
         request.sampling.prompt_logprobs = self.prompt_logprobs.then_some(0);
         request.cache_salt = self.salted.then(|| "tenant".to_owned());
         request
@@ -253,6 +264,7 @@ impl Case {
                 assert_eq!(answer.tokens, tokens, "{request:?}");
                 assert_eq!(answer.reason(), reason);
             }
+            assert_logprobs(request, answer);
             let wanted = request.sampling.prompt_logprobs;
             let expected = wanted.map(|_| request.prompt.len() - 1);
             assert_eq!(answer.prompt_logprobs.as_ref().map(Vec::len), expected);

@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::{Changes, Choice, Draw, Penalties, Seen, TokenWish};
+use std::sync::Arc;
 
 fn batch(spans: &[(usize, usize, Vec<BlockId>)], seed: u32) -> StepBatch {
     let mut batch = StepBatch::default();
@@ -134,11 +136,11 @@ fn what_devices_go_on_with_is_told() {
     };
     let step = Step {
         batch: Cow::Owned(batch),
-        wishes: Cow::Owned(vec![RowWish::Logits, RowWish::Best, RowWish::Draw(draw)]),
+        wishes: Cow::Owned(vec![RowWish::Logits, RowWish::BEST, RowWish::draw(draw)]),
         carried: Cow::Owned(vec![Carried { row: 2, from: 0 }]),
     };
     let few = Step {
-        wishes: Cow::Owned(vec![RowWish::Best]),
+        wishes: Cow::Owned(vec![RowWish::BEST]),
         ..step.clone()
     };
     assert!(Order::decode(&Order::Step(few).encode()).is_err());
@@ -147,7 +149,53 @@ fn what_devices_go_on_with_is_told() {
         ..step.clone()
     };
     assert!(Order::decode(&Order::Step(beyond).encode()).is_err());
-    survives(&Order::Step(step));
+    survives(&Order::Step(step.clone()));
+
+    let changes = |anew| Changes {
+        table: 3,
+        anew,
+        counts_own: true,
+        penalties: Penalties {
+            repetition: 1.25,
+            frequency: 0.1,
+            presence: -0.2,
+        },
+        bans: false,
+    };
+    let seen = Seen {
+        vocab: 128_256,
+        prompt: vec![1, 70_000],
+        answer: vec![5],
+        biases: vec![(9, -100.0), (8, 3.5)],
+        bannable: vec![2],
+    };
+    let token = |choice, changes, logprobs| {
+        RowWish::Token(TokenWish {
+            choice,
+            changes,
+            logprobs,
+        })
+    };
+    let mut wishes = vec![
+        token(Choice::Best, Some(changes(Some(Arc::new(seen)))), Some(5)),
+        token(Choice::Draw(draw), Some(changes(None)), None),
+        token(Choice::Given(77), None, Some(0)),
+    ];
+    let wished = |wishes: &[RowWish]| {
+        Order::Step(Step {
+            wishes: Cow::Owned(wishes.to_vec()),
+            ..step.clone()
+        })
+    };
+    survives(&wished(&wishes));
+    wishes[2] = token(Choice::Best, None, Some(21));
+    assert!(Order::decode(&wished(&wishes).encode()).is_err());
+    let beyond = Changes {
+        table: 256,
+        ..changes(None)
+    };
+    wishes[2] = token(Choice::Best, Some(beyond), None);
+    assert!(Order::decode(&wished(&wishes).encode()).is_err());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::backend::conformance::noise;
-use crate::backend::{Draw, RowWish, SequenceSpan};
+use crate::backend::{Carried, Draw, RowWish, SequenceSpan};
 
 /// Weights are cut to units of 2^-40 and exponentials are off by some 1e-6.
 const SHARE_TOLERANCE: f64 = 1e-4;
@@ -14,9 +14,22 @@ fn chosen(
     vocab: usize,
     wishes: &[RowWish],
 ) -> StepOutput {
+    let tokens = vec![0; wishes.len()];
+    begin(backend, logits, vocab, (wishes, &tokens), &[]);
+    backend.finish_step().unwrap()
+}
+
+/// Begins such a step, whose rows compute these tokens.
+pub(super) fn begin(
+    backend: &mut CudaBackend,
+    logits: &[f32],
+    vocab: usize,
+    (wishes, tokens): (&[RowWish], &[TokenId]),
+    carried: &[Carried],
+) {
     let rows = wishes.len();
     let batch = StepBatch {
-        tokens: vec![0; rows],
+        tokens: tokens.to_vec(),
         positions: vec![0; rows],
         sequences: (0..rows)
             .map(|row| SequenceSpan {
@@ -30,9 +43,9 @@ fn chosen(
     let wish = StepWish {
         repeatable: false,
         rows: wishes,
-        carried: &[],
+        carried,
     };
-    let step = backend.step(&batch, wish, &mut |backend, _| {
+    let step = backend.begin_step(&batch, wish, &mut |backend, _| {
         let out = backend.wide_tensor(rows, vocab);
         let buffer = out.buffer.as_ref().unwrap();
         backend
@@ -41,11 +54,25 @@ fn chosen(
             .unwrap();
         Ok(Some(out))
     });
-    step.unwrap()
+    assert_eq!(step.unwrap(), None);
+}
+
+/// A device with a page, which its steps never touch.
+pub(super) fn with_a_page() -> Option<CudaBackend> {
+    let mut backend = gpu()?;
+    let shape = PageShape {
+        layers: 1,
+        kv_heads: 1,
+        tokens_per_block: 16,
+        head_dim: 64,
+        dtype: crate::page::KvDtype::F16,
+    };
+    backend.allocate_pages(shape, 1).unwrap();
+    Some(backend)
 }
 
 /// Whether a token may be what a draw gives: weights in `f64`, kept as the host's sampler keeps them.
-fn check(logits: &[f32], draw: &Draw, token: TokenId) {
+pub(super) fn check(logits: &[f32], draw: &Draw, token: TokenId) {
     let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |token: usize| {
         ((f64::from(logits[token]) - f64::from(best)) / f64::from(draw.temperature)).exp()
@@ -92,19 +119,9 @@ fn check(logits: &[f32], draw: &Draw, token: TokenId) {
 
 #[test]
 fn draws_are_those_of_the_definition() {
-    let Some(mut backend) = gpu() else { return };
-    backend
-        .allocate_pages(
-            PageShape {
-                layers: 1,
-                kv_heads: 1,
-                tokens_per_block: 16,
-                head_dim: 64,
-                dtype: crate::page::KvDtype::F16,
-            },
-            1,
-        )
-        .unwrap();
+    let Some(mut backend) = with_a_page() else {
+        return;
+    };
     for vocab in [1, 2, 31, 1000, 1025, 32_000, 128_256] {
         let filters = [
             (0, 1.0, 0.0),
@@ -141,7 +158,7 @@ fn draws_are_those_of_the_definition() {
                     }
                 })
                 .collect();
-            let wishes: Vec<RowWish> = draws.iter().map(|&draw| RowWish::Draw(draw)).collect();
+            let wishes: Vec<RowWish> = draws.iter().map(|&draw| RowWish::draw(draw)).collect();
             let output = chosen(&mut backend, &logits, vocab, &wishes);
             assert!(output.values.is_empty());
             for ((draw, row), token) in draws
@@ -157,24 +174,14 @@ fn draws_are_those_of_the_definition() {
 
 #[test]
 fn rows_that_are_not_finite_go_to_the_host() {
-    let Some(mut backend) = gpu() else { return };
-    backend
-        .allocate_pages(
-            PageShape {
-                layers: 1,
-                kv_heads: 1,
-                tokens_per_block: 16,
-                head_dim: 64,
-                dtype: crate::page::KvDtype::F16,
-            },
-            1,
-        )
-        .unwrap();
+    let Some(mut backend) = with_a_page() else {
+        return;
+    };
     let vocab = 100;
     let mut logits = noise(1, 4 * vocab);
     logits[vocab + 7] = f32::NAN;
     logits[2 * vocab + 99] = f32::NEG_INFINITY;
-    let output = chosen(&mut backend, &logits, vocab, &[RowWish::Best; 4]);
+    let output = chosen(&mut backend, &logits, vocab, &[const { RowWish::BEST }; 4]);
     let known: Vec<bool> = output.chosen.iter().map(Option::is_some).collect();
     assert_eq!(known, [true, false, false, true]);
     assert_eq!(output.values.len(), 2 * vocab);

@@ -7,10 +7,11 @@ use baton_configs::llm::{LlmOptions, LoadFormat};
 
 use super::*;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{RowWish, SequenceSpan};
+use crate::backend::{Changes, Choice, Penalties, RowWish, Seen, SequenceSpan, TokenWish};
 use crate::model::load::load;
 use crate::model::{Logits, Model, Outcome};
 use crate::page::KvDtype;
+use crate::sampler::sample_for;
 
 /// Activations are rounded to 8 bits some dozen times on the way through four layers; logits of random weights are all of
 /// about the same size, so errors are measured against the largest.
@@ -144,9 +145,36 @@ fn steps() -> Vec<StepBatch> {
 /// The device's tokens are those of its logits; rows that are not asked for keep their values.
 fn check_choices(model: &mut dyn Model, step: &StepBatch, logits: &Logits) {
     let wanted = step.logit_rows.len();
-    let mut wishes = vec![RowWish::Best; wanted];
+    let mut wishes = vec![RowWish::BEST; wanted];
     if wanted > 1 {
         wishes[wanted / 2] = RowWish::Logits;
+    }
+    // One row's logits are changed and told of, by a table of its own.
+    let seen = Seen {
+        vocab: logits.vocab,
+        prompt: (0..40).collect(),
+        answer: vec![5, 6, 6],
+        biases: vec![(50, 0.5)],
+        bannable: vec![7],
+    };
+    let changes = Changes {
+        table: 2,
+        anew: Some(Arc::new(seen.clone())),
+        counts_own: false,
+        penalties: Penalties {
+            repetition: 1.3,
+            frequency: 0.1,
+            presence: 0.2,
+        },
+        bans: true,
+    };
+    let changing = TokenWish {
+        choice: Choice::Best,
+        changes: Some(changes),
+        logprobs: Some(3),
+    };
+    if wanted > 0 {
+        wishes[0] = RowWish::Token(changing.clone());
     }
     let found = model.forward_choosing(step, &wishes).unwrap();
     assert_eq!(found.rows(), wanted);
@@ -154,10 +182,15 @@ fn check_choices(model: &mut dyn Model, step: &StepBatch, logits: &Logits) {
         let values = logits.row(row);
         let greatest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         match outcome {
-            Outcome::Chosen(token) => {
+            Outcome::Chosen(token, told) if row == 0 => {
+                let expected = sample_for(values, &changing, &seen).unwrap();
+                assert_eq!(token, expected.token);
+                changes::assert_told(told, expected.logprobs.as_ref());
+            }
+            Outcome::Chosen(token, _) => {
                 let first = values.iter().position(|&value| value == greatest);
                 assert_eq!(Some(token as usize), first);
-                assert_eq!(wishes[row], RowWish::Best);
+                assert_eq!(wishes[row], RowWish::BEST);
             }
             Outcome::Values(found) => {
                 assert_eq!(wishes[row], RowWish::Logits);

@@ -3,21 +3,22 @@
 //! Each kernel has been compared with its reference by the suite before; here the clock runs over replays of a recording, and
 //! what is printed beside the time is the share of the bound that the kernel's header states.
 
+mod answers;
+
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
 use baton_configs::llm::{LlmOptions, LoadFormat};
 
+use self::answers::{answer, with_engine};
 use super::*;
 use crate::backend::conformance::noise;
 use crate::backend::{Draw, RowWish, SequenceSpan, WeightBytes, WeightDtype};
-use crate::engine::{Engine, EngineConfig, Inbox};
-use crate::metrics::IterationStats;
 use crate::model::Model;
 use crate::model::load::load;
 use crate::page::KvDtype;
-use crate::request::{Event, GenerateRequest, RequestKind, SamplingParams};
+use crate::request::SamplingParams;
 
 /// Datasheet of the H100 SXM: what bounds are shares of.
 const BYTES_PER_US: f64 = 3.35e6;
@@ -225,7 +226,7 @@ fn attention() {
         let mut out = backend.tensor(tokens, heads * dim);
         backend
             .staging
-            .begin(&batch, StepWish::default(), 32)
+            .begin(&batch, Default::default(), 32)
             .unwrap();
         let table = RopeTable {
             inverse_frequencies: noise(1, 64),
@@ -310,7 +311,7 @@ fn median_ms(
     for index in 0..repeats + 3 {
         let batch = step(index);
         let started = Instant::now();
-        let wishes = vec![wish; batch.logit_rows.len()];
+        let wishes = vec![wish.clone(); batch.logit_rows.len()];
         model.forward_choosing(&batch, &wishes).unwrap();
         // The first ones compile, choose and record.
         if index >= 3 {
@@ -344,7 +345,7 @@ fn steps(in_8_bits: bool) {
     eprintln!("first token after {:.2} s", begun.elapsed().as_secs_f64());
     let model = model.as_mut();
     for (sequences, rows, repeats) in [(1, 128, 20), (1, 2048, 10), (1, 8192, 5), (4, 2048, 5)] {
-        let time = median_ms(model, RowWish::Best, repeats, |_| spans(sequences, 0, rows));
+        let time = median_ms(model, RowWish::BEST, repeats, |_| spans(sequences, 0, rows));
         let tokens = (sequences * rows) as f64;
         eprintln!(
             "prefill {sequences} x {rows}: {time:.2} ms, {:.0} tok/s",
@@ -352,7 +353,7 @@ fn steps(in_8_bits: bool) {
         );
     }
     for sequences in [1, 2, 4, 8, 16, 64, 128, 256] {
-        let time = median_ms(model, RowWish::Best, 30, |index| {
+        let time = median_ms(model, RowWish::BEST, 30, |index| {
             spans(sequences, 128 + index, 1)
         });
         eprintln!(
@@ -361,7 +362,7 @@ fn steps(in_8_bits: bool) {
         );
     }
     for sequences in [1, 64, 256] {
-        let time = median_ms(model, RowWish::Best, 20, |index| {
+        let time = median_ms(model, RowWish::BEST, 20, |index| {
             spans(sequences, 1000 + index, 1)
         });
         eprintln!(
@@ -380,7 +381,7 @@ fn choices() {
     let page = PageShape { layers: 32, ..PAGE };
     model.allocate_pages(page, 10_000).unwrap();
     let draw = |top_k, top_p| {
-        RowWish::Draw(Draw {
+        RowWish::draw(Draw {
             temperature: 0.8,
             top_k,
             top_p,
@@ -389,7 +390,7 @@ fn choices() {
         })
     };
     for (what, wish) in [
-        ("best", RowWish::Best),
+        ("best", RowWish::BEST),
         ("temperature", draw(0, 1.0)),
         ("top-k", draw(50, 1.0)),
         ("top-p", draw(0, 0.9)),
@@ -423,37 +424,6 @@ fn uploads() {
         let rate = bytes as f64 / started.elapsed().as_secs_f64() / 1e9;
         eprintln!("{dtype:?}: {rate:.1} GB/s of {weight:?}");
     }
-}
-
-/// What is compared with other engines: 256 sequences of up to 16k tokens, nothing reused.
-fn large(overlap: bool, kv_dtype: KvDtype) -> EngineConfig {
-    EngineConfig {
-        overlap,
-        kv_dtype,
-        iteration_stats_max: 1 << 16,
-        max_batch_size: 256,
-        max_seq_len: 16_384,
-        enable_chunked_prefill: true,
-        prefill_tokens_alone: 8192,
-        prefill_tokens_beside_decode: 2048,
-        block_count: 13_000,
-        enable_block_reuse: false,
-        ..EngineConfig::default()
-    }
-}
-
-/// Tokens a second over those steps in which nothing was read and so many wrote.
-fn steady_rate(iterations: &[IterationStats], writers: u32) -> f64 {
-    let steady = iterations.iter().filter(|iteration| {
-        let step = &iteration.inflight_batching_stats;
-        step.num_ctx_tokens == 0 && step.num_gen_requests == writers as usize
-    });
-    let (mut tokens, mut seconds) = (0.0, 0.0);
-    for iteration in steady {
-        tokens += f64::from(writers);
-        seconds += iteration.iter_latency_ms / 1e3;
-    }
-    tokens / seconds
 }
 
 /// Whole answers through the engine: requests in, answers out, in tokens a second.
@@ -502,56 +472,44 @@ fn engine_in_turn() {
 }
 
 fn answers(overlap: bool, (in_8_bits, kv_dtype): (bool, KvDtype), cases: &[(u32, u32, u32)]) {
-    let begun = Instant::now();
-    let Some(backend) = gpu() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let model = llama_8b(folder.path(), backend, in_8_bits);
-    let (engine, thread) =
-        Engine::start(model, None, large(overlap, kv_dtype), Inbox::new(1024)).unwrap();
-    eprintln!("engine ready after {:.2} s", begun.elapsed().as_secs_f64());
-    for &(requests, input, output) in cases {
-        drop(engine.take_iterations());
-        let started = Instant::now();
-        let request = |index: u32| GenerateRequest {
-            prompt: (0..input)
-                .map(|at| (index * 7919 + at * 104_729) % 128_000)
-                .collect(),
-            sampling: SamplingParams {
-                temperature: 0.0,
-                max_tokens: output,
-                ignore_eos: true,
-                ..SamplingParams::default()
-            },
-            kind: RequestKind::Aggregated,
-            cache_salt: None,
-        };
-        let streams: Vec<_> = (0..requests)
-            .map(|index| engine.submit(request(index)).unwrap())
-            .collect();
-        let (mut first, mut tokens) = (f64::INFINITY, 0);
-        for mut stream in streams {
-            while let Some(event) = stream.blocking_next() {
-                match event {
-                    Event::Token { .. } => tokens += 1,
-                    Event::Failed(failure) => panic!("{failure}"),
-                    _ => {}
-                }
-                first = first.min(started.elapsed().as_secs_f64());
-            }
+    with_engine(overlap, (in_8_bits, kv_dtype), |engine| {
+        for &case in cases {
+            answer("", engine, case, &greedy());
         }
-        let all = started.elapsed().as_secs_f64();
-        let prompt_rate = f64::from(requests * input) / all;
-        eprintln!(
-            "engine {requests} x {input} in {output} out: first {:.1} ms, all {:.1} ms, {:.0} tok/s out, {prompt_rate:.0} tok/s in, after the first {:.0} tok/s, while all write {:.0} tok/s",
-            first * 1e3,
-            all * 1e3,
-            f64::from(tokens) / all,
-            f64::from(tokens - requests) / (all - first),
-            steady_rate(&engine.take_iterations(), requests)
-        );
+    });
+}
+
+fn greedy() -> SamplingParams {
+    SamplingParams {
+        temperature: 0.0,
+        ignore_eos: true,
+        ..SamplingParams::default()
     }
-    engine.shutdown(Instant::now());
-    thread
-        .join(Instant::now() + std::time::Duration::from_secs(10))
-        .unwrap();
+}
+
+/// What takes more than the best token: on the device, and, with more alternatives than that tells, on the host.
+#[test]
+#[ignore = "measures; see scripts/gpu/suite"]
+fn engine_changed() {
+    let penalised = SamplingParams {
+        repetition_penalty: 1.1,
+        frequency_penalty: 0.2,
+        presence_penalty: 0.1,
+        ..greedy()
+    };
+    let telling = |logprobs| SamplingParams {
+        logprobs: Some(logprobs),
+        ..penalised.clone()
+    };
+    with_engine(true, (false, KvDtype::F16), |engine| {
+        answer("warm ", engine, (64, 128, 16), &telling(5));
+        for (what, sampling) in [
+            ("plain ", greedy()),
+            ("penalties ", penalised.clone()),
+            ("penalties and 5 log-probabilities ", telling(5)),
+            ("the same on the host ", telling(21)),
+        ] {
+            answer(what, engine, (64, 128, 128), &sampling);
+        }
+    });
 }
