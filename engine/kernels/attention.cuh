@@ -25,6 +25,8 @@ struct Attention {
     float scale;
     // Tokens that a position sees, itself included.
     int window;
+    // Of the results: what the pages' values are to be multiplied with.
+    float value_scale;
 };
 
 // A side's plane of a kv head within a page: side 0 keys, 1 values.

@@ -48,6 +48,6 @@ extern "C" __global__ void attention_any_bf16(Attention a, int heads, int sequen
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = i * WARP + lane;
-        if (d < D) a.out[at * a.ld_out + head * D + d] = float_to_bf16(sum[i] / total);
+        if (d < D) a.out[at * a.ld_out + head * D + d] = float_to_bf16(sum[i] * a.value_scale / total);
     }
 }

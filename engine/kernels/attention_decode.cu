@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf
             value += keep * shared_sums[w][head][d];
         }
         if (splits == 1) {
-            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_bf16(value * KV_UNDO / sum);
+            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_bf16(value * (KV_UNDO * a.value_scale) / sum);
         } else {
             i64 part = ((i64)blockIdx.z * all_heads + head_base + head) * splits + split;
             parts.sums[part * D + d] = value * KV_UNDO;
@@ -174,5 +174,5 @@ extern "C" __global__ void attention_combine_bf16(Attention a, Parts parts, int 
         sum += keep * parts.stats[2 * (part + s) + 1];
         value += keep * parts.sums[(part + s) * D + threadIdx.x];
     }
-    a.out[(i64)a.first_rows[sequence] * a.ld_out + head * D + threadIdx.x] = float_to_bf16(value / sum);
+    a.out[(i64)a.first_rows[sequence] * a.ld_out + head * D + threadIdx.x] = float_to_bf16(value * a.value_scale / sum);
 }

@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16
             float sum = total[m][half];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            float scale = KV_UNDO / sum;
+            float scale = KV_UNDO * a.value_scale / sum;
             int row = warp * 16 * M + m * 16 + half * 8 + lane / 4;
             if (row >= rows) continue;
             u16 *out = a.out + (row_base + row) * a.ld_out + head * D + lane % 4 * 2;

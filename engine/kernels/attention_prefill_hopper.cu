@@ -391,7 +391,7 @@ __device__ __forceinline__ void compute(const Attention &a, int group, u32 share
         float sum = held.total[half];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        float scale = 1.0f / sum;
+        float scale = a.value_scale / sum;
         int at = warp * 16 + half * 8 + lane / 4;
         if (at >= rows) continue;
         u16 *out = a.out + (row + at) * a.ld_out + head * D + lane % 4 * 2;

@@ -53,6 +53,8 @@ struct KvTarget {
     const int *row_blocks;
     const u32 *positions;
     int layer, kv_heads;
+    // What keys and values are multiplied with on their way.
+    float key_inverse, value_inverse;
 };
 
 extern "C" __global__ void write_kv_bf16(KvTarget to, const u16 *k, int ld_k, const u16 *v, int ld_v) {
@@ -61,8 +63,8 @@ extern "C" __global__ void write_kv_bf16(KvTarget to, const u16 *k, int ld_k, co
     u32 position = to.positions[row];
     for (int i = threadIdx.x; i < to.kv_heads * D; i += blockDim.x) {
         int head = i / D, d = i % D;
-        page_row(to.pages, to.page_len, block, to.layer, 0, to.kv_heads, head, position)[d] = float_to_kv(bf16_to_float(k[(i64)row * ld_k + i]));
-        page_row(to.pages, to.page_len, block, to.layer, 1, to.kv_heads, head, position)[d] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + i]));
+        page_row(to.pages, to.page_len, block, to.layer, 0, to.kv_heads, head, position)[d] = float_to_kv(bf16_to_float(k[(i64)row * ld_k + i]) * to.key_inverse);
+        page_row(to.pages, to.page_len, block, to.layer, 1, to.kv_heads, head, position)[d] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + i]) * to.value_inverse);
     }
 }
 
@@ -87,11 +89,11 @@ extern "C" __global__ void rope_write_kv_bf16(KvTarget to, u16 *q, int ld_q, int
         int first = first_of(i, adjacent), second = second_of(i, adjacent);
         float x0 = bf16_to_float(from[first]), x1 = bf16_to_float(from[second]);
         kv_t *keys = page_row(to.pages, to.page_len, block, to.layer, 0, to.kv_heads, head, position);
-        keys[first] = float_to_kv(x0 * cosines[i] - x1 * sines[i]);
-        keys[second] = float_to_kv(x1 * cosines[i] + x0 * sines[i]);
+        keys[first] = float_to_kv((x0 * cosines[i] - x1 * sines[i]) * to.key_inverse);
+        keys[second] = float_to_kv((x1 * cosines[i] + x0 * sines[i]) * to.key_inverse);
         kv_t *values = page_row(to.pages, to.page_len, block, to.layer, 1, to.kv_heads, head, position);
-        values[i] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + head * D + i]));
-        values[i + HALF] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + head * D + i + HALF]));
+        values[i] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + head * D + i]) * to.value_inverse);
+        values[i + HALF] = float_to_kv(bf16_to_float(v[(i64)row * ld_v + head * D + i + HALF]) * to.value_inverse);
     }
 }
 

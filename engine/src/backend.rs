@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::collective::{Collective, CollectiveError, tell_all};
-use crate::page::{Page, PageShape};
+use crate::page::{KvScale, Page, PageShape};
 pub use stored::{WeightBytes, WeightDtype, WeightSource};
 pub use wish::{
     ALTERNATIVES_MAX, BIASES_MAX, Carried, Changes, Choice, Draw, Penalties, RowWish, Seen,
@@ -524,6 +524,12 @@ pub trait Backend: Debug + Send + 'static {
     /// # Errors
     /// When memory is short.
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError>;
+
+    /// Says how the keys and values of each layer are scaled; called once there are pages of 8-bit elements, before the first step.
+    /// Those of pages of which this is not said are stored as they are.
+    fn scale_pages(&mut self, scales: &[KvScale]) {
+        unreachable!("no pages that could be scaled by {scales:?}");
+    }
 
     /// Another reader of a block's page, for a hand-off. The page must not be written while readers exist.
     fn share_page(&self, block: BlockId) -> Arc<Page>;

@@ -53,7 +53,7 @@ pub struct ModelShape {
     /// Longest sequence the model was made for.
     pub max_seq_len: usize,
     /// Equal on two instances exactly when KV of one can be used by the other: architecture, dimensions, rotary
-    /// parameters, norms' epsilon, windows. Not the weights' precision, which may differ between roles.
+    /// parameters, norms' epsilon, windows, scales of 8-bit KV. Not the weights' precision, which may differ between roles.
     pub fingerprint: u64,
 }
 

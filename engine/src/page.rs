@@ -30,7 +30,7 @@ pub enum KvDtype {
     F16,
     /// bfloat16.
     Bf16,
-    /// Floats of 8 bits: e4m3, as they are, without a scale.
+    /// Floats of 8 bits: e4m3, with a [`KvScale`] for each layer where the model has them.
     Fp8,
 }
 
@@ -53,6 +53,32 @@ impl KvDtype {
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
             Self::Fp8 => "fp8",
+        }
+    }
+}
+
+/// What a layer's stored keys and values are multiplied with to be what they mean: they are divided by it as they are written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KvScale {
+    /// Of keys.
+    pub key: f32,
+    /// Of values.
+    pub value: f32,
+}
+
+impl KvScale {
+    /// Stored as they are.
+    pub const ONE: Self = Self {
+        key: 1.0,
+        value: 1.0,
+    };
+
+    /// What is multiplied with before storing. Every backend rounds alike, so that pages are equal.
+    #[must_use]
+    pub fn inverse(self) -> Self {
+        Self {
+            key: self.key.recip(),
+            value: self.value.recip(),
         }
     }
 }

@@ -74,6 +74,7 @@ macro_rules! conformance_tests {
             attention_ignores_what_it_must_not_see,
             attention_ignores_what_pages_held_before,
             written_kv_is_rounded_to_nearest_even,
+            scaled_pages_hold_what_does_not_fit_them,
             pages_are_shared_lent_and_returned,
             misused_pages_panic,
             a_pool_that_cannot_fit_is_refused,

@@ -35,7 +35,7 @@ use super::{
     ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId, PrefillRows,
     RopeTable, StepBatch, TokenId, WeightSource,
 };
-use crate::page::{Page, PageShape};
+use crate::page::{KvScale, Page, PageShape};
 
 /// The instructions that the CPU backend computes with on this processor, for people.
 #[must_use]
@@ -235,6 +235,10 @@ impl Backend for CpuBackend {
     fn allocate_pages(&mut self, shape: PageShape, block_count: usize) -> Result<(), BackendError> {
         self.pages = Some(Pages::new(shape, block_count)?);
         Ok(())
+    }
+
+    fn scale_pages(&mut self, scales: &[KvScale]) {
+        self.pages_mut().set_scales(scales);
     }
 
     fn share_page(&self, block: BlockId) -> Arc<Page> {

@@ -67,7 +67,7 @@ use super::{
     PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch, StepOutput, StepPass,
     StepWish, TokenId, WeightDtype, WeightSource, e4m3,
 };
-use crate::page::{Page, PageShape};
+use crate::page::{KvScale, Page, PageShape};
 
 /// Up to so many tokens our own product is used: it reads the weights as fast as the memory gives them.
 const FEW_TOKENS_MAX: usize = 2;
@@ -529,6 +529,11 @@ impl Backend for CudaBackend {
         let pages = Pages::new(&self.gpu, shape, block_count).map_err(|error| error.of(what))?;
         self.pages = Some(pages);
         Ok(())
+    }
+
+    fn scale_pages(&mut self, scales: &[KvScale]) {
+        self.graphs = Graphs::default();
+        self.pages_mut().set_scales(scales);
     }
 
     fn share_page(&self, block: BlockId) -> Arc<Page> {

@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::backend::RopeTable;
 use crate::model::ModelShape;
 use crate::model::error::ModelErrorKind;
+use crate::page::KvScale;
 
 // Far above any real model: they keep hostile headers from asking for absurd tables, and sizes from overflowing.
 const VOCAB_MAX: usize = 1 << 24;
@@ -70,6 +71,8 @@ pub(crate) struct DecoderConfig {
     pub(crate) rope: RopeTable,
     /// Sliding window of each layer; its length is the number of layers (`L`).
     pub(crate) windows: Vec<Option<usize>>,
+    /// How each layer's KV is scaled in pages of 8-bit elements; empty where it is stored as it is.
+    pub(crate) kv_scales: Vec<KvScale>,
     /// Biases on q, k and v.
     pub(crate) qkv_bias: bool,
     /// Bias on the attention's output projection.
@@ -112,9 +115,15 @@ impl DecoderConfig {
             .iter()
             .map(|frequency| format!("{frequency:.4e}"))
             .collect();
+        // What is scaled otherwise means something else. Without scales the text is what it was before there were any.
+        let scales: String = self
+            .kv_scales
+            .iter()
+            .map(|scale| format!(" {:e}/{:e}", scale.key, scale.value))
+            .collect();
         format!(
             "architecture={} layers={} heads={} kv_heads={} head_dim={} width={} ffn_width={} vocab={} \
-             rms_epsilon={:e} qkv_bias={} output_bias={} ffn_bias={} head_norms={} windows={:?} pairing={:?} magnitude={:.4e} frequencies={}",
+             rms_epsilon={:e} qkv_bias={} output_bias={} ffn_bias={} head_norms={} windows={:?} pairing={:?} magnitude={:.4e} frequencies={}{scales}",
             self.architecture.name(),
             self.layers(),
             self.heads,

@@ -496,7 +496,11 @@ impl<B: Backend> Model for Decoder<B> {
             ours,
             "pages fit the model"
         );
-        self.backend.allocate_pages(shape, block_count)
+        self.backend.allocate_pages(shape, block_count)?;
+        if !self.part.config.kv_scales.is_empty() {
+            self.backend.scale_pages(&self.part.config.kv_scales);
+        }
+        Ok(())
     }
 
     fn forward(&mut self, batch: &StepBatch) -> Result<Logits, BackendError> {

@@ -149,9 +149,7 @@ impl ModelHeader {
         let name = options.served_model_name.clone().unwrap_or(source.name);
         match source.files {
             ModelFiles::Gguf(path) => Self::of_gguf(&path, name, options.load_format),
-            ModelFiles::HuggingFace(directory) => {
-                Self::of_hugging_face(directory, name, options.load_format)
-            }
+            ModelFiles::HuggingFace(directory) => Self::of_hugging_face(directory, name, options),
         }
     }
 
@@ -170,7 +168,7 @@ impl ModelHeader {
     fn of_hugging_face(
         directory: PathBuf,
         name: String,
-        load_format: LoadFormat,
+        options: &LlmOptions,
     ) -> Result<Self, ModelError> {
         let path = directory.join("config.json");
         let text =
@@ -179,10 +177,15 @@ impl ModelHeader {
         let in_8_bits = raw.in_8_bits().map_err(|kind| kind.at(&path))?
             | quantization::of_directory(&directory)?;
         let (tokens, generation) = special_tokens::from_directory(&directory)?;
+        let mut config = raw.decoder().map_err(|kind| kind.at(&path))?;
+        let has_weights = options.load_format == LoadFormat::Auto;
+        if kv_dtype(options) == KvDtype::Fp8 && has_weights {
+            config.kv_scales = quantization::kv_scales(&directory, config.layers())?;
+        }
         Ok(Self {
-            config: raw.decoder().map_err(|kind| kind.at(&path))?,
+            config,
             name,
-            load_format,
+            load_format: options.load_format,
             tokens,
             generation,
             origin: Origin::HuggingFace {

@@ -75,6 +75,11 @@ impl Shards {
         self.shards.iter().map(|shard| &shard.map[..])
     }
 
+    /// Whether there is such a tensor.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.owners.contains_key(name)
+    }
+
     /// A tensor's shape, type and bytes.
     pub(crate) fn tensor(&self, name: &str) -> Result<RawTensor, ModelError> {
         match self.owners.get(name) {

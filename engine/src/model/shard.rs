@@ -182,6 +182,10 @@ impl Shard {
             ffn_width: self.ffn.len(),
             vocab: self.vocab.len(),
             windows: whole.windows[self.layers.clone()].to_vec(),
+            kv_scales: match whole.kv_scales.as_slice() {
+                [] => Vec::new(),
+                scales => scales[self.layers.clone()].to_vec(),
+            },
             ..whole.clone()
         }
     }

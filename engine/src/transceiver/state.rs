@@ -49,8 +49,9 @@ impl LayoutRecord {
     fn check(&self, there: &Self) -> Result<(), HandoffError> {
         let fingerprint = |layout: &Self| format!("{:016x}", layout.model_fingerprint);
         let fields = [
-            ("model fingerprint", fingerprint(self), fingerprint(there)),
+            // Scales are a part of the fingerprint, and of 8-bit KV only.
             ("kv dtype", self.dtype.clone(), there.dtype.clone()),
+            ("model fingerprint", fingerprint(self), fingerprint(there)),
             ("layers", self.layers.to_string(), there.layers.to_string()),
             (
                 "kv heads",

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::*;
 use crate::backend::{AttentionSpec, SequenceSpan, StepBatch, e4m3};
-use crate::page::{KvDtype, PageShape};
+use crate::page::{KvDtype, KvScale, PageShape};
 
 /// Softmax and sums of at most some hundred values below 1 in `f32`.
 const TOLERANCE: f64 = 2e-6;
@@ -431,5 +431,48 @@ pub(crate) fn written_kv_is_rounded_to_nearest_even<B: Backend>(backend: &mut B)
             .copied()
             .expect("a page of this device");
         assert!(other.as_bytes().iter().all(|byte| *byte == 0));
+    }
+}
+
+/// Keys and values far outside what 8 bits hold give what small ones give, where the pages are scaled by as much. Powers of two, so
+/// that nothing is rounded otherwise.
+pub(crate) fn scaled_pages_hold_what_does_not_fit_them<B: Backend>(backend: &mut B) {
+    let scale = KvScale {
+        key: 64.0,
+        value: 4096.0,
+    };
+    // Of another layer, which nobody reads.
+    let other = KvScale {
+        key: 3.0,
+        value: 5.0,
+    };
+    for (case, len) in [
+        (Case::new(7, 2, 24, 64), 70),
+        (Case::new(3, 3, 64, 32), 300),
+        (Case::new(2, 1, 80, 16), 40),
+        (Case::new(4, 2, 128, 32), 300),
+    ] {
+        let case = case.with(KvDtype::Fp8, None);
+        let small = [case.sequence(backend, len as u64, len)];
+        let times = |values: &[f32], by: f32| values.iter().map(|value| value * by).collect();
+        let large = [Sequence {
+            len,
+            q: times(&small[0].q, 1.0 / scale.key),
+            k: times(&small[0].k, scale.key),
+            v: times(&small[0].v, scale.value),
+        }];
+        // A prompt, then a token.
+        let steps = [vec![(0, 0, len - 1)], vec![(0, len - 1, 1)]];
+        let expected: Vec<f32> = run(backend, &case, &small, &steps)[0]
+            .iter()
+            .map(|out| out * scale.value)
+            .collect();
+        let blocks = blocks_each(&case, &large);
+        backend
+            .allocate_pages(case.shape, blocks)
+            .expect("a small pool");
+        backend.scale_pages(&[other, scale]);
+        let found = feed(backend, &case, &large, &steps);
+        assert_eq!(found[0], expected, "{case:?}");
     }
 }

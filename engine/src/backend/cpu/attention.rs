@@ -152,6 +152,7 @@ impl Kernel for Work<'_, '_> {
             }
         }
         let dim = task.pages.shape().head_dim;
+        let value_scale = task.pages.scale(task.spec.layer).value;
         let outs = task
             .out
             .iter_mut()
@@ -161,7 +162,7 @@ impl Kernel for Work<'_, '_> {
             let total = lanes.sum(lanes.load(&row.total));
             out.iter_mut()
                 .zip(sums)
-                .for_each(|(out, sum)| *out = sum / total);
+                .for_each(|(out, sum)| *out = sum * value_scale / total);
         }
     }
 }
@@ -250,11 +251,12 @@ impl Task<'_> {
         let queries: [&[f32]; R] =
             std::array::from_fn(|row| &scratch.queries[(first + row) * padded..][..padded]);
         let mut scores = scores(lanes, queries, &scratch.keys);
+        let scale = self.spec.scale * self.pages.scale(self.spec.layer).key;
         let mut corrections = [1.0; R];
         for (index, range) in ranges.iter().enumerate() {
             if !range.is_empty() {
                 let row = &mut scratch.rows[first + index];
-                corrections[index] = soften(lanes, row, &mut scores[index], range, self.spec.scale);
+                corrections[index] = soften(lanes, row, &mut scores[index], range, scale);
             }
         }
         let sums = &mut scratch.sums[first * padded..(first + R) * padded];

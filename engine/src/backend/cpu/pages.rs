@@ -12,12 +12,14 @@ use super::quant::{self, decode_blocks as decode_row};
 use super::simd::Lanes;
 use super::tensor::CpuTensor;
 use crate::backend::{BackendError, BlockId, StepBatch, e4m3};
-use crate::page::{KvDtype, Page, PageShape};
+use crate::page::{KvDtype, KvScale, Page, PageShape};
 
 /// The pages, by block.
 #[derive(Debug)]
 pub(super) struct Pages {
     shape: PageShape,
+    /// Of each layer.
+    scales: Vec<KvScale>,
     /// `None` while lent.
     pages: Vec<Option<Arc<Page>>>,
 }
@@ -42,12 +44,24 @@ impl Pages {
         let pages = pages.into_iter().map(|page| Some(Arc::new(page)));
         Ok(Self {
             shape,
+            scales: vec![KvScale::ONE; shape.layers],
             pages: pages.collect(),
         })
     }
 
     pub(super) const fn shape(&self) -> &PageShape {
         &self.shape
+    }
+
+    /// Scales of 8-bit elements, one for each layer.
+    pub(super) fn set_scales(&mut self, scales: &[KvScale]) {
+        let whole = (self.shape.layers, KvDtype::Fp8);
+        assert_eq!((scales.len(), self.shape.dtype), whole, "scales of pages");
+        self.scales = scales.to_vec();
+    }
+
+    pub(super) fn scale(&self, layer: usize) -> KvScale {
+        self.scales[layer]
     }
 
     pub(super) fn share(&self, block: BlockId) -> Arc<Page> {
@@ -91,6 +105,7 @@ impl Pages {
             "layer {layer} is not in the page"
         );
         let per_block = self.shape.tokens_per_block;
+        let inverse = self.scales[layer].inverse();
         for span in &batch.sequences {
             let mut row = span.rows.start;
             while row < span.rows.end {
@@ -101,9 +116,10 @@ impl Pages {
                     .as_mut()
                     .expect("a page to write is not lent");
                 let page = Arc::get_mut(page).expect("a page to write has no reader");
-                for (side, from) in [k, v].into_iter().enumerate() {
+                let sides = [(k, inverse.key), (v, inverse.value)];
+                for (side, (from, inverse)) in sides.into_iter().enumerate() {
                     let from = &from.values()[row * width..(row + count) * width];
-                    write_rows(page, (layer, side), slot, from);
+                    write_rows(page, (layer, side), slot, (from, inverse));
                 }
                 row += count;
             }
@@ -172,8 +188,13 @@ const fn plane_rows(
     start + slots.start * shape.head_dim..start + slots.end * shape.head_dim
 }
 
-/// Writes `[count, K, D]` as `[K, count, D]`, rounding to nearest even.
-fn write_rows(page: &mut Page, (layer, side): (usize, usize), slot: usize, from: &[f32]) {
+/// Writes `[count, K, D]` as `[K, count, D]`, rounding to nearest even; elements of 8 bits are multiplied with `inverse` before.
+fn write_rows(
+    page: &mut Page,
+    (layer, side): (usize, usize),
+    slot: usize,
+    (from, inverse): (&[f32], f32),
+) {
     let shape = *page.shape();
     for (token, from) in from
         .chunks_exact(shape.kv_heads * shape.head_dim)
@@ -188,7 +209,7 @@ fn write_rows(page: &mut Page, (layer, side): (usize, usize), slot: usize, from:
                 KvDtype::Bf16 => page.as_bf16_mut()[to].convert_from_f32_slice(from),
                 KvDtype::Fp8 => {
                     for (bits, &value) in page.as_bytes_mut()[to].iter_mut().zip(from) {
-                        *bits = e4m3::encode(value);
+                        *bits = e4m3::encode(value * inverse);
                     }
                 }
             }

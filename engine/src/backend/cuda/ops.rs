@@ -429,6 +429,7 @@ fn kv_target(
     assert_eq!(k.cols, width, "columns of k");
     assert_eq!((v.rows, v.cols), (k.rows, width), "shape of v");
     assert!(layer < shape.layers, "layer {layer} is not in the page");
+    let inverse = pages.scale(layer).inverse();
     KvTarget {
         pages: pages.memory().address(),
         page_len: long(pages.stride_len()),
@@ -436,5 +437,7 @@ fn kv_target(
         positions: step.positions,
         layer: int(layer),
         kv_heads: int(shape.kv_heads),
+        key_inverse: inverse.key,
+        value_inverse: inverse.value,
     }
 }

@@ -11,12 +11,14 @@ use super::error::CudaError;
 use super::handoff::{CudaArena, cuda_arena};
 use crate::backend::{BlockId, StepBatch};
 use crate::page::arena::Arena;
-use crate::page::{Page, PageShape};
+use crate::page::{KvDtype, KvScale, Page, PageShape};
 
 /// The pages, by block.
 #[derive(Debug)]
 pub(super) struct Pages {
     shape: PageShape,
+    /// Of each layer.
+    scales: Vec<KvScale>,
     arena: Arc<Arena>,
     /// From a page to the next, in bytes.
     stride: usize,
@@ -44,6 +46,7 @@ impl Pages {
         let pages = pages.into_iter().map(|page| Some(Arc::new(page)));
         Ok(Self {
             shape,
+            scales: vec![KvScale::ONE; shape.layers],
             arena,
             stride: bytes / count_made,
             pages: pages.take(count).collect(),
@@ -52,6 +55,17 @@ impl Pages {
 
     pub(super) const fn shape(&self) -> &PageShape {
         &self.shape
+    }
+
+    /// Scales of 8-bit elements, one for each layer. Recordings hold them.
+    pub(super) fn set_scales(&mut self, scales: &[KvScale]) {
+        let whole = (self.shape.layers, KvDtype::Fp8);
+        assert_eq!((scales.len(), self.shape.dtype), whole, "scales of pages");
+        self.scales = scales.to_vec();
+    }
+
+    pub(super) fn scale(&self, layer: usize) -> KvScale {
+        self.scales[layer]
     }
 
     pub(super) fn memory(&self) -> &DeviceMemory {

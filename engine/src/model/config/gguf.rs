@@ -52,6 +52,7 @@ pub(crate) fn from_gguf(file: &GgufFile) -> Result<DecoderConfig, ModelErrorKind
         rms_epsilon: epsilon(&keys.name(norm_key), keys.required_float(norm_key)?)?,
         rope: rope.table()?,
         windows: vec![window; dimensions.layers],
+        kv_scales: Vec::new(),
         qkv_bias: file.dims("blk.0.attn_q.bias").is_some(),
         output_bias: file.dims("blk.0.attn_output.bias").is_some(),
         ffn_bias: file.dims("blk.0.ffn_down.bias").is_some(),

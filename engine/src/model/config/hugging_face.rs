@@ -101,6 +101,7 @@ impl HuggingFaceConfig {
             rms_epsilon: epsilon("rms_norm_eps", self.rms_norm_eps.unwrap_or(1e-6))?,
             rope: rope.table()?,
             windows: self.windows(architecture, dimensions.layers)?,
+            kv_scales: Vec::new(),
             qkv_bias,
             output_bias,
             ffn_bias: architecture == Architecture::Llama && self.mlp_bias.unwrap_or(false),

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
+use baton_configs::llm::{KvCacheDtype, LlmOptions};
 use half::bf16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -162,4 +163,101 @@ fn what_an_export_lacks_or_is_not_served_is_said() {
     write(folder.path(), &narrow);
     let refused = logits(folder.path()).expect_err("it is refused");
     assert!(refused.contains(name), "{refused}");
+}
+
+/// The tiny Llama with keys and values that are too large for 8 bits: queries and outputs make up for it, so that the model is the same.
+/// All factors are powers of two, hence exact.
+fn stretched() -> HashMap<String, Tensor> {
+    let [_, mut tensors] = checkpoints(false);
+    for (name, (dtype, _, bytes)) in &mut tensors {
+        let factor = match name.rsplit('.').nth(1) {
+            Some("q_proj") => 1.0 / KEY_SCALE,
+            Some("k_proj") => KEY_SCALE,
+            Some("v_proj") => VALUE_SCALE,
+            Some("o_proj") => 1.0 / VALUE_SCALE,
+            _ => continue,
+        };
+        assert_eq!(*dtype, Dtype::F32);
+        let values = bytes.as_chunks().0.iter();
+        let values = values.map(|&bytes| f32::from_le_bytes(bytes) * factor);
+        *bytes = bytes_of(&values.collect::<Vec<_>>());
+    }
+    tensors
+}
+
+const KEY_SCALE: f32 = 4096.0;
+const VALUE_SCALE: f32 = 65_536.0;
+
+fn kv_in(dtype: KvCacheDtype) -> LlmOptions {
+    let mut options = float32();
+    options.kv_cache.dtype = dtype;
+    options
+}
+
+/// As [`logits`], with pages of 8-bit elements; and the fingerprint of the model.
+fn with_kv(folder: &Path, options: &LlmOptions) -> Result<(Vec<Vec<f32>>, u64), String> {
+    let spec = folder.to_str().expect("UTF-8");
+    let loaded = load(spec, options, None, CpuBackend::new(None), &|_| ());
+    let mut session = Session::new(loaded.map_err(|error| error.to_string())?, options);
+    let fingerprint = session.model.shape().fingerprint;
+    let mut rows = session.feed(&[5, 6, 7, 8], 0);
+    rows.extend(session.feed(&[9], 0));
+    Ok((rows, fingerprint))
+}
+
+#[test]
+fn scales_of_8_bit_kv_are_read_by_all_their_names() {
+    let fp8 = kv_in(KvCacheDtype::Fp8);
+    let folder = TempDir::new().unwrap();
+    let [_, plain] = checkpoints(false);
+    write(folder.path(), &plain);
+    let (expected, unscaled) = with_kv(folder.path(), &fp8).unwrap();
+    write(folder.path(), &stretched());
+    let (clipped, same) = with_kv(folder.path(), &fp8).unwrap();
+    assert_ne!(clipped, expected, "too large for 8 bits");
+    assert_eq!(same, unscaled);
+    for [key, value] in [
+        ["k_proj.k_scale", "v_proj.v_scale"],
+        ["attn.k_scale", "attn.v_scale"],
+        ["k_scale", "v_scale"],
+    ] {
+        let mut tensors = stretched();
+        for layer in 0..layers(&tensors) {
+            for (name, scale) in [(key, KEY_SCALE), (value, VALUE_SCALE)] {
+                let name = format!("model.layers.{layer}.self_attn.{name}");
+                let scale = (Dtype::F32, Vec::new(), bytes_of(&[scale]));
+                tensors.insert(name, scale);
+            }
+        }
+        write(folder.path(), &tensors);
+        let (found, scaled) = with_kv(folder.path(), &fp8).unwrap();
+        assert_eq!(found, expected, "{key}");
+        // Such KV is of no use to who has no scales; without 8 bits, nobody has.
+        assert_ne!(scaled, unscaled);
+        let wide = with_kv(folder.path(), &kv_in(KvCacheDtype::Float32)).unwrap();
+        assert_eq!(wide.1, unscaled);
+
+        let lacking = format!("model.layers.0.self_attn.{value}");
+        tensors.remove(&lacking);
+        write(folder.path(), &tensors);
+        let refused = with_kv(folder.path(), &fp8).expect_err("it is refused");
+        assert!(refused.contains("layer 0 lacks a scale"), "{refused}");
+        let negative = (Dtype::F32, vec![1], bytes_of(&[-1.0]));
+        tensors.insert(lacking.clone(), negative);
+        write(folder.path(), &tensors);
+        let refused = with_kv(folder.path(), &fp8).expect_err("it is refused");
+        assert!(refused.contains(&lacking), "{refused}");
+    }
+    // Scales of another format.
+    let other = json!({"quantization": {"quant_algo": null, "kv_cache_quant_algo": "NVFP4"}});
+    let file = folder.path().join("hf_quant_config.json");
+    fs::write(file, other.to_string()).unwrap();
+    assert_eq!(with_kv(folder.path(), &fp8).unwrap(), (clipped, unscaled));
+}
+
+fn layers(tensors: &HashMap<String, Tensor>) -> usize {
+    let norms = tensors.keys();
+    norms
+        .filter(|name| name.ends_with("input_layernorm.weight"))
+        .count()
 }

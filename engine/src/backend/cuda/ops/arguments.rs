@@ -52,7 +52,7 @@ pub(in super::super) struct AttentionArgs {
     group: i32,
     scale: f32,
     window: i32,
-    padding: i32,
+    value_scale: f32,
 }
 
 /// `KvTarget` in `rope.cu`.
@@ -65,6 +65,8 @@ pub(super) struct KvTarget {
     pub(super) positions: DevicePtr,
     pub(super) layer: i32,
     pub(super) kv_heads: i32,
+    pub(super) key_inverse: f32,
+    pub(super) value_inverse: f32,
 }
 
 /// `Parts` in `attention_decode.cu`.
@@ -108,7 +110,7 @@ impl AttentionCall<'_> {
             "layer {} is in the page",
             self.layer
         );
-        let step = self.step;
+        let (step, scale) = (self.step, self.pages.scale(self.layer));
         AttentionArgs {
             q: self.q.address(),
             ld_q: int(self.q.ld),
@@ -126,11 +128,11 @@ impl AttentionCall<'_> {
             layer: int(self.layer),
             kv_heads: int(shape.kv_heads),
             group: int(self.heads / shape.kv_heads),
-            scale: self.scale * std::f32::consts::LOG2_E,
+            scale: self.scale * scale.key * std::f32::consts::LOG2_E,
             window: self
                 .window
                 .map_or(WINDOW_NONE, |window| int(window).min(WINDOW_NONE)),
-            padding: 0,
+            value_scale: scale.value,
         }
     }
 
