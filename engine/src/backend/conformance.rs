@@ -18,7 +18,7 @@ pub(crate) use rows::*;
 
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
-use half::bf16;
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -105,21 +105,27 @@ pub(crate) use conformance_tests;
 /// Results in bf16 are off by half a unit in their last place, 2⁻⁹ of their size; where something between is bf16 too
 /// (attention's weights, a fused sum), by as much again. The rest is room for sums in another order.
 const BF16_TOLERANCE: f64 = 1.0 / 200.0;
+/// Half precision has three bits more, and sums in another order are off by as much as ever.
+const F16_TOLERANCE: f64 = 1.0 / 1000.0;
 
 /// The error that is allowed where `f32` arithmetic would be off by `exact`.
 pub(crate) fn tolerance<B: Backend>(backend: &B, exact: f64) -> f64 {
     match backend.capability().activations {
         ActivationDtype::F32 => exact,
         ActivationDtype::Bf16 => BF16_TOLERANCE,
+        ActivationDtype::F16 => F16_TOLERANCE,
     }
 }
 
 /// Values as the backend's activations and weights hold them.
 pub(crate) fn held<B: Backend>(backend: &B, mut values: Vec<f32>) -> Vec<f32> {
-    if backend.capability().activations == ActivationDtype::Bf16 {
-        for value in &mut values {
-            *value = bf16::from_f32(*value).to_f32();
-        }
+    let rounded: fn(f32) -> f32 = match backend.capability().activations {
+        ActivationDtype::F32 => return values,
+        ActivationDtype::Bf16 => |value| bf16::from_f32(value).to_f32(),
+        ActivationDtype::F16 => |value| f16::from_f32(value).to_f32(),
+    };
+    for value in &mut values {
+        *value = rounded(*value);
     }
     values
 }
