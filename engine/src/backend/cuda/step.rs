@@ -110,12 +110,7 @@ pub(super) fn encode(
     words.extend(batch.logit_rows.iter().map(|&row| word(row)));
     words.resize(words.len().next_multiple_of(2), 0);
     layout.wishes = words.len();
-    let mut told = places.told;
-    for row in wish.rows {
-        words.extend(wish_words(row, (places.tables, told)));
-        let tells = row.logprobs().is_some();
-        told += if tells { TOLD_WORDS as u64 * 4 } else { 0 };
-    }
+    encode_wishes(wish.rows, places, words);
     words.resize(layout.wishes + batch.logit_rows.len() * WISH_WORDS, 0);
     layout.first_rows = words.len();
     words.extend(batch.sequences.iter().map(|span| word(span.rows.start)));
@@ -149,6 +144,15 @@ pub(super) fn encode(
         words.extend_from_slice(&span.blocks[..used]);
     }
     layout
+}
+
+fn encode_wishes(rows: &[RowWish], places: Places<'_>, words: &mut Vec<u32>) {
+    let mut told = places.told;
+    for row in rows {
+        words.extend(wish_words(row, (places.tables, told)));
+        let tells = row.logprobs().is_some();
+        told += if tells { TOLD_WORDS as u64 * 4 } else { 0 };
+    }
 }
 
 /// Of the sequences with several rows: what is seen before a tile, its sequence, its first row. The heaviest first.

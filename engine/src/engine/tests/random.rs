@@ -55,12 +55,12 @@ impl Plan {
             request.sampling.frequency_penalty = 0.3;
         }
         // What a device needs a table for, or tells.
-        if self.seed % 3 == 0 {
+        if self.seed.is_multiple_of(3) {
             request.sampling.repetition_penalty = 1.4;
             request.sampling.presence_penalty = 0.2;
             request.sampling.prompt_ignore_length = self.shared;
         }
-        if self.seed % 5 == 0 {
+        if self.seed.is_multiple_of(5) {
             request.sampling.min_tokens = self.max_tokens / 2;
             request.sampling.logit_bias = vec![(0, 6.0), (3, -1.0), (3, 0.5)];
         }

@@ -137,15 +137,37 @@ fn logits(vocab: usize, rows: usize, kind: usize) -> Vec<f32> {
         .collect()
 }
 
+/// Runs a step of these rows, counts in what they hold what the device counts, judges, and has the rows go on.
+fn step_and_judge(
+    backend: &mut CudaBackend,
+    held: &mut [(TokenWish, Seen)],
+    (vocab, logits): (usize, &[f32]),
+    tokens: &[TokenId],
+) {
+    for ((wish, seen), &token) in held.iter_mut().zip(tokens) {
+        if wish.changes.as_ref().is_some_and(|it| it.counts_own) {
+            seen.answer.push(token);
+        }
+    }
+    let wishes = held.iter().map(|(wish, _)| RowWish::Token(wish.clone()));
+    let wishes: Vec<_> = wishes.collect();
+    begin(backend, logits, vocab, (&wishes, tokens), &[]);
+    let output = backend.finish_step().unwrap();
+    judge(logits, vocab, held, &output);
+    for (wish, _) in held {
+        *wish = goes_on(wish);
+    }
+}
+
 #[test]
 fn choices_by_changed_logits_are_the_samplers() {
     let Some(mut backend) = with_a_page() else {
         return;
     };
+    let rows = 24;
     for vocab in VOCABULARIES {
         backend.tables = Tables::default();
         for kind in 0..3 {
-            let rows = 24;
             let mut held: Vec<_> = (0..rows)
                 .map(|row| (wish(row, vocab), seen(row, vocab)))
                 .collect();
@@ -154,23 +176,7 @@ fn choices_by_changed_logits_are_the_samplers() {
                 let logits = logits(vocab, rows, kind);
                 let own = |row: usize| small((row * 5 + step) % vocab);
                 let tokens: Vec<TokenId> = (0..rows).map(own).collect();
-                for ((wish, seen), &token) in held.iter_mut().zip(&tokens) {
-                    if wish
-                        .changes
-                        .as_ref()
-                        .is_some_and(|changes| changes.counts_own)
-                    {
-                        seen.answer.push(token);
-                    }
-                }
-                let wishes = held.iter().map(|(wish, _)| RowWish::Token(wish.clone()));
-                let wishes: Vec<_> = wishes.collect();
-                begin(&mut backend, &logits, vocab, (&wishes, &tokens), &[]);
-                let output = backend.finish_step().unwrap();
-                judge(&logits, vocab, &held, &output);
-                for (wish, _) in &mut held {
-                    *wish = goes_on(wish);
-                }
+                step_and_judge(&mut backend, &mut held, (vocab, &logits), &tokens);
             }
         }
     }

@@ -303,7 +303,7 @@ fn llama_8b(folder: &Path, backend: CudaBackend, in_8_bits: bool) -> Box<dyn Mod
 
 fn median_ms(
     model: &mut dyn Model,
-    wish: RowWish,
+    wish: &RowWish,
     repeats: usize,
     mut step: impl FnMut(usize) -> StepBatch,
 ) -> f64 {
@@ -345,7 +345,9 @@ fn steps(in_8_bits: bool) {
     eprintln!("first token after {:.2} s", begun.elapsed().as_secs_f64());
     let model = model.as_mut();
     for (sequences, rows, repeats) in [(1, 128, 20), (1, 2048, 10), (1, 8192, 5), (4, 2048, 5)] {
-        let time = median_ms(model, RowWish::BEST, repeats, |_| spans(sequences, 0, rows));
+        let time = median_ms(model, &RowWish::BEST, repeats, |_| {
+            spans(sequences, 0, rows)
+        });
         let tokens = (sequences * rows) as f64;
         eprintln!(
             "prefill {sequences} x {rows}: {time:.2} ms, {:.0} tok/s",
@@ -353,7 +355,7 @@ fn steps(in_8_bits: bool) {
         );
     }
     for sequences in [1, 2, 4, 8, 16, 64, 128, 256] {
-        let time = median_ms(model, RowWish::BEST, 30, |index| {
+        let time = median_ms(model, &RowWish::BEST, 30, |index| {
             spans(sequences, 128 + index, 1)
         });
         eprintln!(
@@ -362,7 +364,7 @@ fn steps(in_8_bits: bool) {
         );
     }
     for sequences in [1, 64, 256] {
-        let time = median_ms(model, RowWish::BEST, 20, |index| {
+        let time = median_ms(model, &RowWish::BEST, 20, |index| {
             spans(sequences, 1000 + index, 1)
         });
         eprintln!(
@@ -396,7 +398,9 @@ fn choices() {
         ("top-p", draw(0, 0.9)),
         ("both", draw(50, 0.9)),
     ] {
-        let time = median_ms(model.as_mut(), wish, 10, |index| spans(256, 128 + index, 1));
+        let time = median_ms(model.as_mut(), &wish, 10, |index| {
+            spans(256, 128 + index, 1)
+        });
         eprintln!("decode 256 behind 128, {what}: {time:.3} ms");
     }
 }
