@@ -205,9 +205,17 @@ impl Backend for CudaBackend {
     }
 
     fn load_pattern(&mut self, source: &PatternSource) -> Result<Option<CudaWeight>, BackendError> {
-        let half = |&value: &f32| match self.activations {
-            ActivationDtype::F16 => half::f16::from_f32(value).to_bits(),
-            _ => half::bf16::from_f32(value).to_bits(),
+        // As a file would hold them, then as the device does.
+        let half = |&value: &f32| {
+            let value = match source.dtype {
+                WeightDtype::F16 => half::f16::from_f32(value).to_f32(),
+                WeightDtype::Bf16 => half::bf16::from_f32(value).to_f32(),
+                _ => value,
+            };
+            match self.activations {
+                ActivationDtype::F16 => half::f16::from_f32(value).to_bits(),
+                _ => half::bf16::from_f32(value).to_bits(),
+            }
         };
         let values: Vec<u16> = source.values.iter().map(half).collect();
         let narrow: Vec<u8> = match source.dtype {
