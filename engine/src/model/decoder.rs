@@ -512,7 +512,7 @@ impl<B: Backend> Model for Decoder<B> {
         batch: &StepBatch,
         wishes: &[RowWish],
     ) -> Result<Logits, BackendError> {
-        let (rows, vocab) = (batch.tokens.len(), self.shape.vocab);
+        let rows = batch.tokens.len();
         let mut out = StepOutput::default();
         // A part of a row does not tell its token.
         let alone = self.steps_alone();
@@ -527,16 +527,10 @@ impl<B: Backend> Model for Decoder<B> {
                 }
             }
         }
-        let values = match &mut self.part.peers {
-            Some(peers) if !alone => peers.collect_logits(out.values, batch.logit_rows.len())?,
-            _ => out.values,
-        };
-        Ok(Logits {
-            values,
-            vocab,
-            chosen: out.chosen,
-            logprobs: out.logprobs,
-        })
+        if let (Some(peers), false) = (&mut self.part.peers, alone) {
+            out.values = peers.collect_logits(out.values, batch.logit_rows.len())?;
+        }
+        Ok(self.whole_logits(out))
     }
 
     fn warm_up(&mut self, sequences_max: usize) -> Result<(), BackendError> {

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::model::config::HuggingFaceConfig;
 use crate::model::tests::golden_json;
-use crate::page::KvDtype;
+use crate::page::{KvDtype, KvScale};
 
 /// A model with so many query heads, KV heads, feed-forward columns and layers.
 fn config(heads: usize, kv_heads: usize, ffn_width: usize, layers: usize) -> DecoderConfig {
@@ -48,6 +48,24 @@ fn three_ranks_hold_a_third_each() {
     let own = last.config(&smollm2());
     assert_eq!((own.heads, own.kv_heads, own.vocab), (3, 1, 96));
     assert_eq!(own.width, smollm2().width);
+}
+
+#[test]
+fn scales_of_kv_are_those_of_the_stages_layers() {
+    let scales = (1_u8..9)
+        .map(f32::from)
+        .map(|key| KvScale { key, value: -key });
+    let whole = DecoderConfig {
+        kv_scales: scales.collect(),
+        ..config(8, 4, 256, 8)
+    };
+    let shards = Shard::all(&whole, grid(2, 3));
+    for (rank, layers) in [(0, 0..3), (1, 0..3), (5, 6..8)] {
+        let own = shards[rank].config(&whole);
+        assert_eq!(own.kv_scales, whole.kv_scales[layers]);
+    }
+    let none = Shard::all(&config(8, 4, 256, 8), grid(2, 3));
+    assert!(none[5].config(&config(8, 4, 256, 8)).kv_scales.is_empty());
 }
 
 #[test]
