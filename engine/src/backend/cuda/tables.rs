@@ -3,28 +3,30 @@
 //!
 //! Tables are made anew before a step, when its wishes say so, by a kernel outside of any recording; the step itself counts in them
 //! (`choose.cu`). Where they are, each row is told with its wish, so recordings know nothing of them. Memory comes with
-//! the first need and stays: it is what the pool of pages has left. Whose table is which is the engine's knowledge.
+//! the first need and stays: it is what the pages have left. Invariant: it is none of the pool of activations, in whose idle buffers
+//! recorded steps write. Whose table is which is the engine's knowledge.
 
 use super::CudaBackend;
-use super::driver::{DeviceMemory, DevicePtr};
+use super::driver::{DeviceMemory, DevicePtr, Gpu};
 use super::error::CudaError;
-use super::memory::{Buffer, Pool};
 use super::step::{Places, TOLD_WORDS};
 use crate::backend::{BIASES_MAX, Changes, RowWish, Seen, TABLES_MAX};
 use std::sync::Arc;
 
 /// Words of a `Job` in `seen.cu`.
 const JOB_WORDS: usize = 8;
+/// Tables that are made at once: the driver takes its time for each allocation.
+const TABLES_EACH: usize = 16;
 
 /// The tables, and where tokens are told of.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
-    buffers: Vec<Option<Buffer>>,
-    /// Of the buffers; 0 for none.
+    memory: Vec<DeviceMemory>,
+    /// Of the tables there are.
     addresses: Vec<DevicePtr>,
     /// Tokens that each has a word for; 0 while there is none.
     vocab: usize,
-    told: Option<Buffer>,
+    told: Option<DeviceMemory>,
 }
 
 impl Tables {
@@ -32,13 +34,13 @@ impl Tables {
     pub(super) fn places(&self) -> Places<'_> {
         Places {
             tables: &self.addresses,
-            told: self.told.as_ref().map_or(0, Buffer::address),
+            told: self.told().map_or(0, DeviceMemory::address),
         }
     }
 
     /// Where the last step's tokens are told of.
-    pub(super) fn told(&self) -> Option<&DeviceMemory> {
-        self.told.as_ref().map(Buffer::memory)
+    pub(super) const fn told(&self) -> Option<&DeviceMemory> {
+        self.told.as_ref()
     }
 
     /// Asserts that logits of so many columns can be changed by the tables.
@@ -49,21 +51,20 @@ impl Tables {
     /// The table of that number, which there is from now on.
     fn table(
         &mut self,
-        pool: &Arc<Pool>,
+        gpu: &Arc<Gpu>,
         number: usize,
         vocab: usize,
     ) -> Result<DevicePtr, CudaError> {
         assert!(number < TABLES_MAX, "tables are few");
         assert!(self.vocab == 0 || self.vocab == vocab, "one vocabulary");
         self.vocab = vocab;
-        if self.buffers.len() <= number {
-            self.buffers.resize_with(number + 1, || None);
-            self.addresses.resize(number + 1, 0);
-        }
-        if self.buffers[number].is_none() {
-            let buffer = pool.take((vocab + 1 + 2 * BIASES_MAX) * 4)?;
-            self.addresses[number] = buffer.address();
-            self.buffers[number] = Some(buffer);
+        while self.addresses.len() <= number {
+            // A multiple of what addresses are aligned to.
+            let each = ((vocab + 1 + 2 * BIASES_MAX) * 4).next_multiple_of(256);
+            let memory = DeviceMemory::new(gpu, TABLES_EACH * each)?;
+            let starts = (0..TABLES_EACH).map(|index| memory.address() + (index * each) as u64);
+            self.addresses.extend(starts);
+            self.memory.push(memory);
         }
         Ok(self.addresses[number])
     }
@@ -76,8 +77,9 @@ impl CudaBackend {
         let bytes = told * TOLD_WORDS * 4;
         let room = self.tables.told().map_or(0, DeviceMemory::bytes);
         if room < bytes {
-            // Steps under way that tell to the former come before in the stream.
-            self.tables.told = Some(self.pool.take(bytes.next_power_of_two())?);
+            // Giving the former back waits for the steps that tell there.
+            let memory = DeviceMemory::new(&self.gpu, bytes.next_power_of_two())?;
+            self.tables.told = Some(memory);
         }
         let changes = rows.iter().filter_map(|row| match row {
             RowWish::Token(wish) => wish.changes.as_ref(),
@@ -86,16 +88,11 @@ impl CudaBackend {
         let mut jobs = Vec::new();
         for Changes { table, anew, .. } in changes {
             let Some(seen) = anew.as_deref() else {
-                assert!(
-                    self.tables
-                        .addresses
-                        .get(*table as usize)
-                        .is_some_and(|&at| at > 0),
-                    "a table that goes on was made"
-                );
+                let made = (*table as usize) < self.tables.addresses.len();
+                assert!(made, "a table that goes on was made");
                 continue;
             };
-            let address = self.tables.table(&self.pool, *table as usize, seen.vocab)?;
+            let address = self.tables.table(&self.gpu, *table as usize, seen.vocab)?;
             jobs.push((address, seen));
         }
         if jobs.is_empty() {

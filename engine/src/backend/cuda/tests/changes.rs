@@ -256,3 +256,29 @@ fn a_row_whose_tokens_are_all_banned_goes_to_the_host() {
     let output = backend.finish_step().unwrap();
     assert_eq!((output.chosen, output.values), (vec![None], logits));
 }
+
+#[test]
+fn recorded_steps_write_to_no_table() {
+    let Some(mut backend) = with_a_page() else {
+        return;
+    };
+    let vocab = 1000;
+    // What a recording has used and given back is as large as a table, and as what is told of a row.
+    let sizes = [(vocab + 1 + 2 * crate::backend::BIASES_MAX) * 4, 256];
+    let idle = sizes.map(|bytes| backend.pool.take(bytes).unwrap().address());
+    let wish = wish(0, vocab);
+    let logits = logits(vocab, 1, 0);
+    begin(
+        &mut backend,
+        &logits,
+        vocab,
+        (&[RowWish::Token(wish)], &[0]),
+        &[],
+    );
+    backend.finish_step().unwrap();
+    let places = backend.tables.places();
+    assert!(!places.tables.is_empty() && places.told > 0);
+    for place in places.tables.iter().chain([&places.told]) {
+        assert!(!idle.contains(place), "{place:x}");
+    }
+}
