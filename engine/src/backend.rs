@@ -13,6 +13,7 @@ pub(crate) mod conformance;
 pub mod cpu;
 pub mod cuda;
 pub(crate) mod e4m3;
+mod error;
 mod stored;
 mod wish;
 
@@ -20,9 +21,13 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::collective::{Collective, CollectiveError, tell_all};
+use crate::collective::{Collective, tell_all};
 use crate::page::{KvScale, Page, PageShape};
-pub use stored::{ActivationDtype, WeightBytes, WeightDtype, WeightSource};
+pub use error::BackendError;
+pub use stored::{
+    ActivationDtype, FileRuns, FileSource, ReadError, WeightBytes, WeightDtype, WeightFile,
+    WeightSource,
+};
 pub use wish::{
     ALTERNATIVES_MAX, BIASES_MAX, Carried, Changes, Choice, Draw, Penalties, RowWish, Seen,
     StepOutput, StepWish, TABLES_MAX, TokenWish,
@@ -148,47 +153,6 @@ pub struct PatternSource {
     pub scale: f32,
 }
 
-/// Why a backend refused.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// A weight's bytes do not fit its shape.
-    #[error("weight `{name}`: {reason}")]
-    Weight {
-        /// Name in the file.
-        name: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// Memory for the KV pool or for activations is not there.
-    #[error("out of memory: {what} needs {bytes} bytes")]
-    OutOfMemory {
-        /// What was to be allocated.
-        what: String,
-        /// Its size.
-        bytes: usize,
-    },
-    /// The device failed.
-    #[error("{what}: {reason}")]
-    Device {
-        /// What was being done.
-        what: String,
-        /// What the device or its library says.
-        reason: String,
-    },
-    /// Another rank of the instance is lost, or silent.
-    #[error(transparent)]
-    Peer(#[from] CollectiveError),
-    /// Another rank of the instance refused.
-    #[error("{rank}: {reason}")]
-    Rank {
-        /// `rank 3 (node2)`.
-        rank: String,
-        /// What it says.
-        reason: String,
-    },
-}
-
 /// The ranks that compute one model together; each is `stage * tensor + its number within the stage`.
 #[derive(Debug)]
 pub struct RankGroup<'a> {
@@ -201,6 +165,9 @@ pub struct RankGroup<'a> {
 /// The operations of one step; what it gives is its logits, unless nobody wants any.
 pub(crate) type StepPass<'a, B, T> =
     &'a mut dyn FnMut(&mut B, &StepBatch) -> Result<Option<T>, BackendError>;
+
+/// Hears of weights' bytes that have come from their file: of which, and how many.
+pub(crate) type Arrived<'a> = &'a mut dyn FnMut(&str, u64);
 
 /// A device's operations. `out` always comes last and has its final shape when the call is made.
 pub trait Backend: Debug + Send + 'static {
@@ -280,6 +247,29 @@ pub trait Backend: Debug + Send + 'static {
     ) -> Result<Option<Self::Weight>, BackendError> {
         let _ = source;
         Ok(None)
+    }
+
+    /// Begins to take over a weight that is still in its file, if the backend reads files by itself; else it is mapped and loaded.
+    /// The weight may be used when [`Backend::end_loading`] has returned. `arrived` hears of what came meanwhile.
+    ///
+    /// # Errors
+    /// When memory is short, or what was begun before cannot be read.
+    fn load_file(
+        &mut self,
+        source: &Arc<FileSource>,
+        arrived: Arrived<'_>,
+    ) -> Result<Option<Self::Weight>, BackendError> {
+        let _ = (source, arrived);
+        Ok(None)
+    }
+
+    /// Waits until all weights are there that are being read from files.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    fn end_loading(&mut self, arrived: Arrived<'_>) -> Result<(), BackendError> {
+        let _ = arrived;
+        Ok(())
     }
 
     /// Takes a weight over.

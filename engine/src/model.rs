@@ -17,6 +17,7 @@ mod safetensors;
 pub(crate) mod shard;
 mod source;
 mod special_tokens;
+mod taking;
 mod weights;
 
 #[cfg(test)]

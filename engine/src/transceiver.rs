@@ -212,8 +212,9 @@ impl Transceiver {
             });
             TransceiverStartError::NoTransport(missing.collect::<Vec<_>>().join("; "))
         })?;
-        if choice.fell_back {
-            tracing::warn!(transport = choice.transport, "{}", choice.reason);
+        match choice.fell_back {
+            true => tracing::warn!(transport = choice.transport, "{}", choice.reason),
+            false => tracing::info!(transport = choice.transport, "{}", choice.reason),
         }
         // The pool is made after this, and is best read over the transport that comes first.
         let first = transports.first();
@@ -223,7 +224,6 @@ impl Transceiver {
             tracing::info!(
                 transport = endpoint.transport,
                 address = %endpoint.address,
-                reason = %choice.reason,
                 "kv transceiver ready"
             );
         }

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What several ranks and a deployment do on two GPUs, in one go: the golden answers on TP2 and PP2 and through hand-offs between
-devices, a rank that dies, decoding on one GPU and two, and one deployment beside an aggregated server. Every step has a time limit,
-and what fails does not stop the rest.
+"""What several ranks and a deployment do on two GPUs, or on four, in one go: the golden answers on several ranks and through hand-offs
+between devices, a rank that dies, a peer that dies or stands still while its KV is read, decoding on one GPU and several, and one
+deployment beside an aggregated server. Every step has a time limit, and what fails does not stop the rest.
 
-Usage: two.py FOLDER --golden DIR [--steps golden,handoff,loss,decode,deploy] [--device cuda|cpu] [--small]
+Usage: two.py FOLDER --golden DIR [--steps golden,handoff,peers,loss,decode,deploy] [--gpus 4] [--device cuda|cpu] [--small]
 `baton` lies beside this file (scripts/gpu/pack). DIR holds tiny.json and the tiny models. --small and --device cpu rehearse the whole on
 a machine without a GPU.
 """
@@ -25,6 +25,9 @@ BATON = HERE / "baton"
 MARGIN = 0.15
 # What bf16 may change in a token's log-probability on the way through a tiny model.
 LOGPROB = 0.12
+# What a worker holds for hand-offs, and what it has counted.
+HELD = ["baton_kv_blocks_used", "baton_kv_blocks_pinned", "baton_kv_blocks_lent", "baton_kv_blocks_quarantined", "baton_kv_leases"]
+COUNTED = ["baton_handoffs_prefilled_again_total", "baton_handoffs_fetched_total", "baton_kv_received_bytes_total"]
 PORTS = iter(range(21000, 22000))
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -83,7 +86,7 @@ class Bench:
     def __init__(self, arguments):
         self.folder = pathlib.Path(arguments.folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.golden, self.device, self.small = pathlib.Path(arguments.golden).resolve(), arguments.device, arguments.small
+        self.golden, self.device, self.small, self.gpus = pathlib.Path(arguments.golden).resolve(), arguments.device, arguments.small, arguments.gpus
         self.results = {}
         self.model = self.folder / "llama-3.1-8b"
         self.model.mkdir(exist_ok=True)
@@ -113,11 +116,11 @@ class Bench:
 
     # === answers ===
 
-    def tiny(self, name, model, device, grid=(1, 1), gpu=None, more="", extra=()):
-        """A server of a tiny model on TP x PP ranks; on one GPU, or on both."""
+    def tiny(self, name, model, device, grid=(1, 1), gpu=None, more="", extra=(), tokens=4096):
+        """A server of a tiny model on TP x PP ranks; on one GPU, or on as many as there are."""
         port = next(PORTS)
         config = self.folder / f"{name}.yaml"
-        dtype = "kv_cache_config: {max_tokens: 4096, enable_block_reuse: false, dtype: float16}\n"
+        dtype = f"kv_cache_config: {{max_tokens: {tokens}, enable_block_reuse: false, dtype: float16}}\n"
         config.write_text(f"max_seq_len: 512\nmax_batch_size: 4\ntensor_parallel_size: {grid[0]}\npipeline_parallel_size: {grid[1]}\n{dtype}{more}")
         env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
         words = [BATON, "serve", self.golden / f"tiny-{model}", "--host", "127.0.0.1", "--port", port, "--device", device, "--config", config, *extra]
@@ -126,32 +129,44 @@ class Bench:
     def answers(self, port, model):
         """How much of the golden answers came, and how far the log-probabilities are off. A wrong token is an error."""
         compared, off, rows = 0, 0.0, []
-        for item in json.loads((self.golden / "tiny.json").read_text())["models"][model]:
-            count = len(item["output_token_ids"])
-            answer = ask(port, "/v1/completions", {
-                "model": "m", "prompt": item["prompt_token_ids"], "max_tokens": count, "temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 1})
-            choice = answer["choices"][0]
-            ids = choice["token_ids"]
+        for item in self.items(model):
+            choice = self.asked(port, item)
             probabilities = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            rows.append([ids, probabilities])
-            # Of the later tokens only the smallest margin is known.
-            sure = len(item["top5"]) if item["min_margin"] < MARGIN else count
-            for at, expected in enumerate(item["output_token_ids"][:sure]):
-                best = item["top5"][at] if at < len(item["top5"]) else None
-                if best and best[0][1] - best[1][1] < MARGIN:
-                    break
-                if at >= len(ids) or ids[at] != expected:
-                    raise RuntimeError(f"token {at} of {item['prompt']!r}: {ids[:at + 1]} instead of {item['output_token_ids'][:at + 1]}")
-                compared += 1
-                if at < len(probabilities):
-                    off = max(off, abs(probabilities[at] - item["logprobs"][at]))
+            rows.append([choice["token_ids"], probabilities])
+            right = self.right(item, choice["token_ids"])
+            compared += right
+            off = max([off, *(abs(probabilities[at] - item["logprobs"][at]) for at in range(min(right, len(probabilities))))])
         if off > LOGPROB:
             raise RuntimeError(f"log-probabilities are off by {off:.3f}")
         return {"tokens_compared": compared, "logprob_off": round(off, 4)}, rows
 
+    def items(self, model):
+        return json.loads((self.golden / "tiny.json").read_text())["models"][model]
+
+    @staticmethod
+    def asked(port, item, timeout=60):
+        return ask(port, "/v1/completions", {"model": "m", "prompt": item["prompt_token_ids"], "max_tokens": len(item["output_token_ids"]), "temperature": 0,
+                                             "ignore_eos": True, "detokenize": False, "logprobs": 1}, timeout)["choices"][0]
+
+    @staticmethod
+    def right(item, ids):
+        """How many tokens of an answer have to be the golden ones, and are. A wrong one is an error."""
+        # Of the later tokens only the smallest margin is known.
+        sure = len(item["top5"]) if item["min_margin"] < MARGIN else len(item["output_token_ids"])
+        for at, expected in enumerate(item["output_token_ids"][:sure]):
+            best = item["top5"][at] if at < len(item["top5"]) else None
+            if best and best[0][1] - best[1][1] < MARGIN:
+                return at
+            if at >= len(ids) or ids[at] != expected:
+                raise RuntimeError(f"token {at} of {item['prompt']!r}: {ids[:at + 1]} instead of {item['output_token_ids'][:at + 1]}")
+        return sure
+
     def grids(self):
-        """The same answers on one GPU, two tensor ranks and two stages."""
-        cases = [(model, grid, way) for model in ("llama", "qwen3") for grid, way in (((1, 1), None), ((2, 1), None), ((2, 1), "nccl"), ((1, 2), None))]
+        """The same answers on one GPU, and on tensor ranks, stages and both."""
+        grids = [((1, 1), None), ((2, 1), None), ((2, 1), "nccl"), ((1, 2), None)]
+        if self.gpus == 4:
+            grids = [((4, 1), None), ((4, 1), "nccl"), ((2, 2), None), ((1, 4), None)]
+        cases = [(model, grid, way) for model in ("llama", "qwen3") for grid, way in grids]
 
         def run(case):
             model, grid, way = case
@@ -188,6 +203,10 @@ class Bench:
             ("tp2-to-tp2", (gpu, (2, 1), None), (gpu, (2, 1), None)), ("tp2-to-tp1", (gpu, (2, 1), None), (gpu, (1, 1), 1)),
             ("tp1-to-pp2", (gpu, (1, 1), 0), (gpu, (1, 2), None)),
         ]
+        if self.gpus == 4:
+            grids = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp4": (4, 1), "tp2pp2": (2, 2)}
+            pairs = [("tp4", "tp2"), ("tp2pp2", "tp4"), ("tp4", "tp2pp2"), ("tp1", "tp4"), ("tp4", "pp2")]
+            cases = [(f"{one}-to-{other}", (gpu, grids[one], None), (gpu, grids[other], None)) for one, other in pairs]
 
         def run(case):
             name, context, generation = case
@@ -195,14 +214,11 @@ class Bench:
             try:
                 ports, processes = zip(*[self.tiny(f"handoff-{name}-{side}", "llama", *place, more=transfer)
                                          for side, place in (("context", context), ("generation", generation))])
-                port = next(PORTS)
-                front = self.folder / f"handoff-{name}.yaml"
-                front.write_text(f"hostname: 127.0.0.1\nport: {port}\ncontext_servers: {{num_instances: 1, urls: ['127.0.0.1:{ports[0]}']}}\n"
-                                 f"generation_servers: {{num_instances: 1, urls: ['127.0.0.1:{ports[1]}']}}\n")
+                port, front = self.front(f"handoff-{name}", *ports)
                 with processes[0] as first, processes[1] as second:
                     ready(first, ports[0], 60)
                     ready(second, ports[1], 60)
-                    with Process(self.log(f"handoff-{name}-proxy"), [BATON, "disaggregated", "-c", front]) as proxy:
+                    with front as proxy:
                         ready(proxy, port, 30)
                         found, _ = self.answers(port, "llama")
                         pairs = (ask(ports[1], "/server_info").get("transport") or {}).get("rank_pairs") or []
@@ -215,6 +231,136 @@ class Bench:
 
         with concurrent.futures.ThreadPoolExecutor(5) as pool:
             return dict(pool.map(run, cases))
+
+    # === peers that fail ===
+
+    def gauges(self, port, names):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/prometheus/metrics", timeout=5) as answer:
+            lines = [line.split() for line in answer.read().decode().splitlines() if line and line[0] != "#"]
+        return {line[0].removeprefix("baton_"): float(line[1]) for line in lines if line[0] in names}
+
+    def until(self, what, limit, test):
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            found = test()
+            if found:
+                return found
+            time.sleep(0.02)
+        raise RuntimeError(f"{what}: not in {limit} s")
+
+    def gpu_mib(self):
+        words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return [int(line) for line in subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.split()] if self.device == "cuda" else []
+
+    def nothing_held(self, port):
+        """How soon all blocks and leases of a worker are back."""
+        begun = time.monotonic()
+        self.until(f"blocks of {port} come back", 40, lambda: not any(self.gauges(port, HELD).values()))
+        return round(time.monotonic() - begun, 2)
+
+    def front(self, name, context, generation):
+        port, front = next(PORTS), self.folder / f"{name}-front.yaml"
+        front.write_text(f"hostname: 127.0.0.1\nport: {port}\ncontext_servers: {{num_instances: 1, urls: ['127.0.0.1:{context}']}}\n"
+                         f"generation_servers: {{num_instances: 1, urls: ['127.0.0.1:{generation}']}}\n")
+        return port, Process(self.log(f"{name}-proxy"), [BATON, "disaggregated", "-c", front])
+
+    def peer(self, name, what):
+        """A context server is killed or stopped while one of its GPU's pages is being read: its KV stops in the middle, by a test's plan.
+        Prompts are read again, what was held comes back, the generation server goes on; so does the context server, or one in its place."""
+        pool, transfer = 500_000 if self.device == "cuda" else 4096, "cache_transceiver_config: {backend: DEFAULT, kv_transfer_timeout_ms: 15000}\n"
+        make = lambda side, gpu: self.tiny(f"peer-{name}-{side}", "llama", self.device, gpu=gpu, more=transfer, tokens=pool)
+        (context, first), (generation, second) = make("context", 0), make("generation", 1)
+        first.env["BATON_TEST_TRANSPORT_FAULT"] = "stall_after_bytes=10000"
+        port, proxy = self.front(f"peer-{name}", context, generation)
+        found, items = {"gpu_mib": [self.gpu_mib()]}, self.items("llama")[:2]
+
+        def one(item):
+            begun = time.monotonic()
+            try:
+                return ["right", self.right(item, self.asked(port, item)["token_ids"]), round(time.monotonic() - begun, 2)]
+            except OSError as error:
+                return ["told", f"{error}"[:120], round(time.monotonic() - begun, 2)]
+
+        with first, second, proxy:
+            for process, at in ((first, context), (second, generation), (proxy, port)):
+                ready(process, at, 60)
+            found["gpu_mib"].append(self.gpu_mib())
+            with concurrent.futures.ThreadPoolExecutor(4) as threads:
+                asked = [threads.submit(one, item) for item in items]
+                # The first piece holds up all others of its connection.
+                held = lambda at, what: self.gauges(at, HELD).get(what, 0)
+                self.until("KV is being read", 20, lambda: held(generation, "kv_blocks_lent") and held(context, "kv_leases") == len(items))
+                os.kill(first.child.pid, what)
+                found["outcomes"] = [one.result() for one in asked]
+            found["generation_back_s"] = self.nothing_held(generation)
+            found["counted"] = self.gauges(generation, COUNTED)
+            if not found["counted"].get("handoffs_prefilled_again_total"):
+                raise RuntimeError(f"no prompt was read again: {found}")
+            if what == signal.SIGKILL and self.device == "cuda":
+                # The dead one's memory, which the survivor had mapped, goes back while that serves on.
+                begun = time.monotonic()
+                self.until("memory of the dead process goes back", 15, lambda: self.gpu_mib()[0] < found["gpu_mib"][1][0] / 2)
+                found["memory_back_s"] = round(time.monotonic() - begun, 2)
+            found["gpu_mib"].append(self.gpu_mib())
+            found["survivor"] = sum(self.right(item, self.asked(generation, item)["token_ids"]) for item in items)
+            if what == signal.SIGSTOP:
+                os.kill(first.child.pid, signal.SIGCONT)
+                found["context_back_s"] = self.nothing_held(context)
+                found["after"] = self.until("an answer", 30, lambda: (lambda outcome: outcome[0] == "right" and outcome)(one(items[0])))
+            else:
+                again = Process(self.log(f"peer-{name}-again"), first.words)
+                with again:
+                    ready(again, context, 60)
+                    before = self.gauges(generation, COUNTED).get("kv_received_bytes_total", 0)
+                    found["after"], _ = self.answers(port, "llama")
+                    found["bytes_after"] = self.gauges(generation, COUNTED)["kv_received_bytes_total"] - before
+                    if not found["bytes_after"]:
+                        raise RuntimeError(f"no KV came afterwards: {found}")
+                    found["context_back_s"] = self.nothing_held(context)
+            found["pairs"] = [[pair["peer_rank"], pair["rank"], pair["transport"]] for pair in (ask(generation, "/server_info").get("transport") or {}).get("rank_pairs") or []]
+        return found
+
+    def peer_under_load(self):
+        """A context server is killed under load, with nothing to hold up what goes on: every client is answered or told."""
+        config = self.folder / "load-peer.yaml"
+        config.write_text("kv_cache_config:\n  enable_block_reuse: false\n  free_gpu_memory_fraction: 0.5\ncache_transceiver_config:\n  backend: DEFAULT\n")
+        (context, first), (generation, second) = self.server("load-context", 0, config), self.server("load-generation", 1, config)
+        port, proxy = self.front("load", context, generation)
+        vocab, length = (1000, 200) if self.small else (128256, 2048)
+
+        def one(number):
+            prompt = [(7 + number * 131 + at * 37) % vocab for at in range(length)]
+            try:
+                return len(ask(port, "/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True, "detokenize": False})["choices"][0]["token_ids"])
+            except OSError as error:
+                return f"{error}"[:80]
+
+        with first, second, proxy:
+            for process, at in ((first, context), (second, generation), (proxy, port)):
+                ready(process, at, 60)
+            with concurrent.futures.ThreadPoolExecutor(24) as threads:
+                asked = [threads.submit(one, number) for number in range(24)]
+                self.until("KV has come", 20, lambda: self.gauges(generation, COUNTED).get("handoffs_fetched_total", 0) >= 6)
+                os.kill(first.child.pid, signal.SIGKILL)
+                outcomes = [one.result() for one in asked]
+            found = {"answered": sum(one == 64 for one in outcomes), "told": sorted({one for one in outcomes if one != 64}, key=str), "counted": self.gauges(generation, COUNTED)}
+            found["generation_back_s"] = self.nothing_held(generation)
+            found["gpu_mib"] = self.gpu_mib()
+            found["survivor"] = len(ask(generation, "/v1/completions", {"model": "m", "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True, "detokenize": False})["choices"][0]["token_ids"])
+            return found
+
+    def peers(self):
+        def act(name, do):
+            try:
+                return name, do()
+            except Exception as error:
+                return name, {"failed": f"{type(error).__name__}: {error}"[-1200:]}
+
+        found = [act("killed", lambda: self.peer("killed", signal.SIGKILL))]
+        # A peer that stands still is waited for.
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(act, "stopped", lambda: self.peer("stopped", signal.SIGSTOP)), pool.submit(act, "under_load", self.peer_under_load)]
+            return dict([*found, *(one.result() for one in both)])
 
     def loss(self):
         """A rank that follows is killed while its leader decodes: the leader says so soon, and does not hang."""
@@ -280,17 +426,21 @@ class Bench:
         prompt = ["--num-prompts", 3, "--concurrency", 1, "--warmup", 1, "--isl", 256 if self.small else 8192, "--osl", 2]
         rows = [("tp1", [], {}), ("tp2", ["--tp_size", 2], {}), ("tp2-nccl", ["--tp_size", 2], {"BATON_DEVICE_SUMS": "nccl"}),
                 ("tp2-nccl-unmixed", ["--tp_size", 2], {"BATON_DEVICE_SUMS": "nccl", "NCCL_GRAPH_MIXING_SUPPORT": "0"})]
+        if self.gpus == 4:
+            four = ["--tp_size", 4]
+            rows = [rows[0], ("tp4", four, {}), ("tp4-nccl", four, {"BATON_DEVICE_SUMS": "nccl"}), ("tp2pp2", ["--tp_size", 2, "--pp_size", 2], {})]
         found = {}
         for name, words, env in rows:
-            for load, loaded in (("1", one), ("16", many), ("prompt", prompt))[: 1 if "nccl" in name else 3]:
+            for load, loaded in (("1", one), ("16", many), ("prompt", prompt))[: 1 if "nccl" in name else 3 if self.gpus == 2 else 2]:
                 try:
                     found[f"{name} x{load}"] = self.offline(f"decode-{name}-{load}", [*words, *loaded], env)
                 except Exception as error:
                     found[f"{name} x{load}"] = {"failed": str(error)[-900:]}
         for load, what in (("1", "itl_p50_ms"), ("16", "itl_p50_ms"), ("prompt", "ttft_p50_ms")):
-            one, two = (found[f"{name} x{load}"].get(what) for name in ("tp1", "tp2"))
+            more = f"tp{self.gpus}"
+            one, two = (found[f"{name} x{load}"].get(what) for name in ("tp1", more))
             if one and two:
-                found[f"tp2/tp1 x{load}"] = round(one / two, 3)
+                found[f"{more}/tp1 x{load}"] = round(one / two, 3)
         return found
 
     def server(self, name, gpu, config):
@@ -349,13 +499,11 @@ class Bench:
         config = self.folder / "transfer.yaml"
         config.write_text("kv_cache_config:\n  enable_block_reuse: false\ncache_transceiver_config:\n  backend: DEFAULT\n")
         (context, first), (generation, second) = self.server("context", 0, config), self.server("generation", 1, config)
-        port, front = next(PORTS), self.folder / "deployment.yaml"
-        front.write_text(f"hostname: 127.0.0.1\nport: {port}\ncontext_servers: {{num_instances: 1, urls: ['127.0.0.1:{context}']}}\n"
-                         f"generation_servers: {{num_instances: 1, urls: ['127.0.0.1:{generation}']}}\n")
+        port, front = self.front("deployment", context, generation)
         with first, second:
             ready(first, context, 60)
             ready(second, generation, 60)
-            with Process(self.log("proxy"), [BATON, "disaggregated", "-c", front]) as proxy:
+            with front as proxy:
                 ready(proxy, port, 30)
                 found["one"]["disaggregated"] = self.once("disaggregated-one", port, alone)
                 print("one", {name: [round(one["ttft_ms"]["p50"], 2), round(one["itl_ms"]["p50"], 3), round(one["itl_ms"]["p99"], 3)] for name, one in found["one"].items()}, flush=True)
@@ -397,15 +545,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--golden", required=True)
-    parser.add_argument("--steps", default="golden,handoff,refusal,loss,decode,deploy")
+    parser.add_argument("--steps", default="golden,handoff,refusal,peers,loss,decode,deploy")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpus", type=int, choices=(2, 4), default=2)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--rates", default="0.5,1,2,3")
     parser.add_argument("--seconds", type=float, default=14)
     arguments = parser.parse_args()
     bench = Bench(arguments)
     rates = [float(rate) for rate in arguments.rates.split(",")]
-    acts = {"golden": bench.grids, "handoff": bench.handoffs, "refusal": bench.refusal, "loss": bench.loss, "decode": bench.decode,
+    acts = {"golden": bench.grids, "handoff": bench.handoffs, "refusal": bench.refusal, "loss": bench.loss, "peers": bench.peers, "decode": bench.decode,
             "deploy": lambda: bench.deploy(rates, arguments.seconds)}
     for name in arguments.steps.split(","):
         bench.step(name, acts[name])

@@ -219,7 +219,11 @@ pub(crate) fn stored(
     seed: u64,
 ) -> (WeightSource, Vec<f32>) {
     let values = Tensor::from_vec(noise(seed, rows * cols), (rows, cols), &Device::Cpu);
-    let stored = QTensor::quantize(&values.expect("shape fits"), dtype.ggml()).expect("it fits");
+    let stored = QTensor::quantize(
+        &values.expect("shape fits"),
+        dtype.ggml().expect("GGML has it"),
+    )
+    .expect("it fits");
     let source = WeightSource {
         name: format!("{dtype:?}"),
         rows,

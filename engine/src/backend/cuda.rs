@@ -24,6 +24,7 @@ mod graphs;
 mod handoff;
 mod kernels;
 mod linear;
+mod loading;
 mod memory;
 mod nccl;
 mod one_shot;
@@ -31,6 +32,7 @@ mod ops;
 mod pages;
 mod peer;
 mod ranks;
+mod reading;
 mod step;
 mod tables;
 mod tensor;
@@ -63,9 +65,9 @@ use self::tensor::Rounded;
 use self::upload::{OnDevice, Staging};
 use self::weight::{WeightStore, takes_8_bits};
 use super::{
-    ActivationDtype, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
-    PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch, StepOutput, StepPass,
-    StepWish, TokenId, WeightDtype, WeightSource, e4m3,
+    ActivationDtype, Arrived, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
+    FileSource, PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch,
+    StepOutput, StepPass, StepWish, TokenId, WeightDtype, WeightSource, e4m3,
 };
 use crate::page::{KvScale, Page, PageShape};
 
@@ -245,6 +247,18 @@ impl Backend for CudaBackend {
             Ok(Some(weight))
         };
         made().map_err(|error: CudaError| error.of(format!("weight `{}`", source.name)))
+    }
+
+    fn load_file(
+        &mut self,
+        source: &Arc<FileSource>,
+        arrived: Arrived<'_>,
+    ) -> Result<Option<CudaWeight>, BackendError> {
+        self.store.read(&self.gpu, source, arrived)
+    }
+
+    fn end_loading(&mut self, arrived: Arrived<'_>) -> Result<(), BackendError> {
+        self.store.end_reading(arrived)
     }
 
     fn load_weight(&mut self, source: WeightSource) -> Result<CudaWeight, BackendError> {

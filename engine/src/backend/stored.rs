@@ -1,10 +1,14 @@
 //! Weights as files hold them: element types, bytes, and where they are from; and what activations are. Nothing is decoded here.
 
+mod file;
+
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
+
+pub use file::{FileRuns, FileSource, ReadError, WeightFile};
 
 /// Type of activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +78,12 @@ impl WeightDtype {
 
     /// The same type by the name of the library whose decoders are the reference. It has none for 8-bit floats, which have no
     /// blocks to be decoded.
-    pub(crate) const fn ggml(self) -> GgmlDType {
-        match self {
+    pub(crate) const fn ggml(self) -> Option<GgmlDType> {
+        Some(match self {
             Self::F32 => GgmlDType::F32,
             Self::F16 => GgmlDType::F16,
             Self::Bf16 => GgmlDType::BF16,
-            Self::F8E4m3 => unreachable!(),
+            Self::F8E4m3 => return None,
             Self::Q4_0 => GgmlDType::Q4_0,
             Self::Q4_1 => GgmlDType::Q4_1,
             Self::Q5_0 => GgmlDType::Q5_0,
@@ -90,7 +94,7 @@ impl WeightDtype {
             Self::Q4_K => GgmlDType::Q4K,
             Self::Q5_K => GgmlDType::Q5K,
             Self::Q6_K => GgmlDType::Q6K,
-        }
+        })
     }
 }
 
@@ -110,11 +114,19 @@ pub enum WeightBytes {
 
 impl Debug for WeightBytes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "WeightBytes({} bytes)", self.as_slice().len())
+        write!(f, "WeightBytes({} bytes)", self.len())
     }
 }
 
 impl WeightBytes {
+    /// How many they are. Touches none.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Shared { range, .. } => range.len(),
+            Self::Owned(bytes) => bytes.len(),
+        }
+    }
+
     /// The bytes.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::backend::{PatternSource, WeightBytes, WeightDtype, WeightSource};
+use crate::backend::{
+    FileSource, PatternSource, WeightBytes, WeightDtype, WeightFile, WeightSource,
+};
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::gguf::GgufFile;
 use crate::model::safetensors::Shards;
@@ -20,8 +22,17 @@ pub(crate) struct RawTensor {
     pub(crate) dims: Vec<usize>,
     pub(crate) dtype: WeightDtype,
     pub(crate) bytes: WeightBytes,
+    /// Where the bytes begin in their file; `None` where they were made.
+    pub(crate) place: Option<FilePlace>,
     /// See [`WeightSource::scales`].
     pub(crate) scales: Option<Arc<[f32]>>,
+}
+
+/// A place in a file.
+#[derive(Debug, Clone)]
+pub(crate) struct FilePlace {
+    pub(crate) file: Arc<WeightFile>,
+    pub(crate) offset: u64,
 }
 
 /// Where weights come from.
@@ -79,6 +90,24 @@ impl Checkpoint<'_> {
         }
     }
 
+    /// Where a slot's part lies in its file, if it can be read from there as it is. Reads none of it.
+    pub(crate) fn in_file(&self, slot: &Slot) -> Result<Option<FileSource>, ModelError> {
+        let (name, tensor) = match self {
+            Self::Gguf(file) => (slot.gguf_name(), of_gguf(file, slot)?),
+            Self::Safetensors(shards) => (slot.hugging_face_name(), of_shards(shards, slot)?),
+            Self::Dummy { .. } => return Ok(None),
+        };
+        let shape = slot.cut_shape();
+        Ok(cut::in_file(slot, &tensor).map(|runs| FileSource {
+            name,
+            rows: shape.rows(),
+            cols: shape.cols(),
+            dtype: tensor.dtype,
+            runs,
+            scales: cut::scales(slot, tensor.scales),
+        }))
+    }
+
     /// A slot's part as a weight. Rows of a file are not copied.
     pub(crate) fn source(&self, slot: &Slot) -> Result<WeightSource, ModelError> {
         let name = match self {
@@ -103,17 +132,23 @@ impl Checkpoint<'_> {
     }
 
     /// What tells these weights from others: their files' sizes, headers and some of their bytes.
-    pub(crate) fn identity(&self) -> WeightsIdentity {
+    pub(crate) fn identity(&self) -> Result<WeightsIdentity, ModelError> {
         let mut identity = WeightsIdentity::default();
         match self {
-            Self::Gguf(file) => identity.add(file.as_bytes()),
-            Self::Safetensors(shards) => shards.files().for_each(|file| identity.add(file)),
+            Self::Gguf(file) => identity.add_file(file.file())?,
+            Self::Safetensors(shards) => {
+                for file in shards.files() {
+                    identity.add_file(file)?;
+                }
+            }
             Self::Dummy { dtype, in_8_bits } => {
                 let width = if *in_8_bits { "8-bit" } else { "whole" };
-                identity.add(format!("{width} {dtype:?} noise").as_bytes());
+                let text = format!("{width} {dtype:?} noise");
+                identity.bytes = text.len() as u64;
+                identity.add(text.as_bytes());
             }
         }
-        identity
+        Ok(identity)
     }
 }
 
@@ -155,17 +190,28 @@ pub(crate) struct WeightsIdentity {
 
 impl WeightsIdentity {
     /// Samples of a file: its header, as far as it fits one, and places spread over the rest.
-    const SAMPLES: usize = 16;
+    const SAMPLES: u64 = 16;
     const SAMPLE_BYTES: usize = 64 << 10;
 
-    fn add(&mut self, file: &[u8]) {
-        self.bytes += file.len() as u64;
-        let last = file.len().saturating_sub(Self::SAMPLE_BYTES);
+    fn add_file(&mut self, file: &WeightFile) -> Result<(), ModelError> {
+        let failed = |kind: ModelErrorKind| kind.at(file.path());
+        let metadata = file.file().metadata();
+        let len = metadata.map_err(|error| failed(error.into()))?.len();
+        self.bytes += len;
+        let last = len.saturating_sub(Self::SAMPLE_BYTES as u64);
+        let mut sample = vec![0; Self::SAMPLE_BYTES];
         for index in 0..=Self::SAMPLES {
             let at = last / Self::SAMPLES * index;
-            let sample = &file[at..file.len().min(at + Self::SAMPLE_BYTES)];
-            self.hash = xxh3_64_with_seed(sample, self.hash);
+            let count = usize::try_from(len - at).map_or(usize::MAX, |left| left.min(sample.len()));
+            let read = file.read(at, &mut sample[..count]);
+            read.map_err(|error| failed(error.into()))?;
+            self.add(&sample[..count]);
         }
+        Ok(())
+    }
+
+    fn add(&mut self, sample: &[u8]) {
+        self.hash = xxh3_64_with_seed(sample, self.hash);
     }
 }
 

@@ -4,11 +4,12 @@
 //! the stored format; within a block it cannot, so then the rows' blocks around the cut are decoded to `f32`.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Device;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
 
-use crate::backend::{WeightBytes, WeightDtype};
+use crate::backend::{FileRuns, WeightBytes, WeightDtype};
 use crate::model::checkpoint::RawTensor;
 use crate::model::error::ModelErrorKind;
 use crate::model::weights::{Cut, Slot, SlotShape};
@@ -38,10 +39,8 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
         return Ok(RawTensor {
             dims,
             bytes: narrowed(tensor.bytes, rows.start * row_bytes..rows.end * row_bytes),
-            scales: tensor.scales.map(|scales| match scales.len() {
-                1 => scales,
-                _ => scales[rows.clone()].into(),
-            }),
+            place: None,
+            scales: scales(slot, tensor.scales),
             ..tensor
         });
     };
@@ -55,6 +54,7 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
             dims,
             dtype: tensor.dtype,
             bytes: WeightBytes::Owned(taken.into()),
+            place: None,
             scales: tensor.scales,
         });
     }
@@ -76,7 +76,39 @@ pub(crate) fn cut(name: &str, slot: &Slot, tensor: RawTensor) -> Result<RawTenso
         dims,
         dtype: WeightDtype::F32,
         bytes: WeightBytes::Owned(kept.collect()),
+        place: None,
         scales: None,
+    })
+}
+
+/// The scales of a slot's part, where its tensor's are `whole`: one for all rows, or one for each.
+pub(crate) fn scales(slot: &Slot, whole: Option<Arc<[f32]>>) -> Option<Arc<[f32]>> {
+    match (&slot.cut, whole) {
+        (Cut::Rows(rows), Some(each)) if each.len() != 1 => Some(each[rows.clone()].into()),
+        (_, whole) => whole,
+    }
+}
+
+/// Where a slot's part of a tensor lies in its file, a run a row; `None` where it does not lie there as it is kept.
+pub(crate) fn in_file(slot: &Slot, tensor: &RawTensor) -> Option<FileRuns> {
+    let place = tensor.place.as_ref()?;
+    let (block_len, block_bytes) = tensor.dtype.block();
+    let bytes_of = |elements: usize| elements / block_len * block_bytes;
+    let (all_rows, all_columns) = (0..slot.shape.rows(), 0..slot.shape.cols());
+    let (rows, columns) = match (run(slot), &slot.cut) {
+        (Some(columns), _) if is_between_blocks(&columns, tensor.dtype) => (all_rows, columns),
+        (Some(_), _) => return None,
+        (None, Cut::Rows(rows)) => (rows.clone(), all_columns),
+        (None, Cut::Whole | Cut::Cols(_)) => (all_rows, all_columns),
+    };
+    let stride_bytes = bytes_of(slot.shape.cols());
+    let first = rows.start * stride_bytes + bytes_of(columns.start);
+    Some(FileRuns {
+        file: Arc::clone(&place.file),
+        offset: place.offset + first as u64,
+        run_bytes: bytes_of(columns.len()),
+        stride_bytes,
+        count: rows.len(),
     })
 }
 
@@ -110,7 +142,12 @@ fn decoded(
     bytes: &[u8],
     shape: [usize; 2],
 ) -> Result<Vec<f32>, ModelErrorKind> {
-    qtensor_from_ggml(dtype.ggml(), bytes, shape.to_vec(), &Device::Cpu)
+    let stored = dtype.ggml().ok_or_else(|| ModelErrorKind::Dtype {
+        tensor: name.to_owned(),
+        dtype: format!("{dtype:?}"),
+        served: &["GGML's own"],
+    })?;
+    qtensor_from_ggml(stored, bytes, shape.to_vec(), &Device::Cpu)
         .and_then(|stored| stored.dequantize(&Device::Cpu))
         .and_then(|values| values.flatten_all()?.to_vec1())
         .map_err(|error| ModelErrorKind::Header {

@@ -13,18 +13,19 @@ use baton_configs::llm::LlmOptions;
 
 use crate::backend::{
     AttentionSpec, Backend, BackendError, BlockId, Carried, PrefillRows, RankGroup, RowWish,
-    StepBatch, StepOutput, StepWish, WeightDtype,
+    StepBatch, StepOutput, StepWish,
 };
 use crate::collective::{Collective, CollectiveError};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::DecoderConfig;
 use crate::model::embedding::embed;
-use crate::model::error::{ModelError, ModelErrorKind};
+use crate::model::error::ModelError;
 use crate::model::load::LoadProgress;
 use crate::model::micro;
 use crate::model::peers::Peers;
 use crate::model::shard::{Grid, Shard};
-use crate::model::weights::{DecoderWeights, LayerWeights, Linear, Slot};
+use crate::model::taking;
+use crate::model::weights::{DecoderWeights, LayerWeights, Linear};
 use crate::model::{Logits, Model, ModelShape};
 use crate::page::{Page, PageShape};
 
@@ -63,30 +64,7 @@ impl<B: Backend> Decoder<B> {
         progress: &dyn Fn(LoadProgress<'_>),
     ) -> Result<Self, ModelError> {
         let plan = DecoderWeights::plan(config, &shard);
-        let (mut bytes_total, mut elements) = (0, 0);
-        plan.try_map(|slot| {
-            bytes_total += checkpoint.bytes(slot)?;
-            let shape = slot.cut_shape();
-            let count = shape.rows() * shape.cols();
-            elements += match checkpoint.dtype(slot)? {
-                WeightDtype::F8E4m3 => count.div_ceil(2),
-                _ => count,
-            };
-            Ok::<_, ModelError>(())
-        })?;
-        let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());
-        backend.expect_weights(elements).map_err(refused)?;
-        let mut bytes_done = 0;
-        let weights = plan.try_map(|slot| {
-            bytes_done += checkpoint.bytes(slot)?;
-            let (tensor, weight) = take_over(&mut backend, checkpoint, slot)?;
-            progress(LoadProgress {
-                tensor: &tensor,
-                bytes_done,
-                bytes_total,
-            });
-            Ok::<_, ModelError>(weight)
-        })?;
+        let (weights, bytes) = taking::take_over(&plan, checkpoint, &mut backend, progress)?;
         Ok(Self {
             shape: config.shape(),
             backend,
@@ -96,7 +74,7 @@ impl<B: Backend> Decoder<B> {
                 weights,
                 peers: None,
             },
-            weight_bytes: usize::try_from(bytes_total).expect("the weights' bytes are addressable"),
+            weight_bytes: usize::try_from(bytes).expect("the weights' bytes are addressable"),
         })
     }
 
@@ -167,24 +145,6 @@ impl<B: Backend> Decoder<B> {
             logprobs: out.logprobs,
         }
     }
-}
-
-/// Hands one tensor to the backend.
-fn take_over<B: Backend>(
-    backend: &mut B,
-    checkpoint: &Checkpoint<'_>,
-    slot: &Slot,
-) -> Result<(String, B::Weight), ModelError> {
-    let refused = |error| ModelErrorKind::Backend(error).of(checkpoint.subject());
-    if let Some(pattern) = checkpoint.pattern(slot)
-        && let Some(weight) = backend.load_pattern(&pattern).map_err(refused)?
-    {
-        return Ok((pattern.name, weight));
-    }
-    let source = checkpoint.source(slot)?;
-    let tensor = source.name.clone();
-    let weight = backend.load_weight(source).map_err(refused)?;
-    Ok((tensor, weight))
 }
 
 impl<B: Backend> DecoderPart<B> {

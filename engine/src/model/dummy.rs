@@ -64,6 +64,7 @@ pub(super) fn tensor(
             buffer: Arc::new(buffer),
             range: 0..bytes,
         },
+        place: None,
         scales: (dtype == WeightDtype::F8E4m3).then(|| Arc::from([scale(dtype)])),
     })
 }

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, ReadError};
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,9 @@ pub enum ModelErrorKind {
     /// The system refused.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
+    /// A stretch of it cannot be had.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The header is damaged, lies, or is of an unknown version.
     #[error("not a readable {format} header: {reason}")]
     Header {

@@ -6,15 +6,15 @@
 mod header;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use memmap2::Mmap;
 
-use crate::backend::{WeightBytes, WeightDtype};
-use crate::model::checkpoint::RawTensor;
+use crate::backend::{WeightBytes, WeightDtype, WeightFile};
+use crate::model::checkpoint::{FilePlace, RawTensor};
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::mmap;
 
@@ -26,7 +26,7 @@ const SERVED_DTYPES: &[&str] = &[
 /// An opened GGUF file.
 #[derive(Debug)]
 pub(crate) struct GgufFile {
-    path: PathBuf,
+    file: Arc<WeightFile>,
     map: Arc<Mmap>,
     content: Content,
 }
@@ -34,17 +34,19 @@ pub(crate) struct GgufFile {
 impl GgufFile {
     /// Maps the file and reads its header.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = mmap::map(path).map_err(|error| ModelErrorKind::Io(error).at(path))?;
+        let failed = |error| ModelErrorKind::Io(error).at(path);
+        let file = WeightFile::open(path).map_err(failed)?;
+        let map = mmap::map(&file).map_err(failed)?;
         let content = header::read(&map).map_err(|kind| kind.at(path))?;
         Ok(Self {
-            path: path.to_owned(),
+            file: Arc::new(file),
             map: Arc::new(map),
             content,
         })
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     pub(crate) fn metadata(&self) -> &HashMap<String, Value> {
@@ -56,9 +58,9 @@ impl GgufFile {
         self.content.metadata
     }
 
-    /// The whole file.
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        &self.map
+    /// The file itself.
+    pub(crate) fn file(&self) -> &WeightFile {
+        &self.file
     }
 
     /// A tensor's shape, rows first.
@@ -111,6 +113,10 @@ impl GgufFile {
                 buffer: Arc::<Mmap>::clone(&self.map),
                 range: start..start + len,
             },
+            place: Some(FilePlace {
+                file: Arc::clone(&self.file),
+                offset,
+            }),
         })
     }
 

@@ -2,9 +2,11 @@
 //! tokens end an answer, which sampling the model's makers recommend. The header comes first, and alone: what it rules out
 //! is refused before a weight is read.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use baton_configs::llm::{ComputeDtype, KvCacheDtype, LlmOptions, LoadFormat};
 use candle_core::quantized::gguf_file::Value;
@@ -23,15 +25,19 @@ use crate::model::special_tokens::{self, GenerationDefaults, SpecialTokens};
 use crate::model::{Model, ModelShape};
 use crate::page::{KvDtype, PageShape};
 
-/// How far loading is, after each tensor.
+/// How far loading is: told after each tensor, and where a backend reads files by itself, after each piece of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress<'a> {
-    /// The tensor just taken over.
+    /// The tensor just taken over, or a piece of which just came.
     pub tensor: &'a str,
     /// Bytes taken over so far.
     pub bytes_done: u64,
     /// Bytes in all.
     pub bytes_total: u64,
+    /// Of those taken over, what was read from files. The others were made, or are mapped and read when they are used.
+    pub bytes_read: u64,
+    /// Since loading began.
+    pub elapsed: Duration,
 }
 
 /// Where the tokenizer and the chat template are.
@@ -236,9 +242,16 @@ impl ModelHeader {
             },
         };
         let part = Shard::new(&self.config, place);
+        let read = Cell::new((0, Duration::ZERO));
+        let progress = |step: LoadProgress<'_>| {
+            read.set((step.bytes_read, step.elapsed));
+            progress(step);
+        };
+        let decoder = Decoder::load(&self.config, part, &checkpoint, backend, &progress)?;
+        say_loaded(place, decoder.weight_bytes(), read.get());
         Ok(LoadedShard {
-            decoder: Decoder::load(&self.config, part, &checkpoint, backend, progress)?,
-            identity: checkpoint.identity(),
+            decoder,
+            identity: checkpoint.identity()?,
         })
     }
 
@@ -272,6 +285,21 @@ impl ModelHeader {
             name: self.name,
         }
     }
+}
+
+/// One line for each rank, whatever it loaded. What was not read was made, or is mapped and read when it is used.
+fn say_loaded(place: Place, weight_bytes: usize, (bytes_read, elapsed): (u64, Duration)) {
+    let gib = |bytes: f64| (bytes / f64::from(1 << 30) * 100.0).round() / 100.0;
+    let seconds = elapsed.as_secs_f64();
+    let gb_per_s = bytes_read as f64 / 1e9 / seconds.max(1e-9);
+    tracing::info!(
+        rank = place.rank(),
+        weights_gib = gib(weight_bytes as f64),
+        read_gib = gib(bytes_read as f64),
+        elapsed_s = format_args!("{seconds:.2}"),
+        gb_per_s = format_args!("{gb_per_s:.2}"),
+        "loaded the weights"
+    );
 }
 
 /// The element type of the KV cache: what the options say, else 16 bits.

@@ -12,8 +12,8 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
-use crate::backend::{WeightBytes, WeightDtype};
-use crate::model::checkpoint::RawTensor;
+use crate::backend::{WeightBytes, WeightDtype, WeightFile};
+use crate::model::checkpoint::{FilePlace, RawTensor};
 use crate::model::error::{ModelError, ModelErrorKind};
 use crate::model::mmap;
 
@@ -26,7 +26,7 @@ const HEADER_BYTES_MAX: u64 = 32 << 20;
 /// One opened file.
 #[derive(Debug)]
 struct Shard {
-    path: PathBuf,
+    file: Arc<WeightFile>,
     map: Arc<Mmap>,
     /// Where tensors' offsets count from.
     data_start: usize,
@@ -70,9 +70,9 @@ impl Shards {
         &self.directory
     }
 
-    /// The whole files, in a fixed order.
-    pub(crate) fn files(&self) -> impl Iterator<Item = &[u8]> {
-        self.shards.iter().map(|shard| &shard.map[..])
+    /// The files, in a fixed order.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &WeightFile> {
+        self.shards.iter().map(|shard| shard.file.as_ref())
     }
 
     /// Whether there is such a tensor.
@@ -85,7 +85,9 @@ impl Shards {
         match self.owners.get(name) {
             Some(&owner) => {
                 let shard = &self.shards[owner];
-                shard.tensor(name).map_err(|kind| kind.at(&shard.path))
+                shard
+                    .tensor(name)
+                    .map_err(|kind| kind.at(shard.file.path()))
             }
             None => Err(ModelErrorKind::MissingTensor(name.to_owned()).at(&self.directory)),
         }
@@ -98,7 +100,7 @@ impl Shards {
     pub(crate) fn scales(&self, weight: &str, rows: usize) -> Result<Arc<[f32]>, ModelError> {
         let name = format!("{weight}_scale");
         let tensor = self.tensor(&name)?;
-        let bytes = tensor.bytes.as_slice();
+        let bytes = &read(&tensor).map_err(|kind| kind.at(&self.directory))?;
         let scales: Arc<[f32]> = match tensor.dtype {
             WeightDtype::F32 => bytes
                 .as_chunks()
@@ -142,13 +144,15 @@ impl Shards {
 
 impl Shard {
     fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = mmap::map(path).map_err(|error| ModelErrorKind::Io(error).at(path))?;
+        let failed = |error| ModelErrorKind::Io(error).at(path);
+        let file = WeightFile::open(path).map_err(failed)?;
+        let map = mmap::map(&file).map_err(failed)?;
         let (data_start, header) = read_header(&map).map_err(|reason| {
             let format = "safetensors";
             ModelErrorKind::Header { format, reason }.at(path)
         })?;
         Ok(Self {
-            path: path.to_owned(),
+            file: Arc::new(file),
             map: Arc::new(map),
             data_start,
             header,
@@ -190,9 +194,23 @@ impl Shard {
                 buffer: Arc::<Mmap>::clone(&self.map),
                 range: self.data_start + start..self.data_start + end,
             },
+            place: Some(FilePlace {
+                file: Arc::clone(&self.file),
+                offset: (self.data_start + start) as u64,
+            }),
             scales: None,
         })
     }
+}
+
+/// A small tensor's bytes, read from its file.
+fn read(tensor: &RawTensor) -> Result<Vec<u8>, ModelErrorKind> {
+    let mut bytes = vec![0; tensor.bytes.len()];
+    match &tensor.place {
+        Some(place) => place.file.read(place.offset, &mut bytes)?,
+        None => bytes.copy_from_slice(tensor.bytes.as_slice()),
+    }
+    Ok(bytes)
 }
 
 /// The start of the data and the validated header, or what is wrong with it.

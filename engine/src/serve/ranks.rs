@@ -51,7 +51,7 @@ pub(super) fn load(
         peer_timeout: ranks.peer_timeout,
         stop,
     };
-    let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
+    let advance = |step: LoadProgress<'_>| progress.advance(step);
     match gpu(llm)? {
         Some(gpu) => Ok(parallel::lead(
             group,
@@ -114,7 +114,7 @@ fn load_on<B: Backend>(
     llm: &LlmOptions,
     progress: &Progress,
 ) -> Result<Led, ServeError> {
-    let advance = |step: LoadProgress<'_>| progress.advance(step.bytes_done, step.bytes_total);
+    let advance = |step: LoadProgress<'_>| progress.advance(step);
     let shard = header.load(backend, Place::ALONE, &advance)?;
     let device_bytes = shard.decoder.free_device_bytes(llm);
     let loaded = header.with_model(Box::new(shard.decoder));

@@ -93,10 +93,31 @@ pub(super) struct Desk {
     leaving: HashMap<RegionId, (TransferId, usize)>,
     /// What this rank is to the others of its instance.
     role: Role,
+    /// Requests whose layout was refused, on either side.
+    refused: Refused,
     stopping: bool,
     /// Shutting down has cut every connection.
     cut: bool,
     out_of_patience: bool,
+}
+
+/// The last requests whose layout was refused. A prompt of several steps is refused when it is announced and again at its end, and
+/// said once.
+#[derive(Debug, Default)]
+struct Refused(VecDeque<u64>);
+
+impl Refused {
+    const REMEMBERED: usize = 64;
+
+    /// Whether it was not refused before, as far as that is remembered.
+    fn is_new(&mut self, ctx_request_id: u64) -> bool {
+        if self.0.contains(&ctx_request_id) {
+            return false;
+        }
+        self.0.truncate(Self::REMEMBERED - 1);
+        self.0.push_front(ctx_request_id);
+        true
+    }
 }
 
 impl Desk {
@@ -116,6 +137,7 @@ impl Desk {
             quarantine: HashMap::new(),
             leaving: HashMap::new(),
             role: Role::Alone,
+            refused: Refused::default(),
             stopping: false,
             cut: false,
             out_of_patience: false,
@@ -344,5 +366,23 @@ impl Desk {
             ctx_request_id,
             end,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Refused;
+
+    #[test]
+    fn a_refusal_is_said_once_and_few_are_remembered() {
+        let mut refused = Refused::default();
+        assert!(refused.is_new(7));
+        assert!(!refused.is_new(7));
+        for id in 100..100 + Refused::REMEMBERED as u64 {
+            assert!(refused.is_new(id));
+            assert!(!refused.is_new(id));
+        }
+        assert_eq!(refused.0.len(), Refused::REMEMBERED);
+        assert!(refused.is_new(7), "it was long ago");
     }
 }

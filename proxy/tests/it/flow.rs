@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use crate::client::{exchange, post, request};
-use crate::harness::{Running, options, prompt, streamed, trio, trio_with};
+use crate::harness::{Running, options, prompt, settle, streamed, trio, trio_with};
 use crate::mock::{Mock, Script, Step, WHOLE, bytes_of, events, ticket, written};
 
 #[tokio::test]
@@ -300,6 +300,8 @@ async fn connections_to_workers_are_used_again() {
     for index in 0..20 {
         let body = if index % 2 == 0 { prompt() } else { streamed() };
         assert_eq!(trio.proxy.complete(body).await.status, 200);
+        // The client has its last byte before the proxy's task for the worker's connection has put it back.
+        settle().await;
     }
     assert_eq!(trio.context.connection_count(), 1);
     assert_eq!(trio.generation.connection_count(), 1);

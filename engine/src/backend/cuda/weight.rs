@@ -15,8 +15,12 @@ use half::{bf16, f16};
 
 use super::driver::{DeviceMemory, DevicePtr, Gpu};
 use super::error::CudaError;
+use super::loading::{BUFFER_BYTES, Loading, Target};
+use super::reading::{Form, pieces};
 use crate::backend::cpu::CpuWeight;
-use crate::backend::{ActivationDtype, BackendError, WeightBytes, WeightDtype, WeightSource};
+use crate::backend::{
+    ActivationDtype, Arrived, BackendError, FileSource, WeightBytes, WeightDtype, WeightSource,
+};
 
 /// What cuBLASLt's fastest kernels like, in bytes.
 const ALIGNMENT: usize = 256;
@@ -117,6 +121,8 @@ pub(super) struct WeightStore {
     matrices: Option<Slab>,
     vectors: Option<Slab>,
     scales: Option<Slab>,
+    /// What is being read from files.
+    loading: Option<Loading>,
 }
 
 impl WeightStore {
@@ -127,6 +133,7 @@ impl WeightStore {
             matrices: None,
             vectors: None,
             scales: None,
+            loading: None,
         }
     }
 
@@ -191,7 +198,7 @@ impl WeightStore {
         source: WeightSource,
     ) -> Result<CudaWeight, BackendError> {
         let (name, dtype, bytes) = (source.name.clone(), source.dtype, source.bytes.clone());
-        if dtype == WeightDtype::F8E4m3 && in_8_bits(gpu, &source) {
+        if dtype == WeightDtype::F8E4m3 && is_in_8_bits(gpu, (source.rows, source.cols)) {
             return self.load_8_bit(gpu, &source);
         }
         let checked = CpuWeight::decodable(source)?;
@@ -208,6 +215,56 @@ impl WeightStore {
         Ok(weight)
     }
 
+    /// Begins to take over a weight that is still in its file, unless its rows are too long for that.
+    pub(super) fn read(
+        &mut self,
+        gpu: &Arc<Gpu>,
+        source: &Arc<FileSource>,
+        arrived: Arrived<'_>,
+    ) -> Result<Option<CudaWeight>, BackendError> {
+        let (shape, dtype) = ((source.rows, source.cols), source.dtype);
+        let narrow = dtype == WeightDtype::F8E4m3 && is_in_8_bits(gpu, shape);
+        let form = match (self.activations, dtype) {
+            _ if narrow => Form::AsIs,
+            (ActivationDtype::Bf16, WeightDtype::Bf16)
+            | (ActivationDtype::F16, WeightDtype::F16) => Form::AsIs,
+            (ActivationDtype::F16, _) => Form::F16,
+            _ => Form::Bf16,
+        };
+        if pieces(source, form, BUFFER_BYTES).is_none() {
+            return Ok(None);
+        }
+        let (block_len, block_bytes) = dtype.block();
+        let bytes = source.cols / block_len * block_bytes * source.rows;
+        let scales = source.scales.as_deref().unwrap_or(&[]);
+        if bytes != source.runs.bytes() || (narrow && !are_scales(scales, source.rows)) {
+            return Err(misfit(&source.name, shape, (source.runs.bytes(), scales)));
+        }
+        let placed = if narrow {
+            self.place_8_bit(gpu, shape, scales)
+        } else {
+            self.place(gpu, source.rows, source.cols)
+        };
+        let weight = placed.map_err(|error| error.of(format!("weight `{}`", source.name)))?;
+        let target = Target {
+            memory: Arc::clone(&weight.place.memory),
+            offset: weight.place.offset,
+        };
+        let loading = match &mut self.loading {
+            Some(loading) => loading,
+            none => none.insert(Loading::new(gpu)?),
+        };
+        loading.load(source, form, &target, arrived)?;
+        Ok(Some(weight))
+    }
+
+    /// Waits until all that is being read is on the device.
+    pub(super) fn end_reading(&mut self, arrived: Arrived<'_>) -> Result<(), BackendError> {
+        self.loading
+            .take()
+            .map_or(Ok(()), |loading| loading.end(arrived))
+    }
+
     fn load_8_bit(
         &mut self,
         gpu: &Arc<Gpu>,
@@ -215,12 +272,9 @@ impl WeightStore {
     ) -> Result<CudaWeight, BackendError> {
         let scales = source.scales.as_deref().unwrap_or(&[]);
         let shape = (source.rows, source.cols);
-        let fits = source.rows.checked_mul(source.cols) == Some(source.bytes.as_slice().len());
-        if !fits || (scales.len() != 1 && scales.len() != source.rows) {
-            return Err(BackendError::Weight {
-                name: source.name.clone(),
-                reason: format!("{shape:?} in 8 bits has {} scales", scales.len()),
-            });
+        let fits = source.rows.checked_mul(source.cols) == Some(source.bytes.len());
+        if !fits || !are_scales(scales, source.rows) {
+            return Err(misfit(&source.name, shape, (source.bytes.len(), scales)));
         }
         let made = self.place_8_bit(gpu, shape, scales).and_then(|weight| {
             upload_as_is(gpu, &weight, &source.bytes)?;
@@ -236,8 +290,20 @@ pub(super) fn takes_8_bits(gpu: &Gpu, cols: usize) -> bool {
     gpu.capability == (9, 0) && cols.is_multiple_of(16)
 }
 
-fn in_8_bits(gpu: &Gpu, source: &WeightSource) -> bool {
-    source.rows > 1 && takes_8_bits(gpu, source.cols)
+fn is_in_8_bits(gpu: &Gpu, (rows, cols): (usize, usize)) -> bool {
+    rows > 1 && takes_8_bits(gpu, cols)
+}
+
+/// One for all rows, or one for each.
+fn are_scales(scales: &[f32], rows: usize) -> bool {
+    scales.len() == 1 || scales.len() == rows
+}
+
+fn misfit(name: &str, shape: (usize, usize), (bytes, scales): (usize, &[f32])) -> BackendError {
+    BackendError::Weight {
+        name: name.to_owned(),
+        reason: format!("{shape:?} has {bytes} bytes and {} scales", scales.len()),
+    }
 }
 
 fn room(

@@ -47,6 +47,7 @@ fn tensor(dtype: WeightDtype, dims: Vec<usize>, bytes: Vec<u8>) -> RawTensor {
             buffer: Arc::new(buffer),
             range: 7..7 + len,
         },
+        place: None,
         scales: None,
     }
 }
@@ -146,6 +147,7 @@ proptest! {
                 dims: whole.dims.clone(),
                 dtype,
                 bytes: whole.bytes.clone(),
+                place: None,
                 scales: whole.scales.clone(),
             };
             let expected = cut("t", &slot, same).expect("it can be cut");

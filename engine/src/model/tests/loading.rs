@@ -1,7 +1,7 @@
 //! What `load` reports besides the model: names, tokens, defaults, progress; dummy weights; configurations that are
 //! refused by name; rotary tables against numbers from an independent implementation.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::path::Path;
 
@@ -13,8 +13,12 @@ use super::reference_backend::ReferenceBackend;
 use super::tiny_gguf::tiny_gguf;
 use super::{Session, float32, golden_json, golden_path, test_gguf, try_load};
 use crate::backend::{ActivationDtype, RopePairing, SequenceSpan, StepBatch};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{DecoderConfig, HuggingFaceConfig};
 use crate::model::load::{ModelHeader, TokenizerFiles, kv_dtype, load};
+use crate::model::safetensors::Shards;
+use crate::model::shard::{Grid, Shard};
+use crate::model::weights::DecoderWeights;
 use crate::page::KvDtype;
 
 fn dummy() -> LlmOptions {
@@ -134,6 +138,61 @@ fn progress_counts_every_byte() {
     let (_, done, total) = seen.last().expect("steps");
     assert_eq!(done, total);
     assert_eq!(loaded.model.weight_bytes() as u64, *total);
+}
+
+/// What a rank of several would be given, and what it would read from the file itself.
+#[test]
+fn what_lies_in_a_file_is_what_is_cut_out_of_it() {
+    for (model, tensor, pipeline) in [("llama", 1, 1), ("llama", 2, 2), ("qwen2", 2, 1)] {
+        let directory = golden_path(&format!("tiny-{model}"));
+        let shards = Shards::open(&directory).expect("it opens");
+        let checkpoint = Checkpoint::Safetensors(shards);
+        let text = fs::read_to_string(directory.join("config.json")).expect("a config");
+        let config = HuggingFaceConfig::parse(&text).and_then(|raw| raw.decoder());
+        let config = config.expect("a decoder");
+        for shard in Shard::all(&config, Grid { tensor, pipeline }) {
+            let seen = Cell::new(0);
+            let plan = DecoderWeights::plan(&config, &shard);
+            let same = plan.try_map(|slot| {
+                let cut = checkpoint.source(slot)?;
+                let file = checkpoint.in_file(slot)?.expect("it lies there as it is");
+                let mut read = vec![0; file.runs.bytes()];
+                file.runs.read(0, &mut read)?;
+                assert_eq!(read, cut.bytes.as_slice(), "{}", cut.name);
+                assert_eq!(read.len() as u64, checkpoint.bytes(slot)?);
+                assert_eq!((file.rows, file.cols), (cut.rows, cut.cols));
+                seen.set(seen.get() + 1);
+                Ok::<_, ModelErrorOf>(())
+            });
+            same.expect("it can be read");
+            assert!(seen.get() > 8, "all weights of a rank");
+        }
+    }
+}
+
+/// Either kind of failure of the test above.
+#[derive(Debug)]
+#[expect(dead_code, reason = "it is shown when the test fails")]
+struct ModelErrorOf(String);
+
+impl<E: std::error::Error> From<E> for ModelErrorOf {
+    fn from(error: E) -> Self {
+        Self(error.to_string())
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_used_is_named() {
+    let root = TempDir::new().expect("a directory");
+    let path = root.path().join("model.safetensors");
+    fs::copy(Path::new(&tiny("llama")).join("model.safetensors"), &path).expect("a copy");
+    let checkpoint = Checkpoint::Safetensors(Shards::open(root.path()).expect("it opens"));
+    let file = fs::OpenOptions::new().write(true).open(&path);
+    file.and_then(|file| file.set_len(100_000))
+        .expect("it is shortened");
+    // Its samples are read, not touched in a mapping, which would end the process.
+    let identity = checkpoint.identity().expect("what is left can be read");
+    assert_eq!(identity.bytes, 100_000);
 }
 
 #[test]

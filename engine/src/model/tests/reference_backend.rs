@@ -50,7 +50,7 @@ impl ReferenceBackend {
 
 /// A weight's values as `f32`.
 fn dequantize(source: &WeightSource) -> Result<Vec<f32>, String> {
-    let dtype = source.dtype.ggml();
+    let dtype = source.dtype.ggml().expect("GGML has it");
     let elements = source.rows * source.cols;
     let bytes = elements / dtype.block_size() * dtype.type_size();
     if source.bytes.as_slice().len() != bytes {

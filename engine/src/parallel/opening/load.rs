@@ -142,9 +142,8 @@ fn load<B: Backend>(
     let decoder = loaded.decoder;
     tracing::info!(
         rank,
-        weight_bytes = decoder.weight_bytes(),
         backend = decoder.backend_description(),
-        "loaded this rank's part"
+        "this rank's part is there"
     );
     let report = Report {
         fingerprint: decoder.shape().fingerprint,

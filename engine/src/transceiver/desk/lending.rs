@@ -294,7 +294,7 @@ impl Desk {
         match others {
             // The taker knows already; only the lease is to be ended.
             Ok(false) => {
-                if let Some(reason) = reason {
+                if let Some(reason) = reason.filter(|_| self.refused.is_new(id)) {
                     let reason = printable(reason);
                     tracing::warn!(%peer, ctx_request_id = id, reason, "a generation server cannot take kv");
                 }

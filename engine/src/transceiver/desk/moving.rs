@@ -267,12 +267,14 @@ impl Desk {
     /// Tells a context instance that its KV cannot be used here; both sides say it in one line.
     pub(super) fn on_reject(&mut self, ctx_request_id: u64, state: &OpaqueState, reason: String) {
         let context = printable(&state.instance);
-        tracing::warn!(
-            context,
-            ctx_request_id,
-            reason,
-            "kv of a context server cannot be taken"
-        );
+        if self.refused.is_new(ctx_request_id) {
+            tracing::warn!(
+                context,
+                ctx_request_id,
+                reason,
+                "kv of a context server cannot be taken"
+            );
+        }
         // The leading rank alone: it says it once, and has the others give the lease up. The last way is the one that needs
         // least in common.
         let ways = ways(self.around.wires.all(), &state.ranks, &[0]);

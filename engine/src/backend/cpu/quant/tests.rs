@@ -44,7 +44,11 @@ fn check(dtype: WeightDtype, mut bytes: Vec<u8>) {
     bytes.truncate(per_row * size);
     tame(dtype, &mut bytes);
     let cols = per_row * weights;
-    let storage = QStorage::from_data(Cow::Owned(bytes.clone()), &Device::Cpu, dtype.ggml());
+    let storage = QStorage::from_data(
+        Cow::Owned(bytes.clone()),
+        &Device::Cpu,
+        dtype.ggml().expect("GGML has it"),
+    );
     let tensor = QTensor::new(storage.expect("on the host"), (1, cols)).expect("shape fits");
     let expected = decoded(&tensor);
     for isa in Isa::detected() {
