@@ -26,7 +26,7 @@ const AT_ONCE_MAX: usize = 64;
 
 /// Bytes that are sent in one go at most, but for a longer write: a cancel reaches what is still queued, so what takes its
 /// time on the wire must not leave the queue early.
-const STREAM_BYTES_AT_ONCE_MAX: usize = 512 << 10;
+const STREAM_BYTES_AT_ONCE_MAX: usize = 2 << 20;
 
 /// Bytes that are copied from a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
