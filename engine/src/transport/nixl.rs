@@ -350,6 +350,7 @@ impl Fabric for NixlFabric {
             plugin: self.plugin,
             agent: address.agent,
             lanes_max: if near { self.near_lanes_max } else { 1 },
+            near,
         };
         // Nothing here waits on the peer: an endpoint is made, and connects with the first read.
         let peer = NixlPeer::open(source, Arc::clone(&self.closed)).map_err(unreachable)?;
