@@ -306,17 +306,7 @@ impl<'a> Reader<'a> {
         }
         let bytes = page.as_bytes_mut();
         if runs.is_coarse(COARSE_BYTES) {
-            let mut left = runs.total_bytes();
-            for (_, target) in runs.stretches() {
-                for part in bytes[target].chunks_mut(WARM_BYTES) {
-                    left -= part.len();
-                    // The next frame's beginning comes with the end of this one.
-                    let beyond = if left == 0 { self.ahead_bytes } else { 0 };
-                    self.fill_and_beyond(part, beyond, Patience::Frame)?;
-                    summing.update(part);
-                }
-            }
-            return Ok(summing.made());
+            return self.scatter_coarse(runs, bytes, summing);
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -340,7 +330,26 @@ impl<'a> Reader<'a> {
         Ok(summing.made())
     }
 
-    /// The same into a page of a device: through a buffer of the host's.
+    /// Each stretch by itself; with the end of the last one comes the next frame's beginning.
+    fn scatter_coarse(
+        &mut self,
+        runs: &Runs,
+        page: &mut [u8],
+        mut summing: Summing,
+    ) -> Result<Option<u64>, ReadEnd> {
+        let mut left = runs.total_bytes();
+        for (_, target) in runs.stretches() {
+            for part in page[target].chunks_mut(WARM_BYTES) {
+                left -= part.len();
+                let beyond = if left == 0 { self.ahead_bytes } else { 0 };
+                self.fill_and_beyond(part, beyond, Patience::Frame)?;
+                summing.update(part);
+            }
+        }
+        Ok(summing.made())
+    }
+
+    /// As [`Self::scatter`], into a page of a device: through a buffer of the host's.
     fn scatter_abroad(
         &mut self,
         runs: &Runs,
