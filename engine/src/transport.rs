@@ -26,6 +26,7 @@ pub mod fault;
 pub mod link;
 pub mod mpi;
 pub mod nixl;
+pub(crate) mod numbered;
 pub mod runs;
 pub mod shm;
 pub mod staging;
@@ -271,6 +272,13 @@ pub enum TransportEvent {
         /// What was observed.
         reason: String,
     },
+}
+
+impl TransportEvent {
+    /// Whether it is the end of a write of this transfer.
+    pub(crate) fn is_done_of(&self, to: PeerId, of: TransferId) -> bool {
+        matches!(self, Self::WriteDone { peer, transfer, .. } if (*peer, *transfer) == (to, of))
+    }
 }
 
 /// Where events go, in order, and together those that came together: called from the transport's threads, never from

@@ -5,6 +5,7 @@
 //! one place that gives back what was held.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::iter::Peekable;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use super::wires::Wires;
 use crate::backend::BlockId;
 use crate::handoff::{HandoffError, HandoffEvent, HandoffSink, LeaseEnd};
 use crate::request::RequestId;
+use crate::transport::numbered::NumberedMap;
 use crate::transport::{PeerId, RegionId, Submission, TransferId, TransportEvent};
 use lease::Lease;
 use ranks::{Leader, Reporter, Role};
@@ -79,18 +81,18 @@ pub(super) struct Desk {
     /// Whose lease a running transfer sends.
     sending: HashMap<(PeerId, TransferId), u64>,
     /// Per peer, the transfers with pieces left, in turn.
-    turns: HashMap<PeerId, VecDeque<TransferId>>,
+    turns: NumberedMap<PeerId, VecDeque<TransferId>>,
     /// Peers that may take more pieces, or whose next pieces are summed.
     ready: BTreeSet<PeerId>,
-    fetches: HashMap<TransferId, FetchTask>,
+    fetches: NumberedMap<TransferId, FetchTask>,
     by_request: HashMap<RequestId, TransferId>,
     /// Fetches that wait until others end.
     waiting: VecDeque<TransferId>,
     running: usize,
     /// Pages of ended fetches that are not back yet.
-    quarantine: HashMap<RegionId, BlockId>,
+    quarantine: NumberedMap<RegionId, BlockId>,
     /// Pages that a fetch waits for before it goes another way: of which fetch, and which of its pages.
-    leaving: HashMap<RegionId, (TransferId, usize)>,
+    leaving: NumberedMap<RegionId, (TransferId, usize)>,
     /// What this rank is to the others of its instance.
     role: Role,
     /// Requests whose layout was refused, on either side.
@@ -128,14 +130,14 @@ impl Desk {
             timers: Timers::default(),
             leases: HashMap::new(),
             sending: HashMap::new(),
-            turns: HashMap::new(),
+            turns: NumberedMap::default(),
             ready: BTreeSet::new(),
-            fetches: HashMap::new(),
+            fetches: NumberedMap::default(),
             by_request: HashMap::new(),
             waiting: VecDeque::new(),
             running: 0,
-            quarantine: HashMap::new(),
-            leaving: HashMap::new(),
+            quarantine: NumberedMap::default(),
+            leaving: NumberedMap::default(),
             role: Role::Alone,
             refused: Refused::default(),
             stopping: false,
@@ -216,8 +218,9 @@ impl Desk {
     fn on_happening(&mut self, happening: Happening) {
         match happening {
             Happening::Transport { wire, events } => {
-                for event in events {
-                    self.on_transport_event(wire, event);
+                let mut events = events.into_iter().peekable();
+                while let Some(event) = events.next() {
+                    self.on_transport_event(wire, event, &mut events);
                 }
             }
             Happening::Hashed { of, checksums } => self.on_hashed(of, checksums),
@@ -230,7 +233,13 @@ impl Desk {
         }
     }
 
-    fn on_transport_event(&mut self, wire: usize, event: TransportEvent) {
+    /// Writes that have ended one after the other are taken together, out of what follows.
+    fn on_transport_event(
+        &mut self,
+        wire: usize,
+        event: TransportEvent,
+        later: &mut Peekable<std::vec::IntoIter<TransportEvent>>,
+    ) {
         match event {
             TransportEvent::Message { peer, message } => {
                 self.around.wires.met(peer, wire);
@@ -256,8 +265,17 @@ impl Desk {
             TransportEvent::WriteDone {
                 peer,
                 transfer,
-                outcome,
-            } => self.on_write_done(peer, transfer, outcome),
+                mut outcome,
+            } => {
+                let mut count = 1;
+                while let Some(TransportEvent::WriteDone { outcome: next, .. }) =
+                    later.next_if(|next| next.is_done_of(peer, transfer))
+                {
+                    outcome = next;
+                    count += 1;
+                }
+                self.on_writes_done((peer, transfer), count, outcome);
+            }
             TransportEvent::PageReleased { region, page } => self.on_page_released(region, page),
             TransportEvent::PeerLost { peer, reason } => {
                 self.around.wires.lost(peer);
@@ -317,7 +335,12 @@ impl Desk {
 
     /// Sends a control message. A peer that does not even take those is given up.
     fn tell(&mut self, peer: PeerId, message: &Message) -> Submission {
-        let submission = self.around.wires.notify(peer, message.encode());
+        self.tell_bytes(peer, message.encode())
+    }
+
+    /// The same, of one that is encoded already.
+    fn tell_bytes(&mut self, peer: PeerId, message: Vec<u8>) -> Submission {
+        let submission = self.around.wires.notify(peer, message);
         if submission == Submission::Busy {
             tracing::debug!(%peer, "a peer takes no messages; disconnecting");
             self.around.wires.disconnect(peer);

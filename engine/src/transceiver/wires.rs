@@ -14,6 +14,7 @@ use super::select::{Preference, Tried};
 use super::state::{RankRecord, printable};
 use crate::handoff::HandoffError;
 use crate::transport::link::{LinkParams, LinkTransport};
+use crate::transport::numbered::NumberedMap;
 use crate::transport::staging::StagingSize;
 use crate::transport::{
     Capability, ConnectError, EndpointRecord, PeerId, Submission, TransferId, Transport,
@@ -195,7 +196,7 @@ pub(super) struct Wires {
     /// Connections that we opened.
     opened: HashMap<EndpointRecord, PeerId>,
     /// Every connection that we know of, with its transport's index.
-    known: HashMap<PeerId, usize>,
+    known: NumberedMap<PeerId, usize>,
 }
 
 impl Wires {
@@ -203,7 +204,7 @@ impl Wires {
         Self {
             transports,
             opened: HashMap::new(),
-            known: HashMap::new(),
+            known: NumberedMap::default(),
         }
     }
 

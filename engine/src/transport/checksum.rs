@@ -133,6 +133,12 @@ impl Summing {
     }
 }
 
+/// Says that so many bytes from here on are summed or copied next: what is far from the last ones is then on its way. Nothing is
+/// read, so the place need not even exist.
+pub(crate) fn announce(from: *const u8, bytes: usize) {
+    stripes::announce(from, bytes);
+}
+
 /// Of some stretches of these bytes, in the order in which they are given.
 pub(crate) fn sum_of(bytes: &[u8], stretches: impl Iterator<Item = Range<usize>>) -> u64 {
     let mut summing = Summing::default();

@@ -41,6 +41,7 @@ mod pulls;
 mod reader;
 mod regions;
 mod shared;
+mod socket;
 mod writer;
 
 #[cfg(test)]

@@ -5,6 +5,9 @@
 //! `TRTLLM_NIXL_KVCACHE_BACKEND` = `UCX` (default) or `LIBFABRIC` chooses NIXL's plug-in; one that can't be had is replaced
 //! by UCX, with one warning.
 //!
+//! From a process of this host a request reads a few whole pieces, which its lane then sums, as most of them are in the caches
+//! still.
+//!
 //! It does not use NIXL's notifications, its metadata exchange or its writes: those are the control plane's work.
 //!
 //! Within a host, UCX has the kernel copy from process to process, on the thread that asks. Measured on 16 cores, 1 GiB
@@ -350,6 +353,7 @@ impl Fabric for NixlFabric {
             plugin: self.plugin,
             agent: address.agent,
             lanes_max: if near { self.near_lanes_max } else { 1 },
+            near,
         };
         // Nothing here waits on the peer: an endpoint is made, and connects with the first read.
         let peer = NixlPeer::open(source, Arc::clone(&self.closed)).map_err(unreachable)?;

@@ -25,7 +25,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::checksum::Summing;
+use super::checksum::{Summing, announce};
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
@@ -348,6 +348,14 @@ struct Share<'a> {
 }
 
 impl Share<'_> {
+    /// Has its beginning fetched while another one is copied.
+    fn announce(&self) {
+        if let Some((source, _)) = self.runs.stretches().next() {
+            let start = self.from.0.as_ptr().wrapping_add(source.start);
+            announce(start, source.len());
+        }
+    }
+
     /// Copies, and sums what was copied while it is at hand.
     fn carry_out(
         self,
@@ -434,9 +442,14 @@ impl FabricPeer for ShmPeer {
         let total: usize = jobs.iter().map(|job| job.runs.total_bytes()).sum();
         let shares = self.shares(jobs)?;
         if total < PARALLEL_BYTES_MIN || self.copy_threads < 2 {
-            return shares
-                .into_iter()
-                .try_for_each(|share| share.carry_out(&go_on));
+            let mut shares = shares.into_iter().peekable();
+            while let Some(share) = shares.next() {
+                if let Some(next) = shares.peek() {
+                    next.announce();
+                }
+                share.carry_out(&go_on)?;
+            }
+            return Ok(());
         }
         copy_together(shares, self.copy_threads, &go_on)
     }

@@ -20,6 +20,10 @@ use crate::transceiver::state::{Nonce, PROTOCOL_VERSION, printable};
 use crate::transceiver::timers::Due;
 use crate::transport::{PeerId, Submission, TransferId, Write, WriteOutcome};
 
+/// Bytes that a transfer submits in its turn, but for a longer piece: some dozen short ones, so that little is to be looked up
+/// for each, and so few that all transfers to a peer advance together.
+const TURN_BYTES: usize = 1 << 20;
+
 /// What a transfer did with its turn.
 enum Turn {
     Submitted,
@@ -27,6 +31,8 @@ enum Turn {
     Waits,
     Finished,
     PeerBusy,
+    /// The transport will never take the next piece.
+    Refused,
 }
 
 /// What a request may have.
@@ -305,10 +311,11 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_write_done(
+    /// So many writes of a transfer have ended, the last of them so.
+    pub(super) fn on_writes_done(
         &mut self,
-        peer: PeerId,
-        transfer: TransferId,
+        (peer, transfer): (PeerId, TransferId),
+        count: usize,
         outcome: WriteOutcome,
     ) {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
@@ -317,7 +324,7 @@ impl Desk {
         };
         let lease = self.leases.get_mut(&id);
         if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-            serving.in_flight -= 1;
+            serving.in_flight -= count;
         }
         self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
@@ -381,7 +388,7 @@ impl Desk {
             match self.take_turn(peer, transfer) {
                 Turn::Submitted => turns.push_back(transfer),
                 Turn::Waits => waits.push_back(transfer),
-                Turn::Finished => {}
+                Turn::Finished | Turn::Refused => {}
                 Turn::PeerBusy => {
                     turns.push_front(transfer);
                     break;
@@ -398,13 +405,31 @@ impl Desk {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
             return Turn::Finished;
         };
+        let mut submitted = (0, 0);
+        let turn = self.submit(id, (peer, transfer), &mut submitted);
+        if submitted.0 > 0 {
+            self.note_submitted(id, (peer, transfer), submitted);
+        }
+        if matches!(turn, Turn::Refused) {
+            self.end_lease(id, LeaseEnd::Cancelled, "the transport refused a piece");
+        }
+        turn
+    }
+
+    /// Submits a transfer's next pieces, and counts them and their bytes.
+    fn submit(
+        &mut self,
+        id: u64,
+        (peer, transfer): (PeerId, TransferId),
+        (count, bytes): &mut (usize, u64),
+    ) -> Turn {
         let Some(lease) = self.leases.get(&id).filter(|lease| lease.end.is_none()) else {
             return Turn::Finished;
         };
         let Some(serving) = lease.serving(peer, transfer).filter(|s| !s.released) else {
             return Turn::Finished;
         };
-        let Some(piece) = serving.pieces.get(serving.next) else {
+        if serving.next == serving.pieces.len() {
             let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
             let done = Message::Done {
                 transfer,
@@ -413,48 +438,55 @@ impl Desk {
             };
             self.tell_in_passing(peer, &done);
             return Turn::Finished;
-        };
-        let Some(checksum) = lease.checksum(serving, serving.next) else {
-            return Turn::Waits;
-        };
-        if serving.in_flight >= self.terms.window {
-            return Turn::Waits;
         }
-        let note = PieceNote {
-            ctx_request_id: id,
-            epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
-            rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
-            piece: u32::try_from(serving.next).unwrap_or(u32::MAX),
-            checksum,
-        };
-        let bytes = piece.runs.total_bytes() as u64;
-        let submission = self.around.wires.write(Write {
-            peer,
-            transfer,
-            source: Arc::clone(&lease.pages[piece.sender_page]),
-            target: serving.regions[piece.receiver_page - serving.first_page].clone(),
-            runs: piece.runs.clone(),
-            note: note.encode(),
-        });
-        match submission {
-            Submission::Accepted => {
-                self.note_submitted(id, (peer, transfer), bytes);
-                Turn::Submitted
+        let pieces = serving.pieces.iter().enumerate().skip(serving.next);
+        for (index, piece) in pieces {
+            let Some(checksum) = lease.checksum(serving, index) else {
+                return Turn::Waits;
+            };
+            if serving.in_flight + *count >= self.terms.window {
+                return Turn::Waits;
             }
-            // Gone: the loss of the peer is on its way and opens the lease again.
-            Submission::Busy | Submission::Gone => Turn::PeerBusy,
-            Submission::Invalid => {
-                self.end_lease(id, LeaseEnd::Cancelled, "the transport refused a piece");
-                Turn::Finished
+            let note = PieceNote {
+                ctx_request_id: id,
+                epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
+                rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
+                piece: u32::try_from(index).unwrap_or(u32::MAX),
+                checksum,
+            };
+            let submission = self.around.wires.write(Write {
+                peer,
+                transfer,
+                source: Arc::clone(&lease.pages[piece.sender_page]),
+                target: serving.regions[piece.receiver_page - serving.first_page].clone(),
+                runs: piece.runs.clone(),
+                note: note.encode(),
+            });
+            match submission {
+                Submission::Accepted => {}
+                // Gone: the loss of the peer is on its way and opens the lease again.
+                Submission::Busy | Submission::Gone => return Turn::PeerBusy,
+                Submission::Invalid => return Turn::Refused,
+            }
+            *count += 1;
+            *bytes += piece.runs.total_bytes() as u64;
+            if *bytes >= TURN_BYTES as u64 {
+                break;
             }
         }
+        Turn::Submitted
     }
 
-    fn note_submitted(&mut self, id: u64, (peer, transfer): (PeerId, TransferId), bytes: u64) {
+    fn note_submitted(
+        &mut self,
+        id: u64,
+        (peer, transfer): (PeerId, TransferId),
+        (count, bytes): (usize, u64),
+    ) {
         let lease = self.leases.get_mut(&id);
         if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-            serving.next += 1;
-            serving.in_flight += 1;
+            serving.next += count;
+            serving.in_flight += count;
         }
         let wire = self.around.wires.wire_of(peer);
         self.around.info.sent(wire, bytes);

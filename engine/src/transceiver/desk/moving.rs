@@ -67,7 +67,7 @@ impl Desk {
 
     /// Sends a source the request, over the connection that is there or over a new one.
     fn ask(&mut self, transfer: TransferId, source: usize) -> Result<(), HandoffError> {
-        let Some(task) = self.fetches.get(&transfer) else {
+        let Some(task) = self.fetches.get_mut(&transfer) else {
             return Ok(());
         };
         let request = Message::Request(Request {
@@ -80,16 +80,24 @@ impl Desk {
             layout: self.terms.layout.record.clone(),
             first_token: task.first_token,
             token_count: task.token_count,
-            regions: task.remotes.clone(),
+            // Thousands of texts: taken out, and put back when the message is made.
+            regions: std::mem::take(&mut task.remotes),
         });
+        let bytes = request.encode();
+        if let Message::Request(request) = request {
+            task.remotes = request.regions;
+        }
         let server = task.server(source);
         let (wire, endpoint) = (task.way.wire, task.endpoint(source).clone());
         let (mut peer, mut cached) = self.connect(wire, &endpoint)?;
-        let mut submission = self.tell(peer, &request);
-        if submission == Submission::Gone && cached {
+        let again = cached.then(|| bytes.clone());
+        let mut submission = self.tell_bytes(peer, bytes);
+        if submission == Submission::Gone
+            && let Some(bytes) = again
+        {
             self.around.wires.forget(&endpoint);
             (peer, cached) = self.connect(wire, &endpoint)?;
-            submission = self.tell(peer, &request);
+            submission = self.tell_bytes(peer, bytes);
         }
         let failure = match submission {
             // Gone so soon: the loss of the new connection is on its way, and says why.

@@ -54,6 +54,17 @@ impl Default for Stripes {
     }
 }
 
+/// Asks for the memory where the first stripes are read, in both halves of their first part.
+pub(super) fn announce(from: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has the instructions.
+        unsafe { avx2::announce(from, bytes.div_ceil(STRIPE_BYTES)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, bytes);
+}
+
 /// Mixes the lanes and the length; no two values of one lane give the same.
 pub(super) fn finish(sums: [u64; LANES], bytes: u64) -> u64 {
     let mixed = sums.iter().fold(bytes, |mixed, sum| {
@@ -223,6 +234,16 @@ mod avx2 {
                     *sum = sum.wrapping_add(more);
                 }
             }
+        }
+    }
+
+    /// See [`super::announce`].
+    #[target_feature(enable = "avx2")]
+    pub(super) fn announce(from: *const u8, stripes: usize) {
+        let second = stripes.min(PART_STRIPES).div_ceil(2) * STRIPE_BYTES;
+        for line in (0..AHEAD_BYTES).step_by(STRIPE_BYTES) {
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast());
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(second + line).cast());
         }
     }
 

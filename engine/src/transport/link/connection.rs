@@ -6,7 +6,7 @@
 //! Invariant: a write is in the queue, with the writer thread, or in flight until the peer has pulled it; it leaves
 //! with exactly one completion.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,15 +14,17 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::super::numbered::NumberedMap;
 use super::super::staging::Slot;
 use super::super::{PeerId, Submission, TransferId, Write};
 use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
 use super::pulls::Pulls;
 use crate::page::Page;
 
-/// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`]. A gigabyte of
-/// an 8B model's pages, as one device reads them from another in 3 ms: less would leave it waiting for descriptors.
-pub(super) const WRITES_OPEN_MAX: usize = 256;
+/// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`]. Of an 8B model's
+/// pages a quarter of it is a gigabyte, which one device reads from another in 3 ms; of pieces of 64 KiB half of it is two
+/// windows of NIXL's. Less would leave a reader waiting for descriptors.
+pub(super) const WRITES_OPEN_MAX: usize = 1024;
 /// Bytes of those that wait for the wire where they follow in the stream; the first write is always taken. What is only
 /// described takes no room.
 pub(super) const STREAM_BYTES_QUEUED_MAX: usize = 16 << 20;
@@ -84,7 +86,7 @@ struct Queue {
     write_bytes: usize,
     /// The first write waits for staging memory.
     waits_for_slot: bool,
-    in_flight: HashMap<u64, InFlight>,
+    in_flight: NumberedMap<u64, InFlight>,
     cancelled: Vec<TransferId>,
     stream: Option<TcpStream>,
     /// Takes nothing more; closes with this reason once its messages are out.

@@ -11,7 +11,7 @@ use super::super::{TransferId, runs};
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 4;
+pub(super) const VERSION: u8 = 5;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;

@@ -4,7 +4,6 @@
 //! are gathered into staging memory first; so are pages of a device, where the fabric does not take its memory. What fits
 //! neither way goes through the stream: slower, never wrong.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,6 +13,7 @@ use super::frame::Descriptor;
 use crate::page::Page;
 use crate::page::arena::Arena;
 use crate::transport::fabric::{ArenaKey, Fabric};
+use crate::transport::numbered::NumberedMap;
 use crate::transport::staging::{Staging, StagingSize, plain_shape};
 use crate::transport::{MemoryKind, Write};
 
@@ -52,7 +52,7 @@ pub(super) struct Lender {
     staging: Arc<Staging>,
     sequence: AtomicU64,
     /// By arena; nothing where the fabric refused it.
-    exported: Mutex<HashMap<u64, Option<Arc<ArenaKey>>>>,
+    exported: Mutex<NumberedMap<u64, Option<Arc<ArenaKey>>>>,
 }
 
 impl Lender {

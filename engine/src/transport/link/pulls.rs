@@ -11,6 +11,9 @@ use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
 use crate::transport::{Runs, TransferId};
 
+/// Pulls of one batch at most: while it is read, the peer describes more.
+const PULLS_AT_ONCE_MAX: usize = WRITES_OPEN_MAX / 2;
+
 /// One piece to read.
 #[derive(Debug)]
 pub(super) struct Pull {
@@ -103,7 +106,8 @@ impl Pulls {
                 }
                 Order::Pull(pull)
                     if pulls.is_empty()
-                        || total.saturating_add(pull.runs.total_bytes()) <= bytes =>
+                        || pulls.len() < PULLS_AT_ONCE_MAX
+                            && total.saturating_add(pull.runs.total_bytes()) <= bytes =>
                 {
                     total = total.saturating_add(pull.runs.total_bytes());
                     pulls.push(pull);
@@ -181,7 +185,7 @@ mod tests {
     #[test]
     fn too_many_are_refused_and_the_end_is_the_end() {
         let pulls = Pulls::default();
-        let accepted = (0..1000).take_while(|n| pulls.push(vec![Order::Pull(pull(*n, 1))]));
+        let accepted = (0..10_000).take_while(|n| pulls.push(vec![Order::Pull(pull(*n, 1))]));
         assert_eq!(accepted.count(), 2 * WRITES_OPEN_MAX);
         pulls.close();
         assert!(pulls.next(100).is_none());

@@ -5,7 +5,7 @@
 //! Nothing a peer says is believed before it is checked: a length buys no memory until the bytes are there, and a
 //! write whose region is gone is read into a scratch buffer and forgotten. Every read has a deadline.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, IoSliceMut, Read};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -28,10 +28,10 @@ const COARSE_BYTES: usize = 16 << 10;
 /// Events and orders that wait for frames of their batch at most.
 const TOGETHER_MAX: usize = 64;
 
-/// Read ahead where only small frames come.
+/// Room for what is read ahead; where only small frames come, as much as that.
 const AHEAD_BYTES: usize = 16 << 10;
 
-/// Read ahead where bytes for pages follow, which are better read into those: about what precedes them.
+/// Read ahead where bytes for pages follow, until it is known what precedes them: those are better read into the pages.
 const AHEAD_BYTES_BEFORE_PAGES: usize = 256;
 
 /// Bytes that are copied to a device at once.
@@ -143,6 +143,9 @@ pub(super) struct Reader<'a> {
     tuning: &'a LinkTuning,
     /// Bytes that came with others.
     ahead: Box<[u8]>,
+    /// How many of these are asked for: where bytes for pages follow, as many as preceded the last of those. So the
+    /// pieces of a hand-off, which are alike, go where they belong from their first byte on.
+    ahead_bytes: usize,
     /// Which of them nobody has had yet.
     unread: Range<usize>,
 }
@@ -157,6 +160,7 @@ impl<'a> Reader<'a> {
             stream,
             tuning,
             ahead: Box::default(),
+            ahead_bytes: 0,
             unread: 0..0,
         })
     }
@@ -179,12 +183,12 @@ impl<'a> Reader<'a> {
 
     /// Carries frames until the end.
     pub(super) fn run(&mut self, to: &Receiving<'_>) -> Result<(), ReadEnd> {
-        let ahead = if to.pulls {
+        self.ahead = vec![0; AHEAD_BYTES].into_boxed_slice();
+        self.ahead_bytes = if to.pulls {
             AHEAD_BYTES
         } else {
             AHEAD_BYTES_BEFORE_PAGES
         };
-        self.ahead = vec![0; ahead].into_boxed_slice();
         let mut together = Together::default();
         let end = self.carry(to, &mut together);
         // What came before the end counts.
@@ -257,6 +261,10 @@ impl<'a> Reader<'a> {
                 payload: header.payload_bytes,
             });
         }
+        if !to.pulls {
+            let before = HEADER_BYTES + note.len() + runs.encoded_bytes();
+            self.ahead_bytes = before.min(AHEAD_BYTES);
+        }
         let patience = self.tuning.stall_timeout;
         let end = runs.target_end();
         let mut page = match regions.take(header.region, header.key, end, patience) {
@@ -298,13 +306,7 @@ impl<'a> Reader<'a> {
         }
         let bytes = page.as_bytes_mut();
         if runs.is_coarse(COARSE_BYTES) {
-            for (_, target) in runs.stretches() {
-                for part in bytes[target].chunks_mut(WARM_BYTES) {
-                    self.fill(part, Patience::Frame)?;
-                    summing.update(part);
-                }
-            }
-            return Ok(summing.made());
+            return self.scatter_coarse(runs, bytes, summing);
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -328,7 +330,26 @@ impl<'a> Reader<'a> {
         Ok(summing.made())
     }
 
-    /// The same into a page of a device: through a buffer of the host's.
+    /// Each stretch by itself; with the end of the last one comes the next frame's beginning.
+    fn scatter_coarse(
+        &mut self,
+        runs: &Runs,
+        page: &mut [u8],
+        mut summing: Summing,
+    ) -> Result<Option<u64>, ReadEnd> {
+        let mut left = runs.total_bytes();
+        for (_, target) in runs.stretches() {
+            for part in page[target].chunks_mut(WARM_BYTES) {
+                left -= part.len();
+                let beyond = if left == 0 { self.ahead_bytes } else { 0 };
+                self.fill_and_beyond(part, beyond, Patience::Frame)?;
+                summing.update(part);
+            }
+        }
+        Ok(summing.made())
+    }
+
+    /// As [`Self::scatter`], into a page of a device: through a buffer of the host's.
     fn scatter_abroad(
         &mut self,
         runs: &Runs,
@@ -389,7 +410,17 @@ impl<'a> Reader<'a> {
     }
 
     /// Fills a buffer from what was read ahead and then from the stream: small ones with what follows them.
-    fn fill(&mut self, mut buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
+    fn fill(&mut self, buffer: &mut [u8], patience: Patience) -> Result<(), ReadEnd> {
+        self.fill_and_beyond(buffer, 0, patience)
+    }
+
+    /// The same, with up to `beyond` bytes more where they have come already.
+    fn fill_and_beyond(
+        &mut self,
+        mut buffer: &mut [u8],
+        beyond: usize,
+        patience: Patience,
+    ) -> Result<(), ReadEnd> {
         let mut last_byte = None;
         loop {
             let count = buffer.len().min(self.unread.len());
@@ -401,21 +432,10 @@ impl<'a> Reader<'a> {
                 return Ok(());
             }
             let waited_since = *last_byte.get_or_insert_with(Instant::now);
-            let direct = buffer.len() >= self.ahead.len();
-            let mut stream = self.stream;
-            let read = stream.read(if direct {
-                &mut *buffer
-            } else {
-                &mut self.ahead
-            });
-            match read {
+            match self.read(buffer, beyond) {
                 Ok(0) => return Err(ReadEnd::Truncated),
                 Ok(count) => {
-                    if direct {
-                        buffer = &mut buffer[count..];
-                    } else {
-                        self.unread = 0..count;
-                    }
+                    buffer = &mut buffer[count..];
                     last_byte = None;
                 }
                 Err(error) => match error.kind() {
@@ -432,6 +452,27 @@ impl<'a> Reader<'a> {
                 return Err(ReadEnd::NoGreeting(self.tuning.handshake_timeout));
             }
         }
+    }
+
+    /// One read, when nothing is left of what was read ahead. Returns how much of the buffer it has filled, which is nothing at
+    /// the end of the stream only.
+    fn read(&mut self, buffer: &mut [u8], beyond: usize) -> std::io::Result<usize> {
+        let direct = buffer.len() >= self.ahead_bytes;
+        let beyond = if direct {
+            beyond
+        } else {
+            self.ahead_bytes - buffer.len()
+        };
+        let wanted = buffer.len();
+        let mut stream = self.stream;
+        let count = if beyond == 0 {
+            stream.read(buffer)?
+        } else {
+            let ahead = IoSliceMut::new(&mut self.ahead[..beyond]);
+            stream.read_vectored(&mut [IoSliceMut::new(buffer), ahead])?
+        };
+        self.unread = 0..count.saturating_sub(wanted);
+        Ok(count.min(wanted))
     }
 
     fn check_silence(&self, last_byte: Instant, patience: Patience) -> Result<(), ReadEnd> {

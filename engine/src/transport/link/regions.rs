@@ -3,7 +3,6 @@
 //! A page is in its slot, or with the one reader thread that fills it, or gone: so a region that is given up
 //! while it is being written comes back when that reader lets go, and never before.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::super::{Deregistered, Region, RegionId, RemoteRegion};
 use crate::page::Page;
+use crate::transport::numbered::NumberedMap;
 
 /// Random numbers that are asked for at once.
 const KEYS_AT_ONCE: usize = 512;
@@ -48,7 +48,7 @@ pub(super) enum Taken {
 /// All regions of a transport.
 #[derive(Debug, Default)]
 pub(super) struct Regions {
-    slots: Mutex<HashMap<u64, Slot>>,
+    slots: Mutex<NumberedMap<u64, Slot>>,
     /// Whether any page of a device was ever registered.
     know_devices: AtomicBool,
     /// Random numbers that no region has yet.
@@ -175,7 +175,7 @@ impl Regions {
             .is_some_and(|slot| !matches!(slot.holder, Holder::Slot(_)))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
+    fn lock(&self) -> MutexGuard<'_, NumberedMap<u64, Slot>> {
         self.slots.lock()
     }
 }
@@ -184,10 +184,12 @@ impl Regions {
 fn token(id: u64, key: u64) -> String {
     let digit = |byte: u8| char::from(b"0123456789abcdef"[usize::from(byte & 0xF)]);
     let bytes = [id.to_be_bytes(), key.to_be_bytes()];
-    let bytes = bytes.as_flattened().iter();
-    bytes
-        .flat_map(|byte| [digit(byte >> 4), digit(*byte)])
-        .collect()
+    let mut token = String::with_capacity(2 * size_of_val(&bytes));
+    for byte in bytes.as_flattened() {
+        token.push(digit(byte >> 4));
+        token.push(digit(*byte));
+    }
+    token
 }
 
 /// Reads a region's token.

@@ -3,7 +3,6 @@
 //! The thread that reads a connection owns it: it starts and joins the writer and the puller, and only then reports the
 //! peer lost, so that nothing of a peer follows its loss.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -16,8 +15,10 @@ use super::lender::Lender;
 use super::puller::{Puller, PullerParts};
 use super::reader::{Greeting, Reader, Receiving};
 use super::regions::Regions;
+use super::socket;
 use super::writer::{WriteEnd, Writer};
 use crate::transport::fault::{FaultPlan, Faults};
+use crate::transport::numbered::NumberedMap;
 use crate::transport::{ConnectError, PeerId, TransportEvent, TransportSink};
 
 /// A host that does not answer at all is given up after this, whatever the caller's deadline.
@@ -47,7 +48,7 @@ pub(super) struct Shared {
     listening: SocketAddr,
     sink: TransportSink,
     pub(super) regions: Regions,
-    peers: Mutex<HashMap<PeerId, Arc<Connection>>>,
+    peers: Mutex<NumberedMap<PeerId, Arc<Connection>>>,
     connections: AtomicUsize,
     closed: AtomicBool,
     closing: (Mutex<bool>, Condvar),
@@ -115,7 +116,7 @@ impl Shared {
         std::mem::take(&mut *self.lock_threads())
     }
 
-    fn lock_peers(&self) -> MutexGuard<'_, HashMap<PeerId, Arc<Connection>>> {
+    fn lock_peers(&self) -> MutexGuard<'_, NumberedMap<PeerId, Arc<Connection>>> {
         self.peers.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -280,7 +281,7 @@ impl Shared {
         side: Side,
     ) -> Result<Greeting, String> {
         let text = |error: std::io::Error| error.to_string();
-        stream.set_nodelay(true).map_err(text)?;
+        socket::prepare(stream).map_err(text)?;
         let closing_handle = stream.try_clone().map_err(text)?;
         if !connection.attach(closing_handle) {
             return Err(connection.reason());

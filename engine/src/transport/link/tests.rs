@@ -13,6 +13,7 @@ use crate::transport::memory::into_channel;
 use crate::transport::{RemoteRegion, Runs, WriteOutcome, shm, tcp};
 
 mod pulling;
+mod streaming;
 
 fn params(tuning: LinkTuning, faults: &str) -> LinkParams {
     LinkParams {

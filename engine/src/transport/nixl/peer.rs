@@ -21,10 +21,15 @@ use super::find::Plugin;
 use super::library::{Agent, Library, Progress, Request, Stretch};
 use super::windows::{WINDOW_BYTES_MAX, Windows};
 use crate::page::arena::Arena;
+use crate::transport::checksum::sum_of;
 use crate::transport::fabric::{FabricError, FabricPeer, ReadJob, RemoteArena};
 
 /// Requests under way at once: the next is prepared while one moves.
 const REQUESTS_MAX: usize = 2;
+
+/// Bytes of jobs that one request reads from a peer of the same host: when it is done, a core's caches still have most of
+/// them, for their checksums.
+const NEAR_BYTES: usize = 2 << 20;
 
 /// Arenas that one peer may export.
 const ARENAS_MAX: usize = 1024;
@@ -48,6 +53,8 @@ pub(super) struct Source {
     pub(super) agent: Vec<u8>,
     /// Lanes that may be made.
     pub(super) lanes_max: usize,
+    /// Whether the peer is of this host, so that the bytes pass through the caller's caches.
+    pub(super) near: bool,
 }
 
 /// An agent, and what it knows.
@@ -81,6 +88,66 @@ impl Lane {
         }
         Ok(())
     }
+}
+
+/// What one request reads.
+struct Portion<'j, 'p> {
+    stretches: Vec<Stretch>,
+    /// Jobs that are over with it, if it is all of these.
+    jobs: &'j mut [ReadJob<'p>],
+}
+
+impl Portion<'_, '_> {
+    /// Sums what has just been read, where that is wanted.
+    fn sum(self) {
+        for job in self.jobs {
+            if job.sum && !job.page.is_on_device() {
+                let targets = job.runs.stretches().map(|(_, target)| target);
+                job.checksum = Some(sum_of(job.page.as_bytes(), targets));
+            }
+        }
+    }
+}
+
+/// Divides jobs, of which each begins remotely and here at these addresses. From a peer of this host a few jobs at a time, so
+/// that they can be summed at once; else as the windows come.
+fn portions<'j, 'p>(
+    mut jobs: &'j mut [ReadJob<'p>],
+    mut places: &[(usize, usize)],
+    near: bool,
+) -> Vec<Portion<'j, 'p>> {
+    let mut portions = Vec::new();
+    while !jobs.is_empty() {
+        let mut bytes = 0_usize;
+        let fitting = jobs.iter().take_while(|job| {
+            bytes = bytes.saturating_add(job.runs.total_bytes());
+            !near || bytes <= NEAR_BYTES
+        });
+        let count = fitting.count().max(1);
+        let (some, later) = jobs.split_at_mut(count);
+        let (of_some, of_later) = places.split_at(count);
+        (jobs, places) = (later, of_later);
+        let each = some.iter().zip(of_some);
+        let stretches = each.flat_map(|(job, &(remote, local))| {
+            job.runs.stretches().map(move |(source, target)| Stretch {
+                remote: remote + source.start,
+                local: local + target.start,
+                bytes: target.len(),
+            })
+        });
+        let windows: Vec<_> = Windows::new(stretches).collect();
+        // Of several requests nobody knows which is the last.
+        let mut done: &mut [ReadJob<'_>] = if near && windows.len() == 1 {
+            some
+        } else {
+            &mut []
+        };
+        portions.extend(windows.into_iter().map(|stretches| Portion {
+            stretches,
+            jobs: std::mem::take(&mut done),
+        }));
+    }
+    portions
 }
 
 /// See the module.
@@ -121,7 +188,7 @@ impl NixlPeer {
     /// One more lane, where so many bytes are worth it: making one takes a tenth of a second, which no single read
     /// shall pay several times.
     fn widen(&mut self, bytes: usize) {
-        let wanted = (bytes / (2 * WINDOW_BYTES_MAX)).min(self.source.lanes_max);
+        let wanted = (bytes / WINDOW_BYTES_MAX).min(self.source.lanes_max);
         if self.lanes.len() >= wanted {
             return;
         }
@@ -141,8 +208,8 @@ impl NixlPeer {
         jobs: &mut [ReadJob<'_>],
         limits: &Limits<'_>,
     ) -> Result<(), FabricError> {
-        let (mut passing, mut targets) = (Vec::new(), Vec::with_capacity(jobs.len()));
-        for job in jobs {
+        let (mut passing, mut places) = (Vec::new(), Vec::with_capacity(jobs.len()));
+        for job in &mut *jobs {
             let remote = self.origin(job)?;
             for lane in &mut *lanes {
                 if let Some((arena, _)) = job.page.arena() {
@@ -155,21 +222,15 @@ impl NixlPeer {
             if !in_arena && length > 0 {
                 passing.push((local, length));
             }
-            targets.push((job.runs, remote, local));
+            places.push((remote, local));
         }
         for lane in &*lanes {
             for (start, bytes) in &passing {
                 lane.agent.register(*start, *bytes).map_err(memory)?;
             }
         }
-        let stretches = targets.iter().flat_map(|&(runs, remote, local)| {
-            runs.stretches().map(move |(source, target)| Stretch {
-                remote: remote + source.start,
-                local: local + target.start,
-                bytes: target.len(),
-            })
-        });
-        fly_all(lanes, &self.name, Windows::new(stretches), limits)?;
+        let portions = portions(jobs, &places, self.source.near);
+        fly_all(lanes, &self.name, portions, limits)?;
         for lane in &*lanes {
             for (start, bytes) in &passing {
                 lane.agent.deregister(*start, *bytes).map_err(memory)?;
@@ -274,23 +335,25 @@ impl Limits<'_> {
 }
 
 /// Requests of one read, looked after by the calling thread, which drives NIXL by asking.
-struct Flight<'a> {
+struct Flight<'a, 'j, 'p> {
     agent: &'a Agent,
-    requests: VecDeque<Request>,
+    requests: VecDeque<(Request, Portion<'j, 'p>)>,
     looks: u32,
 }
 
-impl Flight<'_> {
+impl Flight<'_, '_, '_> {
     /// Takes the first request down if it is done, else waits a little.
     fn look(&mut self) -> Result<(), FabricError> {
-        let Some(first) = self.requests.pop_front() else {
+        let Some((first, portion)) = self.requests.pop_front() else {
             return Ok(());
         };
         if self.agent.is_done(&first).map_err(failed)? {
             self.looks = 0;
-            return self.agent.finish(first).map_err(failed);
+            self.agent.finish(first).map_err(failed)?;
+            portion.sum();
+            return Ok(());
         }
-        self.requests.push_front(first);
+        self.requests.push_front((first, portion));
         self.looks += 1;
         if self.looks > EAGER_LOOKS {
             thread::park_timeout(PAUSE);
@@ -309,17 +372,17 @@ impl Flight<'_> {
     }
 }
 
-/// Deals the windows out to the lanes, each with a thread; the first lane has the calling one.
+/// Deals the portions out to the lanes, each with a thread; the first lane has the calling one.
 fn fly_all(
     lanes: &mut [Lane],
     peer: &CStr,
-    windows: Windows<impl Iterator<Item = Stretch> + Send>,
+    portions: Vec<Portion<'_, '_>>,
     limits: &Limits<'_>,
 ) -> Result<(), FabricError> {
-    let windows = Mutex::new(windows);
+    let portions = Mutex::new(portions.into_iter());
     let next = || {
-        let mut windows = windows.lock().unwrap_or_else(PoisonError::into_inner);
-        windows.next()
+        let mut portions = portions.lock().unwrap_or_else(PoisonError::into_inner);
+        portions.next()
     };
     let fly = |lane: &mut Lane| {
         let flown = fly(&lane.agent, peer, next, limits);
@@ -356,11 +419,11 @@ fn fly_all(
     })
 }
 
-/// Reads windows until there are no more; after an error, requests may still be under way.
-fn fly(
+/// Reads portions until there are no more; after an error, requests may still be under way.
+fn fly<'j, 'p: 'j>(
     agent: &Agent,
     peer: &CStr,
-    next: impl Fn() -> Option<Vec<Stretch>>,
+    next: impl Fn() -> Option<Portion<'j, 'p>>,
     limits: &Limits<'_>,
 ) -> Result<(), FabricError> {
     let mut flight = Flight {
@@ -374,9 +437,9 @@ fn fly(
             return Err(reason);
         }
         while flight.requests.len() < REQUESTS_MAX {
-            let Some(window) = next() else { break };
-            let request = agent.read(peer, &window).map_err(failed)?;
-            flight.requests.push_back(request);
+            let Some(portion) = next() else { break };
+            let request = agent.read(peer, &portion.stretches).map_err(failed)?;
+            flight.requests.push_back((request, portion));
         }
         if flight.requests.is_empty() {
             return Ok(());

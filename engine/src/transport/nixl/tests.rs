@@ -18,6 +18,7 @@ use super::super::runs::{Run, Runs};
 use super::*;
 use crate::page::{KvDtype, Page, PageShape};
 
+mod near;
 mod neighbours;
 
 /// Longer than anything takes on a busy machine.

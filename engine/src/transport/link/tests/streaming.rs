@@ -1,0 +1,126 @@
+//! Frames whose bytes come with the stream: whatever the network makes of their borders, each byte goes where it belongs.
+
+use std::io::Write as _;
+
+use proptest::prelude::*;
+
+use super::{brisk, greeted, node};
+use crate::transport::checksum::sum;
+use crate::transport::conformance::page;
+use crate::transport::link::frame::{Header, Kind};
+use crate::transport::link::regions::parse_token;
+use crate::transport::{RemoteRegion, Run, Runs, TransferId, TransportEvent};
+
+/// What a peer sends.
+#[derive(Debug, Clone)]
+enum Sent {
+    /// Payload bytes, cut into so many stretches, with a note of so many bytes.
+    Piece(usize, usize, usize),
+    Message(usize),
+    Ping,
+}
+
+fn any_sent() -> impl Strategy<Value = Sent> {
+    let piece = (0_usize..300_000, 1_usize..5, 0_usize..257);
+    prop_oneof![
+        4 => piece.prop_map(|(bytes, stretches, note)| Sent::Piece(bytes, stretches, note)),
+        1 => (0_usize..3000).prop_map(Sent::Message),
+        1 => Just(Sent::Ping),
+    ]
+}
+
+/// A payload, and where its stretches go: with gaps between them.
+fn payload(bytes: usize, stretches: usize, seed: usize) -> (Vec<u8>, Runs) {
+    let source = page(bytes.div_ceil(4).max(1), seed);
+    let each = bytes / stretches;
+    let run = Run {
+        source: 0,
+        target: 3,
+        bytes: each,
+        count: stretches,
+        source_stride: each,
+        target_stride: each + 5,
+    };
+    (
+        source.as_bytes()[..each * stretches].to_vec(),
+        Runs::new([run]).unwrap(),
+    )
+}
+
+fn write_frame(region: &RemoteRegion, note: &[u8], runs: &Runs, payload: &[u8]) -> Vec<u8> {
+    let (id, key) = parse_token(&region.token).unwrap();
+    let runs = runs.encode();
+    let header = Header {
+        kind: Kind::Write,
+        more: payload.len().is_multiple_of(2),
+        note_bytes: u16::try_from(note.len()).unwrap(),
+        payload_bytes: payload.len() as u64,
+        transfer: TransferId(7),
+        region: id,
+        key,
+        extra_bytes: runs.len() as u64,
+    };
+    [&header.encode()[..], note, &runs, payload].concat()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn frames_mean_the_same_however_they_are_cut(
+        sent in prop::collection::vec(any_sent(), 1..12),
+        cuts in prop::collection::vec(1_usize..200_000, 1..8),
+    ) {
+        let node = node(brisk(), "");
+        let mut stream = greeted(&node);
+        let mut bytes = Vec::new();
+        let mut expected = Vec::new();
+        for (seed, sent) in (1..).zip(&sent) {
+            match *sent {
+                Sent::Piece(length, stretches, note) => {
+                    let (payload, runs) = payload(length, stretches, seed);
+                    let region = node.transport.register(page(runs.target_end().div_ceil(4) + 1, 0)).unwrap();
+                    let note = vec![u8::try_from(seed).unwrap(); note];
+                    bytes.extend(write_frame(&region.remote, &note, &runs, &payload));
+                    expected.push((Some((region.id, payload)), note));
+                }
+                Sent::Message(length) => {
+                    let message = vec![u8::try_from(seed).unwrap(); length];
+                    bytes.extend(Header::plain(Kind::Message, length as u64).encode());
+                    bytes.extend(&message);
+                    expected.push((None, message));
+                }
+                Sent::Ping => bytes.extend(Header::plain(Kind::Ping, 0).encode()),
+            }
+        }
+        // The last frame is the one that is handed over at once.
+        bytes.extend(Header::plain(Kind::Message, 0).encode());
+        let mut rest = &bytes[..];
+        for cut in cuts.iter().cycle() {
+            let (now, later) = rest.split_at((*cut).min(rest.len()));
+            stream.write_all(now).unwrap();
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        for (piece, text) in expected {
+            match (node.next(), piece) {
+                (TransportEvent::Message { message, .. }, None) => prop_assert_eq!(message, text),
+                (TransportEvent::Landed { region, runs, note, checksum, .. }, Some((id, payload))) => {
+                    prop_assert_eq!((region, note), (id, text));
+                    prop_assert_eq!(checksum, Some(sum(&payload)));
+                    let page = match node.transport.deregister(id) {
+                        crate::transport::Deregistered::Now(page) => page,
+                        other => panic!("{other:?}"),
+                    };
+                    let landed: Vec<u8> = runs.stretches().flat_map(|(_, at)| page.as_bytes()[at].to_vec()).collect();
+                    prop_assert!(landed == payload);
+                    let touched: usize = page.as_bytes().iter().filter(|byte| **byte != 0).count();
+                    prop_assert!(touched <= payload.len());
+                }
+                (event, piece) => panic!("{event:?} instead of {piece:?}"),
+            }
+        }
+    }
+}
