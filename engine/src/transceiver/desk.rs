@@ -221,6 +221,7 @@ impl Desk {
                 transfer,
                 note,
                 checksum,
+                fold,
             } => {
                 self.around.wires.met(peer, wire);
                 let landing = Landing {
@@ -228,6 +229,7 @@ impl Desk {
                     runs: &runs,
                     note: &note,
                     checksum,
+                    fold,
                 };
                 self.on_landed((peer, transfer), landing);
             }

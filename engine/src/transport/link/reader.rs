@@ -281,6 +281,7 @@ impl<'a> Reader<'a> {
             transfer: header.transfer,
             note,
             checksum,
+            fold: None,
         });
         Ok(())
     }
