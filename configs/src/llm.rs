@@ -26,14 +26,15 @@ pub use render::to_yaml;
 /// How weights and KV are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ComputeDtype {
-    /// The fastest that is faithful to the file: weights as stored, KV in 16 bits.
+    /// The fastest that is faithful to the file: weights as stored, KV in 16 bits. On a GPU, activations in the 16 bits that the
+    /// checkpoint names, else in bfloat16.
     #[default]
     Auto,
-    /// 32-bit activations and KV: reproduces an independent float32 implementation.
+    /// 32-bit activations and KV: reproduces an independent float32 implementation. On the CPU only.
     Float32,
-    /// KV in IEEE half precision.
+    /// KV in IEEE half precision, and on a GPU activations too.
     Float16,
-    /// KV in bfloat16.
+    /// KV in bfloat16, and on a GPU activations too.
     Bfloat16,
 }
 

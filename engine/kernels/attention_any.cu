@@ -1,12 +1,12 @@
 // Causal attention over paged KV, for any head size and any type of KV: the plain version.
 //
-// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] bf16. One warp a
+// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] act. One warp a
 // (row, head); lanes over D; one pass with a running maximum. It reads all KV once a head: meant for head sizes and types
 // that attention_prefill.cu and attention_decode.cu do not take. Bound: none claimed.
 
 #define PER_LANE ((D + WARP - 1) / WARP)
 
-extern "C" __global__ void attention_any_bf16(Attention a, int heads, int sequence_count) {
+extern "C" __global__ void attention_any(Attention a, int heads, int sequence_count) {
     int sequence = blockIdx.y, lane = threadIdx.x % WARP;
     i64 index = (i64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (sequence >= sequence_count || index >= (i64)a.row_counts[sequence] * heads) return;
@@ -20,7 +20,7 @@ extern "C" __global__ void attention_any_bf16(Attention a, int heads, int sequen
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = i * WARP + lane;
-        q[i] = d < D ? bf16_to_float(a.q[at * a.ld_q + head * D + d]) * a.scale : 0.0f;
+        q[i] = d < D ? act_to_float(a.q[at * a.ld_q + head * D + d]) * a.scale : 0.0f;
         sum[i] = 0.0f;
     }
     float largest = -INFINITY_F, total = 0.0f;
@@ -48,6 +48,6 @@ extern "C" __global__ void attention_any_bf16(Attention a, int heads, int sequen
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         int d = i * WARP + lane;
-        if (d < D) a.out[at * a.ld_out + head * D + d] = float_to_bf16(sum[i] / total);
+        if (d < D) a.out[at * a.ld_out + head * D + d] = float_to_act(sum[i] / total);
     }
 }

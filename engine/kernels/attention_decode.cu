@@ -1,6 +1,6 @@
 // Causal attention over paged KV for one row of each of many sequences, on the tensor cores.
 //
-// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] bf16, 16-byte
+// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] act, 16-byte
 // aligned rows; D a multiple of 64. A block has one sequence, one kv head with up to 8 of the query heads that share it, and one of
 // `splits` parts of the KV; its four warps take 16 tokens each in turn. KV goes straight from the pages to registers, 16
 // bytes a lane: the products' inner dimension may be summed in any order, so each lane's 16 bytes are used as they come,
@@ -33,7 +33,7 @@ __device__ __forceinline__ int split_tokens(int tokens, int splits) {
     return (rounds + splits - 1) / splits * round;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf16(Attention a, Parts parts) {
+extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode(Attention a, Parts parts) {
     a.scale *= KV_UNDO;
     __shared__ __align__(16) float shared_sums[WARPS][HEADS][D];
     __shared__ float shared_stats[WARPS][HEADS][2];
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf
     for (int c = 0; c < D / 32; c++) {
         q[c] = make_uint4(0, 0, 0, 0);
         if (octet < heads) q[c] = *(const uint4 *)(a.q + row * a.ld_q + (head_base + octet) * D + c * 32 + quad * 8);
-        q[c].x = bf16_pair_to_kv(q[c].x), q[c].y = bf16_pair_to_kv(q[c].y), q[c].z = bf16_pair_to_kv(q[c].z), q[c].w = bf16_pair_to_kv(q[c].w);
+        q[c].x = act_pair_to_kv(q[c].x), q[c].y = act_pair_to_kv(q[c].y), q[c].z = act_pair_to_kv(q[c].z), q[c].w = act_pair_to_kv(q[c].w);
     }
 
     // Of heads 2 · quad and the next. Product c · 4 + i has elements c · 64 + octet · 8 + 2 i and the next.
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf
             value += keep * shared_sums[w][head][d];
         }
         if (splits == 1) {
-            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_bf16(value * KV_UNDO / sum);
+            a.out[row * a.ld_out + (head_base + head) * D + d] = float_to_act(value * KV_UNDO / sum);
         } else {
             i64 part = ((i64)blockIdx.z * all_heads + head_base + head) * splits + split;
             parts.sums[part * D + d] = value * KV_UNDO;
@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 3) attention_decode_bf
 }
 
 // Puts the splits of a (sequence, head) together: a block each, threads over D.
-extern "C" __global__ void attention_combine_bf16(Attention a, Parts parts, int splits) {
+extern "C" __global__ void attention_combine(Attention a, Parts parts, int splits) {
     a.scale *= KV_UNDO;
     int sequence = parts.sequences[blockIdx.y], head = blockIdx.x;
     if (sequence < 0) return;
@@ -174,5 +174,5 @@ extern "C" __global__ void attention_combine_bf16(Attention a, Parts parts, int 
         sum += keep * parts.stats[2 * (part + s) + 1];
         value += keep * parts.sums[(part + s) * D + threadIdx.x];
     }
-    a.out[(i64)a.first_rows[sequence] * a.ld_out + head * D + threadIdx.x] = float_to_bf16(value / sum);
+    a.out[(i64)a.first_rows[sequence] * a.ld_out + head * D + threadIdx.x] = float_to_act(value / sum);
 }

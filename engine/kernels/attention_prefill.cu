@@ -1,6 +1,6 @@
 // Causal attention over paged KV for many rows of a sequence, on the tensor cores.
 //
-// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] bf16, 16-byte
+// out[t, h] = softmax(scale · q[t, h] · keys) · values over the positions that t sees. q, out [T, H · D] act, 16-byte
 // aligned rows; D a multiple of 16. tiles [n] pairs (sequence, first row within it), heaviest first. One block a tile of ROWS
 // rows and a head; a warp 16 · M of the rows, whose outputs and scores stay in its registers (flash attention). Keys and
 // values come through shared memory, TOKENS at a time; values of a tile arrive while its scores are computed, keys of the
@@ -84,7 +84,7 @@ __device__ __forceinline__ void fetch(u32 to, const kv_t *pages, i64 page_len, c
     commit();
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16(Attention a, const int *tiles) {
+extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill(Attention a, const int *tiles) {
     a.scale *= KV_UNDO;
     extern __shared__ __align__(16) u16 shared[];
     u16 *shared_q = shared, *shared_k = shared_q + ROWS * STRIDE, *shared_v = shared_k + TOKENS * STRIDE;
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16
         int row = i / (D / 8), chunk = i % (D / 8);
         uint4 v = make_uint4(0, 0, 0, 0);
         if (row < rows) v = *(const uint4 *)(a.q + (row_base + row) * a.ld_q + head * D + chunk * 8);
-        v.x = bf16_pair_to_kv(v.x), v.y = bf16_pair_to_kv(v.y), v.z = bf16_pair_to_kv(v.z), v.w = bf16_pair_to_kv(v.w);
+        v.x = act_pair_to_kv(v.x), v.y = act_pair_to_kv(v.y), v.z = act_pair_to_kv(v.z), v.w = act_pair_to_kv(v.w);
         *(uint4 *)(shared_q + row * STRIDE + chunk * 8) = v;
     }
 
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP) attention_prefill_bf16
             u16 *out = a.out + (row_base + row) * a.ld_out + head * D + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
-                *(u32 *)(out + n * 8) = pack_bf16(sums[m][n][2 * half] * scale, sums[m][n][2 * half + 1] * scale);
+                *(u32 *)(out + n * 8) = pack_act(sums[m][n][2 * half] * scale, sums[m][n][2 * half + 1] * scale);
             }
         }
     }

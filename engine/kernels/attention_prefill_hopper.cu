@@ -325,7 +325,7 @@ __device__ __forceinline__ void load_q(const Attention &a, u32 to, i64 row, int 
     for (int n = 0; n < GROUP_ROWS / 8; n++) {
         uint4 v = make_uint4(0, 0, 0, 0);
         if (first + n * 8 < rows) v = *(const uint4 *)(a.q + (row + first + n * 8) * a.ld_q + head * D + chunk * 8);
-        v.x = bf16_pair_to_kv(v.x), v.y = bf16_pair_to_kv(v.y), v.z = bf16_pair_to_kv(v.z), v.w = bf16_pair_to_kv(v.w);
+        v.x = act_pair_to_kv(v.x), v.y = act_pair_to_kv(v.y), v.z = act_pair_to_kv(v.z), v.w = act_pair_to_kv(v.w);
         store_shared(to + n * 8 * 128, v);
     }
     publish();
@@ -397,12 +397,12 @@ __device__ __forceinline__ void compute(const Attention &a, int group, u32 share
         u16 *out = a.out + (row + at) * a.ld_out + head * D + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            *(u32 *)(out + n * 8) = pack_bf16(sums[4 * n + 2 * half] * scale, sums[4 * n + 2 * half + 1] * scale);
+            *(u32 *)(out + n * 8) = pack_act(sums[4 * n + 2 * half] * scale, sums[4 * n + 2 * half + 1] * scale);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(3 * GROUP_THREADS, 1) attention_prefill_hopper_bf16(Attention a, const int *tiles) {
+extern "C" __global__ void __launch_bounds__(3 * GROUP_THREADS, 1) attention_prefill_hopper(Attention a, const int *tiles) {
     extern __shared__ u8 dynamic[];
     __shared__ __align__(16) u64 places[2 * STAGES * 2];
     u32 shared_q = (shared_address(dynamic) + 1023) & ~1023u, shared_kv = shared_q + 2 * 2 * HALF_Q;

@@ -1,8 +1,8 @@
 // x += y, and gate = silu(gate) · up; the latter also in e4m3 with a scale a row.
 //
-// All [T, cols] bf16 with rows of ld elements. Blocks along rows and columns, a thread eight elements where cols and every ld
+// All [T, cols] act with rows of ld elements. Blocks along rows and columns, a thread eight elements where cols and every ld
 // are multiples of 8, else one. Arithmetic in f32. Bound: 6 bytes an element. In e4m3: one block a row, which its threads hold from one pass to the other;
-// out is dense, scales [T] f32, cols a multiple of 16 and at most HELD_MAX · 8 · 1,024; values in bf16 are what is rounded. Bound: 5
+// out is dense, scales [T] f32, cols a multiple of 16 and at most HELD_MAX · 8 · 1,024; values in act are what is rounded. Bound: 5
 // bytes an element.
 
 #define HELD_MAX 4
@@ -10,10 +10,10 @@
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 __device__ __forceinline__ u32 apply_add(u32 x, u32 y) {
-    return pack_bf16(bf16_low(x) + bf16_low(y), bf16_high(x) + bf16_high(y));
+    return pack_act(act_low(x) + act_low(y), act_high(x) + act_high(y));
 }
 __device__ __forceinline__ u32 apply_silu_mul(u32 gate, u32 up) {
-    return pack_bf16(silu(bf16_low(gate)) * bf16_low(up), silu(bf16_high(gate)) * bf16_high(up));
+    return pack_act(silu(act_low(gate)) * act_low(up), silu(act_high(gate)) * act_high(up));
 }
 
 #define ELEMENTWISE(NAME, APPLY)                                                                                       \
@@ -37,8 +37,8 @@ __device__ __forceinline__ u32 apply_silu_mul(u32 gate, u32 up) {
         }                                                                                                              \
     }
 
-ELEMENTWISE(add_bf16, apply_add)
-ELEMENTWISE(silu_mul_bf16, apply_silu_mul)
+ELEMENTWISE(add, apply_add)
+ELEMENTWISE(silu_mul, apply_silu_mul)
 
 extern "C" __global__ void silu_mul_e4m3(const u16 *gate, int ld_gate, const u16 *up, int ld_up, u8 *out, float *scales, int cols) {
     __shared__ float shared[WARP];

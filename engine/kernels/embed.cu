@@ -1,10 +1,10 @@
 // out[t] = table[tokens[t] - first]; zeros where the table has no such row, because another rank has it.
 //
-// table [rows, E] bf16, tokens [T] u32, out [T, E] bf16 with rows of ld_out elements; 16-byte aligned where E and ld_out are
+// table [rows, E] act, tokens [T] u32, out [T, E] act with rows of ld_out elements; 16-byte aligned where E and ld_out are
 // multiples of 8. One block a token; threads over E, 16 bytes each where the alignment allows.
 // Bound: 4 E bytes a token.
 
-extern "C" __global__ void embed_bf16(const u16 *table, const u32 *tokens, u16 *out, int cols, int ld_out, u32 first, u32 rows) {
+extern "C" __global__ void embed(const u16 *table, const u32 *tokens, u16 *out, int cols, int ld_out, u32 first, u32 rows) {
     u32 row = tokens[blockIdx.x] - first;
     bool held = row < rows;
     const u16 *from = table + (held ? (i64)row * cols : 0);

@@ -1,6 +1,6 @@
 // out = x · (weight · scales)ᵀ + bias for few tokens, with weights of 8 bits, or where cuBLASLt does not take them.
 //
-// x [T, in] bf16, weight [out, in] e4m3, scales [out] f32, bias [out] bf16 or null, out [T, out] bf16 or f32; x and out with rows
+// x [T, in] act, weight [out, in] e4m3, scales [out] f32, bias [out] act or null, out [T, out] act or f32; x and out with rows
 // of ld elements; 16-byte aligned, `in` and ld_x multiples of 16. As linear.cu: one warp ROWS output features, all lanes along
 // `in`, up to TOKENS tokens at once. Activations are not rounded. Weights become f16 by moving their bits, which is 2^-8 of
 // their value, exactly; the sum is scaled back once. Bound: out · in bytes.
@@ -9,16 +9,13 @@
 #define TOKENS 4
 #define UNDO 256.0f
 
-__device__ __forceinline__ float f16_low(u32 pair) { return f16_to_float((u16)pair); }
-__device__ __forceinline__ float f16_high(u32 pair) { return f16_to_float((u16)(pair >> 16)); }
-
 // 16 weights and as many elements of x.
 __device__ __forceinline__ float dot16(const u32 (&pairs)[8], uint4 a, uint4 b, float sum) {
     const u32 x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        sum = fmaf(f16_low(pairs[i]), bf16_low(x[i]), sum);
-        sum = fmaf(f16_high(pairs[i]), bf16_high(x[i]), sum);
+        sum = fmaf(f16_low(pairs[i]), act_low(x[i]), sum);
+        sum = fmaf(f16_high(pairs[i]), act_high(x[i]), sum);
     }
     return sum;
 }
@@ -29,7 +26,7 @@ __device__ __forceinline__ void widen(uint4 v, u32 (&pairs)[8]) {
     for (int i = 0; i < 4; i++) e4m3_to_f16(words[i], pairs[2 * i], pairs[2 * i + 1]);
 }
 
-__device__ __forceinline__ void write(u16 *out, float value) { *out = float_to_bf16(value); }
+__device__ __forceinline__ void write(u16 *out, float value) { *out = float_to_act(value); }
 __device__ __forceinline__ void write(float *out, float value) { *out = value; }
 
 template <int T, typename Out> __device__ __forceinline__ void product(const u16 *x, int ld_x, const u8 *weight, const float *scales, const u16 *bias, Out *out, int ld_out, int first, int rows, int cols) {
@@ -61,7 +58,7 @@ template <int T, typename Out> __device__ __forceinline__ void product(const u16
             float sum = warp_sum(sums[r][t]);
             if (lane != 0 || first + r >= rows) continue;
             sum *= UNDO * scales[first + r];
-            if (bias) sum += bf16_to_float(bias[first + r]);
+            if (bias) sum += act_to_float(bias[first + r]);
             write(out + (i64)t * ld_out + first + r, sum);
         }
     }
@@ -81,7 +78,7 @@ template <typename Out> __device__ __forceinline__ void linear(const u16 *x, int
     }
 }
 
-extern "C" __global__ void linear_e4m3_bf16(const u16 *x, int ld_x, const u8 *weight, const float *scales, const u16 *bias, u16 *out, int ld_out, int tokens, int rows, int cols) {
+extern "C" __global__ void linear_e4m3_act(const u16 *x, int ld_x, const u8 *weight, const float *scales, const u16 *bias, u16 *out, int ld_out, int tokens, int rows, int cols) {
     linear(x, ld_x, weight, scales, bias, out, ld_out, tokens, rows, cols);
 }
 

@@ -1,6 +1,6 @@
 // out = (x · x_scales) · (weight · scales)ᵀ + bias for few tokens, both sides in 8 bits.
 //
-// x [T, in] e4m3, x_scales [T] f32, weight [out, in] e4m3, scales [out] f32, bias [out] bf16 or null, out [T, out] bf16 with rows
+// x [T, in] e4m3, x_scales [T] f32, weight [out, in] e4m3, scales [out] f32, bias [out] act or null, out [T, out] act with rows
 // of ld elements; x and weight dense and 16-byte aligned, `in` a multiple of 128, out one of 16; T at most 8, 16 or 32, as the
 // name says. So few tokens that the weights' bytes are the bound: these go from memory to registers once, as mma.sync takes them.
 // A block has 16 output features; its warps divide `in` and add up through shared memory, so that as many weights are on their way
@@ -66,8 +66,8 @@ template <int N> __device__ __forceinline__ void product(const u8 *x, const floa
 #pragma unroll
         for (int part = 0; part < WARPS; part++) sum += parts[part][token / 8][slot];
         sum *= scales[first + feature] * x_scales[token];
-        if (bias) sum += bf16_to_float(bias[first + feature]);
-        out[(i64)token * ld_out + first + feature] = float_to_bf16(sum);
+        if (bias) sum += act_to_float(bias[first + feature]);
+        out[(i64)token * ld_out + first + feature] = float_to_act(sum);
     }
 }
 

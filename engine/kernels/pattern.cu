@@ -1,6 +1,6 @@
 // Fills a weight with a repeated pattern: out[r, c] = pattern[(first + r * stride + c) mod period].
 //
-// pattern [period] bf16 or e4m3, out [rows, cols] of the same type, dense. A thread an element, a grid-stride loop. For dummy
+// pattern [period] act or e4m3, out [rows, cols] of the same type, dense. A thread an element, a grid-stride loop. For dummy
 // weights, which so never cross the bus. Bound: 2 bytes an element, or 1.
 
 template <typename T> __device__ __forceinline__ void fill(const T *pattern, int period, T *out, i64 first, i64 stride, int cols, i64 count) {
@@ -10,7 +10,7 @@ template <typename T> __device__ __forceinline__ void fill(const T *pattern, int
     }
 }
 
-extern "C" __global__ void pattern_bf16(const u16 *pattern, int period, u16 *out, i64 first, i64 stride, int cols, i64 count) {
+extern "C" __global__ void pattern_act(const u16 *pattern, int period, u16 *out, i64 first, i64 stride, int cols, i64 count) {
     fill(pattern, period, out, first, stride, cols, count);
 }
 

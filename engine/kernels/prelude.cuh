@@ -2,7 +2,8 @@
 // NVRTC's package brings none, and cuda_bf16.h is not on every user's machine.
 //
 // Dimension letters are those of backend.rs: T tokens, S sequences, H query heads, K kv heads, D head size, E width,
-// F feed-forward width, V vocabulary, N blocks, P tokens per block, L layers. Activations are bf16, rows of `ld` elements.
+// F feed-forward width, V vocabulary, N blocks, P tokens per block, L layers. Activations are of type `act`, rows of `ld` elements:
+// bf16, or f16 where ACT_F16 is defined.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -38,6 +39,9 @@ __device__ __forceinline__ float f16_to_float(u16 bits) {
     return value;
 }
 
+__device__ __forceinline__ float f16_low(u32 pair) { return f16_to_float((u16)pair); }
+__device__ __forceinline__ float f16_high(u32 pair) { return f16_to_float((u16)(pair >> 16)); }
+
 __device__ __forceinline__ u16 float_to_f16(float value) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -49,6 +53,22 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+
+// === the element type of activations, and of weights in 16 bits ===
+
+#ifdef ACT_F16
+__device__ __forceinline__ float act_low(u32 pair) { return f16_low(pair); }
+__device__ __forceinline__ float act_high(u32 pair) { return f16_high(pair); }
+__device__ __forceinline__ float act_to_float(u16 bits) { return f16_to_float(bits); }
+__device__ __forceinline__ u16 float_to_act(float value) { return float_to_f16(value); }
+__device__ __forceinline__ u32 pack_act(float low, float high) { return pack_f16(low, high); }
+#else
+__device__ __forceinline__ float act_low(u32 pair) { return bf16_low(pair); }
+__device__ __forceinline__ float act_high(u32 pair) { return bf16_high(pair); }
+__device__ __forceinline__ float act_to_float(u16 bits) { return bf16_to_float(bits); }
+__device__ __forceinline__ u16 float_to_act(float value) { return float_to_bf16(value); }
+__device__ __forceinline__ u32 pack_act(float low, float high) { return pack_bf16(low, high); }
+#endif
 
 // === e4m3: 8 bits, the greatest value is 448 ===
 
@@ -90,8 +110,6 @@ typedef u16 kv_t;
 __device__ __forceinline__ float kv_to_float(kv_t value) { return f16_to_float(value); }
 __device__ __forceinline__ kv_t float_to_kv(float value) { return float_to_f16(value); }
 __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(low, high); }
-// A pair of bf16 activations as a pair of kv elements.
-__device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
 #define MMA_TYPE "f16"
 #elif KV == 3
 // The tensor cores get them as f16, 2^-8 of their value: KV_UNDO is what their products are multiplied with.
@@ -102,21 +120,29 @@ __device__ __forceinline__ float kv_to_float(kv_t value) {
 }
 __device__ __forceinline__ kv_t float_to_kv(float value) { return (kv_t)pack_e4m3(value, 0.0f); }
 __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_f16(low, high); }
-__device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pack_f16(bf16_low(pair), bf16_high(pair)); }
 #define MMA_TYPE "f16"
 #else
 typedef u16 kv_t;
 __device__ __forceinline__ float kv_to_float(kv_t value) { return bf16_to_float(value); }
 __device__ __forceinline__ kv_t float_to_kv(float value) { return float_to_bf16(value); }
 __device__ __forceinline__ u32 pack_kv(float low, float high) { return pack_bf16(low, high); }
-__device__ __forceinline__ u32 bf16_pair_to_kv(u32 pair) { return pair; }
 #define MMA_TYPE "bf16"
+#define MMA_BF16
 #endif
 #ifndef KV_UNDO
 #define KV_UNDO 1.0f
 #endif
 
 #if KV != 0
+// A pair of activations as the tensor cores take it beside kv elements.
+__device__ __forceinline__ u32 act_pair_to_kv(u32 pair) {
+#if defined(ACT_F16) == defined(MMA_BF16)
+    return pack_kv(act_low(pair), act_high(pair));
+#else
+    return pair;
+#endif
+}
+
 // Eight elements as the tensor cores take them: 16 bytes, or 8 that are widened.
 __device__ __forceinline__ uint4 load_kv(const kv_t *from, bool valid) {
 #if KV == 3

@@ -1,6 +1,6 @@
 // to = e4m3(x / scale) per row, where scale = max |x| / 448 of the row.
 //
-// x [T, C] bf16 with rows of ld elements, to [T, C] e4m3 dense, scales [T] f32; 16-byte aligned, C a multiple of 16. One block a
+// x [T, C] act with rows of ld elements, to [T, C] e4m3 dense, scales [T] f32; 16-byte aligned, C a multiple of 16. One block a
 // row: its greatest value first, then the row once more, which comes from the cache. Bound: 3 C bytes a row.
 
 extern "C" __global__ void quantize_e4m3(const u16 *x, int ld, u8 *to, float *scales, int cols) {

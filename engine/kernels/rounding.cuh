@@ -4,7 +4,7 @@ __device__ __forceinline__ float greatest(uint4 v) {
     const u32 words[4] = {v.x, v.y, v.z, v.w};
     float most = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; i++) most = fmaxf(most, fmaxf(fabsf(bf16_low(words[i])), fabsf(bf16_high(words[i]))));
+    for (int i = 0; i < 4; i++) most = fmaxf(most, fmaxf(fabsf(act_low(words[i])), fabsf(act_high(words[i]))));
     return most;
 }
 
@@ -25,11 +25,11 @@ __device__ __forceinline__ float block_greatest(float most, float *shared) {
 __device__ __forceinline__ float scale_of(float most) { return fmaxf(most, 1e-30f) * (1.0f / 448.0f); }
 
 __device__ __forceinline__ u32 round4(u32 a, u32 b, float inverse) {
-    return (u32)pack_e4m3(bf16_low(a) * inverse, bf16_high(a) * inverse) |
-           (u32)pack_e4m3(bf16_low(b) * inverse, bf16_high(b) * inverse) << 16;
+    return (u32)pack_e4m3(act_low(a) * inverse, act_high(a) * inverse) |
+           (u32)pack_e4m3(act_low(b) * inverse, act_high(b) * inverse) << 16;
 }
 
-// Eight of bf16.
+// Eight of act.
 __device__ __forceinline__ uint2 round8(uint4 v, float inverse) {
     return make_uint2(round4(v.x, v.y, inverse), round4(v.z, v.w, inverse));
 }

@@ -1,9 +1,9 @@
 // out[i] = x[rows[i]].
 //
-// x [T, E] bf16 with rows of ld_x elements, rows [R] u32, out [R, E] bf16 with rows of ld_out elements. One block a row.
+// x [T, E] act with rows of ld_x elements, rows [R] u32, out [R, E] act with rows of ld_out elements. One block a row.
 // Bound: 4 E bytes a row.
 
-extern "C" __global__ void select_rows_bf16(const u16 *x, int ld_x, const u32 *rows, u16 *out, int ld_out, int cols) {
+extern "C" __global__ void select_rows(const u16 *x, int ld_x, const u32 *rows, u16 *out, int ld_out, int cols) {
     const u16 *from = x + (i64)rows[blockIdx.x] * ld_x;
     u16 *to = out + (i64)blockIdx.x * ld_out;
     if (cols % 8 == 0 && ld_x % 8 == 0 && ld_out % 8 == 0) {

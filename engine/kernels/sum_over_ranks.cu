@@ -1,6 +1,6 @@
 // x = the sum of all ranks' x, in the order of the ranks, for messages so short that their way is what takes time.
 //
-// x [count] bf16, 8-byte aligned, count a multiple of 4; boxes [ranks]: each rank's box in memory of its GPU, that every rank may
+// x [count] act, 8-byte aligned, count a multiple of 4; boxes [ranks]: each rank's box in memory of its GPU, that every rank may
 // write; epochs [gridDim.x] u32, of this rank; stop: nonzero ends the waiting. One packet a thread: four elements as two words,
 // each beside the epoch, so that a packet tells by itself that it has come and no other signal is needed (16 bytes are stored
 // and loaded at once, 8 of them never torn). A box has a packet for each epoch's parity, sending rank and thread, `packets` of them.
@@ -38,7 +38,7 @@ __device__ __forceinline__ uint2 await_packet(const uint4 *from, u32 epoch, cons
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sum_over_ranks_bf16(u16 *x, const u64 *boxes, u32 *epochs, const u32 *stop, int rank, int ranks, int packets, int count) {
+    sum_over_ranks(u16 *x, const u64 *boxes, u32 *epochs, const u32 *stop, int rank, int ranks, int packets, int count) {
     int index = blockIdx.x * THREADS + threadIdx.x;
     u32 epoch = epochs[blockIdx.x] + 1;
     bool used = index < count / 4;
@@ -53,12 +53,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int from = 0; from < ranks; from++) {
         uint2 part = from == rank ? own : await_packet(box + (i64)from * packets, epoch, stop);
-        sums[0] += bf16_low(part.x);
-        sums[1] += bf16_high(part.x);
-        sums[2] += bf16_low(part.y);
-        sums[3] += bf16_high(part.y);
+        sums[0] += act_low(part.x);
+        sums[1] += act_high(part.x);
+        sums[2] += act_low(part.y);
+        sums[3] += act_high(part.y);
     }
-    if (used) ((uint2 *)x)[index] = make_uint2(pack_bf16(sums[0], sums[1]), pack_bf16(sums[2], sums[3]));
+    if (used) ((uint2 *)x)[index] = make_uint2(pack_act(sums[0], sums[1]), pack_act(sums[2], sums[3]));
     __syncthreads();
     if (threadIdx.x == 0) epochs[blockIdx.x] = epoch;
 }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use crate::collective::{Collective, CollectiveError, tell_all};
 use crate::page::{Page, PageShape};
-pub use stored::{WeightBytes, WeightDtype, WeightSource};
+pub use stored::{ActivationDtype, WeightBytes, WeightDtype, WeightSource};
 
 /// A token of the vocabulary.
 pub type TokenId = u32;
@@ -181,15 +181,6 @@ pub struct StepOutput {
     pub chosen: Vec<Option<TokenId>>,
 }
 
-/// Type of activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationDtype {
-    /// 32-bit float.
-    F32,
-    /// bfloat16, with sums in 32 bits.
-    Bf16,
-}
-
 /// A weight that repeats a few values: `load_format: dummy`.
 #[derive(Debug, Clone)]
 pub struct PatternSource {
@@ -293,6 +284,16 @@ pub trait Backend: Debug + Send + 'static {
     /// host's.
     fn page_device(&self) -> Option<usize> {
         None
+    }
+
+    /// Says which type the model's activations had best have, before the first of its weights is loaded. A device that computes in
+    /// another stays with that, as its capability says.
+    ///
+    /// # Errors
+    /// When the device cannot be made ready for it.
+    fn compute_in(&mut self, activations: ActivationDtype) -> Result<(), BackendError> {
+        let _ = activations;
+        Ok(())
     }
 
     /// Says that this device will be one of several that compute one model, before it is loaded.

@@ -110,7 +110,8 @@ section! {
         /// Model: a GGUF file, a Hugging Face directory, or a model id that is in the local cache.
         model: Text = "null";
         /// Arithmetic: `auto` keeps weights as stored and KV in 16 bits; `float32` reproduces a float32
-        /// implementation; `float16` and `bfloat16` set the type of the KV.
+        /// implementation, on the CPU; `float16` and `bfloat16` set the type of the KV, and of a GPU's activations,
+        /// which is the checkpoint's otherwise.
         dtype: OneOf<ComputeDtype> = "auto";
         /// Where weights come from: `auto` reads them; `dummy` makes random ones, for benchmarks.
         load_format: OneOf<LoadFormat> = "auto";

@@ -18,11 +18,12 @@ pub(crate) use rows::*;
 
 use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
-use half::bf16;
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{ActivationDtype, Backend, WeightBytes, WeightDtype, WeightSource};
+use crate::page::KvDtype;
 
 /// Numbers of rows or columns around vector and tile widths.
 pub(crate) const SIZES: [usize; 9] = [1, 2, 3, 7, 15, 16, 17, 33, 70];
@@ -104,21 +105,43 @@ pub(crate) use conformance_tests;
 /// Results in bf16 are off by half a unit in their last place, 2⁻⁹ of their size; where something between is bf16 too
 /// (attention's weights, a fused sum), by as much again. The rest is room for sums in another order.
 const BF16_TOLERANCE: f64 = 1.0 / 200.0;
+/// Half precision has three bits more, and sums in another order are off by as much as ever.
+const F16_TOLERANCE: f64 = 1.0 / 1000.0;
 
 /// The error that is allowed where `f32` arithmetic would be off by `exact`.
 pub(crate) fn tolerance<B: Backend>(backend: &B, exact: f64) -> f64 {
     match backend.capability().activations {
         ActivationDtype::F32 => exact,
         ActivationDtype::Bf16 => BF16_TOLERANCE,
+        ActivationDtype::F16 => F16_TOLERANCE,
+    }
+}
+
+/// The same of attention over KV of a type, which queries are rounded to as well where both have 16 bits.
+pub(crate) fn attention_tolerance<B: Backend>(backend: &B, kv: KvDtype, exact: f64) -> f64 {
+    match (backend.capability().activations, kv) {
+        (ActivationDtype::F16, KvDtype::Bf16) => 2.0 * BF16_TOLERANCE,
+        _ => tolerance(backend, exact),
+    }
+}
+
+/// Half of the smallest value that activations can have: what is less than that becomes 0.
+pub(crate) fn vanishing<B: Backend>(backend: &B) -> f64 {
+    match backend.capability().activations {
+        ActivationDtype::F32 | ActivationDtype::Bf16 => 1e-30,
+        ActivationDtype::F16 => 2.0_f64.powi(-25),
     }
 }
 
 /// Values as the backend's activations and weights hold them.
 pub(crate) fn held<B: Backend>(backend: &B, mut values: Vec<f32>) -> Vec<f32> {
-    if backend.capability().activations == ActivationDtype::Bf16 {
-        for value in &mut values {
-            *value = bf16::from_f32(*value).to_f32();
-        }
+    let rounded: fn(f32) -> f32 = match backend.capability().activations {
+        ActivationDtype::F32 => return values,
+        ActivationDtype::Bf16 => |value| bf16::from_f32(value).to_f32(),
+        ActivationDtype::F16 => |value| f16::from_f32(value).to_f32(),
+    };
+    for value in &mut values {
+        *value = rounded(*value);
     }
     values
 }
@@ -131,11 +154,23 @@ pub(crate) fn noise_of<B: Backend>(backend: &B, seed: u64, len: usize) -> Vec<f3
 /// Asserts that two ways of computing the same agree: to the last bit where the backend promises it.
 #[track_caller]
 pub(crate) fn assert_agree<B: Backend>(backend: &B, found: &[f32], expected: &[f32], what: &str) {
+    let allowed = tolerance(backend, 0.0);
+    assert_agree_within(backend, allowed, (found, expected), what);
+}
+
+/// The same where the backend that promises nothing may be off by `allowed`.
+#[track_caller]
+pub(crate) fn assert_agree_within<B: Backend>(
+    backend: &B,
+    allowed: f64,
+    (found, expected): (&[f32], &[f32]),
+    what: &str,
+) {
     if backend.capability().batch_invariant {
         assert_same_bits(found, expected, what);
     } else {
         let expected: Vec<f64> = expected.iter().map(|&value| f64::from(value)).collect();
-        assert_close(found, &expected, tolerance(backend, 0.0), what);
+        assert_close(found, &expected, allowed, what);
     }
 }
 

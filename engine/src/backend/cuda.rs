@@ -1,4 +1,4 @@
-//! NVIDIA GPUs: bf16 activations and weights, sums in f32, KV in the type that the pool asks for.
+//! NVIDIA GPUs: activations and weights in bf16, or in f16 where the model wants that, sums in f32, KV in the type that the pool asks for.
 //!
 //! Kernels are our own (`engine/kernels`), compiled for the card that is found; large products are cuBLASLt's. All work of a
 //! step is put on one stream and nothing waits until its result is read: metadata goes up in one copy before the first kernel, and
@@ -6,9 +6,9 @@
 //! An operation that fails is remembered, those after it do nothing, and the step says so. Must match `backend/cpu` within
 //! the tolerances of the conformance suite; rows are not bit-equal across batches, because the library's algorithm depends on the shape.
 //!
-//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of one or two rows read them beside bf16 activations, larger
+//! Weights in 8 bits (e4m3, a scale a row) stay so on Hopper: products of one or two rows read them beside activations in 16 bits, larger
 //! ones have the activations in 8 bits too, with a scale a row, rounded where they are computed if it is known by then that nothing
-//! else reads them; elsewhere they become bf16 when they are loaded.
+//! else reads them; elsewhere they get 16 bits when they are loaded.
 //!
 //! Several ranks, each with a GPU of its own, compute a model together through NCCL and each other's memory (`ranks.rs`).
 //!
@@ -96,6 +96,7 @@ pub struct CudaBackend {
     graphs: Graphs,
     /// The other ranks' GPUs, where they have joined. Behind the recordings: these are dropped first.
     ranks: Option<Ranks>,
+    activations: ActivationDtype,
     ops: RefCell<Ops>,
     linear: RefCell<Linear>,
     store: WeightStore,
@@ -123,11 +124,15 @@ impl Backend for CudaBackend {
         let ranks = self.ranks.as_ref().map(Ranks::description);
         let ranks = ranks.map_or_else(String::new, |ranks| format!("; {ranks}"));
         BackendCapability {
-            description: format!("cuda ({}, bfloat16{ranks})", self.gpu.name),
+            description: format!(
+                "cuda ({}, {}{ranks})",
+                self.gpu.name,
+                self.activations.name()
+            ),
             host_pages: false,
             batch_invariant: false,
             runs_by_itself: true,
-            activations: ActivationDtype::Bf16,
+            activations: self.activations,
             prefill_rows: PREFILL_ROWS,
         }
     }
@@ -144,6 +149,18 @@ impl Backend for CudaBackend {
         Some(self.gpu.ordinal())
     }
 
+    fn compute_in(&mut self, activations: ActivationDtype) -> Result<(), BackendError> {
+        if activations == self.activations || activations == ActivationDtype::F32 {
+            return Ok(());
+        }
+        let failed = |error: CudaError| error.of(format!("computing in {}", activations.name()));
+        self.ops = RefCell::new(Ops::new(&self.gpu, activations).map_err(failed)?);
+        self.linear = RefCell::new(Linear::open(&self.gpu, activations).map_err(failed)?);
+        self.store = WeightStore::new(activations);
+        self.activations = activations;
+        Ok(())
+    }
+
     fn expect_ranks(&mut self) -> Result<(), BackendError> {
         let opened = nccl::Nccl::open();
         opened
@@ -152,7 +169,7 @@ impl Backend for CudaBackend {
     }
 
     fn join_ranks(&mut self, group: RankGroup<'_>) -> Result<bool, BackendError> {
-        self.ranks = Ranks::meet(&self.gpu, group)?;
+        self.ranks = Ranks::meet((&self.gpu, self.activations), group)?;
         Ok(self.ranks.is_some())
     }
 
@@ -184,11 +201,19 @@ impl Backend for CudaBackend {
     }
 
     fn load_pattern(&mut self, source: &PatternSource) -> Result<Option<CudaWeight>, BackendError> {
-        let values: Vec<half::bf16> = source
-            .values
-            .iter()
-            .map(|&value| half::bf16::from_f32(value))
-            .collect();
+        // As a file would hold them, then as the device does.
+        let half = |&value: &f32| {
+            let value = match source.dtype {
+                WeightDtype::F16 => half::f16::from_f32(value).to_f32(),
+                WeightDtype::Bf16 => half::bf16::from_f32(value).to_f32(),
+                _ => value,
+            };
+            match self.activations {
+                ActivationDtype::F16 => half::f16::from_f32(value).to_bits(),
+                _ => half::bf16::from_f32(value).to_bits(),
+            }
+        };
+        let values: Vec<u16> = source.values.iter().map(half).collect();
         let narrow: Vec<u8> = match source.dtype {
             WeightDtype::F8E4m3 if takes_8_bits(&self.gpu, source.cols) => {
                 let values = source.values.iter();
@@ -413,9 +438,7 @@ impl Backend for CudaBackend {
     }
 
     fn add(&self, x: &mut CudaTensor, y: &CudaTensor) {
-        self.attempt("add", || {
-            self.ops.borrow_mut().elementwise("add_bf16", x, y)
-        });
+        self.attempt("add", || self.ops.borrow_mut().elementwise("add", x, y));
     }
 
     fn silu_mul(&self, gate: &mut CudaTensor, up: &CudaTensor) {
@@ -423,7 +446,7 @@ impl Backend for CudaBackend {
             let mut ops = self.ops.borrow_mut();
             match &gate.rounded {
                 Some(to) => ops.silu_mul_rounding(gate, up, to),
-                None => ops.elementwise("silu_mul_bf16", gate, up),
+                None => ops.elementwise("silu_mul", gate, up),
             }
         });
     }

@@ -1,10 +1,33 @@
-//! Weights as files hold them: element types, bytes, and where they are from. Nothing is decoded here.
+//! Weights as files hold them: element types, bytes, and where they are from; and what activations are. Nothing is decoded here.
 
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
+
+/// Type of activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationDtype {
+    /// 32-bit float.
+    F32,
+    /// bfloat16, with sums in 32 bits.
+    Bf16,
+    /// IEEE half precision, with sums in 32 bits.
+    F16,
+}
+
+impl ActivationDtype {
+    /// As users write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+}
 
 /// Element type of a stored weight: plain floats, floats of 8 bits with scales beside them, or one of GGML's block formats as
 /// the GGUF file holds them.

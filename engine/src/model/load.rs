@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use baton_configs::llm::{ComputeDtype, KvCacheDtype, LlmOptions, LoadFormat};
 use candle_core::quantized::gguf_file::Value;
 
-use crate::backend::{Backend, WeightDtype};
+use crate::backend::{ActivationDtype, Backend, WeightDtype};
 use crate::model::checkpoint::{Checkpoint, WeightsIdentity};
 use crate::model::config::{DecoderConfig, HuggingFaceConfig, from_gguf};
 use crate::model::decoder::Decoder;
@@ -114,6 +114,7 @@ pub(crate) struct ModelHeader {
     name: String,
     origin: Origin,
     load_format: LoadFormat,
+    dtype: ComputeDtype,
     tokens: SpecialTokens,
     generation: GenerationDefaults,
 }
@@ -148,19 +149,18 @@ impl ModelHeader {
         let source = source::find(spec, revision, options.load_format, &cache)?;
         let name = options.served_model_name.clone().unwrap_or(source.name);
         match source.files {
-            ModelFiles::Gguf(path) => Self::of_gguf(&path, name, options.load_format),
-            ModelFiles::HuggingFace(directory) => {
-                Self::of_hugging_face(directory, name, options.load_format)
-            }
+            ModelFiles::Gguf(path) => Self::of_gguf(&path, name, options),
+            ModelFiles::HuggingFace(directory) => Self::of_hugging_face(directory, name, options),
         }
     }
 
-    fn of_gguf(path: &Path, name: String, load_format: LoadFormat) -> Result<Self, ModelError> {
+    fn of_gguf(path: &Path, name: String, options: &LlmOptions) -> Result<Self, ModelError> {
         let file = GgufFile::open(path)?;
         Ok(Self {
             config: from_gguf(&file).map_err(|kind| kind.at(path))?,
             name,
-            load_format,
+            load_format: options.load_format,
+            dtype: options.dtype,
             tokens: special_tokens::from_gguf(file.metadata()),
             generation: GenerationDefaults::default(),
             origin: Origin::Gguf(file),
@@ -170,7 +170,7 @@ impl ModelHeader {
     fn of_hugging_face(
         directory: PathBuf,
         name: String,
-        load_format: LoadFormat,
+        options: &LlmOptions,
     ) -> Result<Self, ModelError> {
         let path = directory.join("config.json");
         let text =
@@ -182,7 +182,8 @@ impl ModelHeader {
         Ok(Self {
             config: raw.decoder().map_err(|kind| kind.at(&path))?,
             name,
-            load_format,
+            load_format: options.load_format,
+            dtype: options.dtype,
             tokens,
             generation,
             origin: Origin::HuggingFace {
@@ -201,10 +202,12 @@ impl ModelHeader {
     /// Loads the part of the rank at `place`, whose grid has passed [`Self::check`].
     pub(crate) fn load<B: Backend>(
         &self,
-        backend: B,
+        mut backend: B,
         place: Place,
         progress: &dyn Fn(LoadProgress<'_>),
     ) -> Result<LoadedShard<B>, ModelError> {
+        let ready = backend.compute_in(self.activations());
+        ready.map_err(|error| ModelErrorKind::Backend(error).of(&self.name))?;
         let checkpoint = match (&self.origin, self.load_format) {
             (Origin::Gguf(file), LoadFormat::Auto) => Checkpoint::Gguf(file),
             // Random blocks of a quantised format would mean random scales; half precision says what it is.
@@ -232,6 +235,23 @@ impl ModelHeader {
             decoder: Decoder::load(&self.config, part, &checkpoint, backend, progress)?,
             identity: checkpoint.identity(),
         })
+    }
+
+    /// What a GPU computes in: what the options say, else what the checkpoint's makers do. GGUF files say nothing of that; what
+    /// bfloat16 was made for overflows half precision.
+    pub(crate) fn activations(&self) -> ActivationDtype {
+        match (self.dtype, &self.origin) {
+            (ComputeDtype::Float32, _) => ActivationDtype::F32,
+            (ComputeDtype::Float16, _)
+            | (
+                ComputeDtype::Auto,
+                Origin::HuggingFace {
+                    weight_dtype: WeightDtype::F16,
+                    ..
+                },
+            ) => ActivationDtype::F16,
+            (ComputeDtype::Auto | ComputeDtype::Bfloat16, _) => ActivationDtype::Bf16,
+        }
     }
 
     /// What a server needs, with the model that was loaded from this.

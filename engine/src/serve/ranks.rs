@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use baton_configs::llm::{Device, LlmOptions};
+use baton_configs::llm::{ComputeDtype, Device, LlmOptions};
 
 use super::progress::Progress;
 use super::{ServeError, ServeOptions};
@@ -69,10 +69,19 @@ fn cpu(threads: usize) -> Result<CpuBackend, ParallelError> {
     Ok(CpuBackend::new(Some(threads)))
 }
 
-/// The GPU, where the options want one and there is one that can be used.
+/// The GPU, where the options want one and there is one that can be used. None computes in 32 bits.
 fn gpu(options: &LlmOptions) -> Result<Option<CudaBackend>, BackendError> {
-    if options.device == Device::Cpu {
-        return Ok(None);
+    match (options.device, options.dtype) {
+        (Device::Cpu, _) | (Device::Auto, ComputeDtype::Float32) => return Ok(None),
+        (Device::Cuda, ComputeDtype::Float32) => {
+            return Err(BackendError::Device {
+                what: "device: cuda".to_owned(),
+                reason: "`dtype: float32` is arithmetic in 32 bits, which is the CPU's: say `device: cpu`, \
+                         or `dtype: auto` with `kv_cache_config.dtype: float32`"
+                    .to_owned(),
+            });
+        }
+        (Device::Auto | Device::Cuda, _) => {}
     }
     match (options.device, CudaBackend::open()) {
         (_, Ok(gpu)) => Ok(Some(gpu)),

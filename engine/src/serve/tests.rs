@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_configs::llm::{ComputeDtype, LlmOptions};
+use baton_configs::llm::{ComputeDtype, Device, LlmOptions};
 use baton_configs::transceiver::TransceiverConfig;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -256,6 +256,11 @@ async fn a_start_that_fails_is_one_clear_error() {
     missing.model = "/no/such/model".to_owned();
     let error = serve(missing, std::future::pending()).await.unwrap_err();
     assert!(error.to_string().contains("/no/such/model"), "{error}");
+
+    let mut single = options("tiny-qwen2");
+    single.llm.device = Device::Cuda;
+    let error = serve(single, std::future::pending()).await.unwrap_err();
+    assert!(error.to_string().contains("dtype: float32"), "{error}");
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut in_use = options("tiny-qwen2");

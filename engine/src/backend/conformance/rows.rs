@@ -90,7 +90,7 @@ pub(crate) fn add_and_silu_mul_match_the_reference<B: Backend>(backend: &mut B) 
             for (found, (x, y)) in backend.to_host(&gate).into_iter().zip(pairs()) {
                 let expected = x / (1.0 + (-x).exp()) * y;
                 let error = (f64::from(found) - expected).abs();
-                let allowed = tolerance(backend, TOLERANCE) * expected.abs() + 1e-30;
+                let allowed = tolerance(backend, TOLERANCE) * expected.abs() + vanishing(backend);
                 assert!(
                     error <= allowed,
                     "silu({x}) * {y} is {expected}, not {found}"

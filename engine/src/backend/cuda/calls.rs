@@ -12,13 +12,15 @@ impl CudaBackend {
     pub fn open() -> Result<Self, CudaError> {
         let gpu = Gpu::open()?;
         let pool = Pool::new(&gpu);
+        let activations = ActivationDtype::Bf16;
         Ok(Self {
             failure: RefCell::default(),
             graphs: Graphs::default(),
             ranks: None,
-            ops: RefCell::new(Ops::new(&gpu)?),
-            linear: RefCell::new(Linear::open(&gpu)?),
-            store: WeightStore::default(),
+            activations,
+            ops: RefCell::new(Ops::new(&gpu, activations)?),
+            linear: RefCell::new(Linear::open(&gpu, activations)?),
+            store: WeightStore::new(activations),
             pages: None,
             frequencies: RefCell::default(),
             staging: Staging::new(&gpu)?,

@@ -14,6 +14,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 use super::compiler::Compiler;
 use super::driver::{Function, Gpu, Module};
 use super::error::CudaError;
+use crate::backend::ActivationDtype;
 use crate::page::{KvDtype, PageShape};
 
 const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
@@ -147,8 +148,12 @@ impl Variant {
         }
     }
 
-    fn defines(self) -> Vec<String> {
+    /// What the text is compiled with. That of activations matters to few sources that do without them, and is one more copy there.
+    fn defines(self, activations: ActivationDtype) -> Vec<String> {
         let mut defines = Vec::new();
+        if activations == ActivationDtype::F16 {
+            defines.push("ACT_F16=1".to_owned());
+        }
         if self.head_dim > 0 {
             defines.push(format!("D={}", self.head_dim));
         }
@@ -182,16 +187,24 @@ pub(super) struct Kernels {
     gpu: Arc<Gpu>,
     compiler: Result<Compiler, CudaError>,
     folder: Option<PathBuf>,
+    activations: ActivationDtype,
     modules: HashMap<(Source, Variant), Module>,
     functions: HashMap<Kernel, Function>,
 }
 
 impl Kernels {
+    /// For what has nothing to do with activations.
     pub(super) fn new(gpu: &Arc<Gpu>) -> Self {
+        Self::of(gpu, ActivationDtype::Bf16)
+    }
+
+    /// For activations of this type.
+    pub(super) fn of(gpu: &Arc<Gpu>, activations: ActivationDtype) -> Self {
         Self {
             gpu: Arc::clone(gpu),
             compiler: Compiler::open(),
             folder: cache_folder(),
+            activations,
             modules: HashMap::new(),
             functions: HashMap::new(),
         }
@@ -223,7 +236,10 @@ impl Kernels {
 
     fn load(&self, source: Source, variant: Variant) -> Result<Module, CudaError> {
         let compiler = self.compiler.clone()?;
-        let (target, defines) = (source.target(&self.gpu.target()), variant.defines());
+        let (target, defines) = (
+            source.target(&self.gpu.target()),
+            variant.defines(self.activations),
+        );
         let text = source.text();
         let file = self.folder.as_ref().map(|folder| {
             let key = format!("{text}\0{defines:?}\0{:?}\0{target}", compiler.version);

@@ -13,6 +13,7 @@ use cudarc::cublaslt::{result, sys};
 
 use super::driver::{DeviceMemory, DevicePtr, Gpu};
 use super::error::CudaError;
+use crate::backend::ActivationDtype;
 
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -39,7 +40,7 @@ pub(super) struct ProductShape {
     pub(super) rows: usize,
     pub(super) ld_x: usize,
     pub(super) ld_out: usize,
-    /// Whether the result is f32 and not bf16.
+    /// Whether the result is f32 and not of the activations' type.
     pub(super) wide: bool,
 }
 
@@ -58,6 +59,8 @@ pub(super) struct Linear {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceMemory,
     gpu: Arc<Gpu>,
+    /// Of activations and of weights in 16 bits.
+    half: sys::cudaDataType,
     /// `None` for a shape that the library does not take.
     plans: HashMap<Key, Option<Plan>>,
 }
@@ -79,7 +82,8 @@ fn failed(call: &'static str) -> impl FnOnce(CublasError) -> CudaError {
 }
 
 impl Linear {
-    pub(super) fn open(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    /// For activations of this type.
+    pub(super) fn open(gpu: &Arc<Gpu>, activations: ActivationDtype) -> Result<Self, CudaError> {
         // SAFETY: it opens the library and looks for nothing in it.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::Missing {
@@ -94,6 +98,10 @@ impl Linear {
             handle,
             workspace: DeviceMemory::new(gpu, WORKSPACE_BYTES)?,
             gpu: Arc::clone(gpu),
+            half: match activations {
+                ActivationDtype::F16 => sys::cudaDataType::CUDA_R_16F,
+                _ => sys::cudaDataType::CUDA_R_16BF,
+            },
             plans: HashMap::new(),
         })
     }
@@ -103,7 +111,7 @@ impl Linear {
         self.gpu.bind()?;
         let key = Key::of(product);
         if !self.plans.contains_key(&key) {
-            let plan = Plan::new(self.handle, &key, product)?;
+            let plan = Plan::new((self.handle, self.half), &key, product)?;
             self.plans.insert(key, plan);
         }
         let Some(Some(plan)) = self.plans.get(&key) else {
@@ -177,22 +185,18 @@ struct Plan {
 
 impl Plan {
     fn new(
-        handle: sys::cublasLtHandle_t,
+        (handle, half): (sys::cublasLtHandle_t, sys::cudaDataType),
         key: &Key,
         product: &Product,
     ) -> Result<Option<Self>, CudaError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        use sys::cudaDataType::{CUDA_R_8F_E4M3, CUDA_R_16BF, CUDA_R_32F};
+        use sys::cudaDataType::{CUDA_R_8F_E4M3, CUDA_R_32F};
         let shape = &key.shape;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let operation = result::create_matmul_desc(compute, CUDA_R_32F)
             .map_err(failed("cublasLtMatmulDescCreate"))?;
-        let out_type = if shape.wide { CUDA_R_32F } else { CUDA_R_16BF };
-        let in_type = if key.in_8_bits {
-            CUDA_R_8F_E4M3
-        } else {
-            CUDA_R_16BF
-        };
+        let out_type = if shape.wide { CUDA_R_32F } else { half };
+        let in_type = if key.in_8_bits { CUDA_R_8F_E4M3 } else { half };
         let layout = |kind, rows: usize, cols: usize, ld: usize| {
             let ld = i64::try_from(ld).expect("rows are shorter than 2^63");
             result::create_matrix_layout(kind, rows as u64, cols as u64, ld)
@@ -213,7 +217,7 @@ impl Plan {
         if key.biased {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             plan.describe(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-            let kind = CUDA_R_16BF as u32;
+            let kind = half as u32;
             plan.describe(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &kind)?;
         }
         match plan.choose(handle, key)? {

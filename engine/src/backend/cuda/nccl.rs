@@ -49,6 +49,7 @@ const SUM: c_int = 0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(super) enum Element {
+    F16 = 6,
     F32 = 7,
     Bf16 = 9,
 }

@@ -15,6 +15,7 @@ use super::driver::{Args, DeviceMemory, DevicePtr, Function, Gpu, LaunchShape, P
 use super::error::CudaError;
 use super::kernels::{Kernel, Kernels, Source, Variant};
 use super::peer::{HANDLE_BYTES, Imported, handle_of};
+use crate::backend::ActivationDtype;
 
 /// Threads of a block; `THREADS` in `sum_over_ranks.cu`.
 const THREADS: u32 = 512;
@@ -79,9 +80,11 @@ impl Mailbox {
         handle_of(&self.gpu, &self.memory)
     }
 
-    /// Opens the others' boxes, whose handles are given in the order of the ranks; the one at `rank` is this one's own.
+    /// Opens the others' boxes, whose handles are given in the order of the ranks; the one at `rank` is this one's own. What is
+    /// summed is of the activations' type.
     pub(super) fn meet(
         self,
+        activations: ActivationDtype,
         rank: usize,
         handles: &[[u8; HANDLE_BYTES]],
     ) -> Result<OneShot, CudaError> {
@@ -105,10 +108,10 @@ impl Mailbox {
             addresses.push(opened.address());
             others.push(opened);
         }
-        let kernel = Kernels::new(&gpu).get(&Kernel {
+        let kernel = Kernels::of(&gpu, activations).get(&Kernel {
             source: Source::SumOverRanks,
             variant: Variant::default(),
-            name: "sum_over_ranks_bf16",
+            name: "sum_over_ranks",
             shared_bytes: 0,
         })?;
         let table = DeviceMemory::new(&gpu, RANKS_MAX * size_of::<DevicePtr>())?;
@@ -159,7 +162,7 @@ impl OneShot {
             && address.is_multiple_of(8)
     }
 
-    /// Puts the sum of all ranks' bf16 elements in the place of each one's own.
+    /// Puts the sum of all ranks' elements, in the activations' type, in the place of each one's own.
     pub(super) fn sum(&self, address: DevicePtr, count: usize) -> Result<(), CudaError> {
         assert!(Self::takes(address, count), "a short, aligned message");
         let int = |value: usize| i32::try_from(value).expect("a short message");

@@ -17,7 +17,7 @@ use super::kernels::{Kernel, Kernels, Source, Variant};
 use super::pages::Pages;
 use super::tensor::CudaTensor;
 use super::weight::CudaWeight;
-use crate::backend::TokenId;
+use crate::backend::{ActivationDtype, TokenId};
 use crate::page::PageShape;
 
 /// Threads of a block where nothing asks for another number.
@@ -63,8 +63,8 @@ pub(super) struct Ops {
 }
 
 impl Ops {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
-        let kernels = Kernels::new(gpu);
+    pub(super) fn new(gpu: &Arc<Gpu>, activations: ActivationDtype) -> Result<Self, CudaError> {
+        let kernels = Kernels::of(gpu, activations);
         kernels.check()?;
         Ok(Self {
             gpu: Arc::clone(gpu),
@@ -112,7 +112,7 @@ impl Ops {
             .with(int(out.ld))
             .with(first)
             .with(int(table.rows));
-        let kernel = plain(Source::Embed, "embed_bf16");
+        let kernel = plain(Source::Embed, "embed");
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
 
@@ -131,7 +131,7 @@ impl Ops {
             .with(out.address())
             .with(int(out.ld))
             .with(int(out.cols));
-        let kernel = plain(Source::SelectRows, "select_rows_bf16");
+        let kernel = plain(Source::SelectRows, "select_rows");
         self.launch(&kernel, ([grid(out.rows), 1, 1], THREADS), args)
     }
 
@@ -180,7 +180,7 @@ impl Ops {
             .with(values)
             .with(int(x.cols))
             .with(long(count));
-        let kernel = plain(Source::Convert, "bf16_to_f32");
+        let kernel = plain(Source::Convert, "act_to_f32");
         let grid = self.stride_grid(count);
         self.launch(&kernel, (grid, THREADS), args)
     }
@@ -194,7 +194,7 @@ impl Ops {
             .with(int(x.ld))
             .with(int(x.cols))
             .with(long(count));
-        let kernel = plain(Source::Convert, "f32_to_bf16");
+        let kernel = plain(Source::Convert, "f32_to_act");
         let grid = self.stride_grid(count);
         self.launch(&kernel, (grid, THREADS), args)
     }
@@ -218,7 +218,7 @@ impl Ops {
             .with(long(count));
         let name = match weight.scales() {
             Some(_) => "pattern_e4m3",
-            None => "pattern_bf16",
+            None => "pattern_act",
         };
         let kernel = plain(Source::Pattern, name);
         let grid = self.stride_grid(count);
@@ -243,7 +243,7 @@ impl Ops {
             .with(int(out.ld))
             .with(int(x.cols))
             .with(epsilon);
-        let kernel = plain(Source::RmsNorm, "rms_norm_bf16");
+        let kernel = plain(Source::RmsNorm, "rms_norm");
         let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
         self.launch(&kernel, shape, args)
     }
@@ -269,7 +269,7 @@ impl Ops {
             .with(int(out.ld))
             .with(int(x.cols))
             .with(epsilon);
-        let kernel = plain(Source::RmsNorm, "add_rms_norm_bf16");
+        let kernel = plain(Source::RmsNorm, "add_rms_norm");
         let shape = ([grid(x.rows), 1, 1], row_threads(x.cols));
         self.launch(&kernel, shape, args)
     }
@@ -292,7 +292,7 @@ impl Ops {
             .with(int(weight.cols))
             .with(int(x.rows))
             .with(epsilon);
-        let kernel = plain(Source::RmsNorm, "head_norm_bf16");
+        let kernel = plain(Source::RmsNorm, "head_norm");
         let blocks = (x.rows * heads).div_ceil((THREADS / WARP) as usize);
         self.launch(&kernel, ([grid(blocks), 1, 1], THREADS), args)
     }
@@ -337,7 +337,7 @@ impl Ops {
             .with(i32::from(rotation.adjacent));
         let kernel = Kernel {
             variant: Variant::of_heads(dim),
-            ..plain(Source::Rope, "rope_bf16")
+            ..plain(Source::Rope, "rope")
         };
         self.launch(&kernel, ([grid(x.rows), 1, 1], THREADS), args)
     }
@@ -356,7 +356,7 @@ impl Ops {
             .with(int(k.ld))
             .with(v.address())
             .with(int(v.ld));
-        let kernel = of_pages(Source::Rope, "write_kv_bf16", pages.shape());
+        let kernel = of_pages(Source::Rope, "write_kv", pages.shape());
         self.launch(&kernel, ([grid(k.rows), 1, 1], THREADS), args)
     }
 
@@ -384,7 +384,7 @@ impl Ops {
             .with(rotation.inverse)
             .with(rotation.magnitude)
             .with(i32::from(rotation.adjacent));
-        let kernel = of_pages(Source::Rope, "rope_write_kv_bf16", pages.shape());
+        let kernel = of_pages(Source::Rope, "rope_write_kv", pages.shape());
         self.launch(&kernel, ([grid(k.rows), 1, 1], THREADS), args)
     }
 }

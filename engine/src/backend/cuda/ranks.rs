@@ -2,7 +2,7 @@
 //!
 //! The ranks tell each other over their group what device each has; one that is shared is refused. Then NCCL's communicators are
 //! made, one for each stage's sums and one of all ranks for rows between stages, and where a stage's GPUs reach each other's
-//! memory, short sums take that way (`one_shot.rs`). `BATON_DEVICE_SUMS=nccl` leaves them to NCCL. Partial sums are bf16, as every
+//! memory, short sums take that way (`one_shot.rs`). `BATON_DEVICE_SUMS=nccl` leaves them to NCCL. Partial sums are of the activations' type, as every
 //! activation is: rounding one costs what rounding the residual stream costs anyway; the short way adds them in f32.
 //!
 //! Invariant: all ranks make the same calls in the same order; recordings that hold them are dropped before the communicators.
@@ -21,7 +21,7 @@ use super::peer::HANDLE_BYTES;
 use super::tensor::CudaTensor;
 use super::watch::Watch;
 use super::{CudaBackend, CudaWeight};
-use crate::backend::{BackendError, RankGroup};
+use crate::backend::{ActivationDtype, BackendError, RankGroup};
 use crate::collective::{Collective, tell_all};
 use crate::machine::Processors;
 
@@ -124,13 +124,17 @@ pub(super) struct Ranks {
     stage: Option<Arc<Communicator>>,
     all: Option<Arc<Communicator>>,
     short: Option<OneShot>,
+    activations: ActivationDtype,
     /// For people.
     description: String,
 }
 
 impl Ranks {
     /// Meets the other ranks; none where one of them computes on no GPU.
-    pub(super) fn meet(gpu: &Arc<Gpu>, group: RankGroup<'_>) -> Result<Option<Self>, BackendError> {
+    pub(super) fn meet(
+        (gpu, activations): (&Arc<Gpu>, ActivationDtype),
+        group: RankGroup<'_>,
+    ) -> Result<Option<Self>, BackendError> {
         let RankGroup { collective, tensor } = group;
         let standing = Standing {
             rank: collective.rank(),
@@ -156,7 +160,7 @@ impl Ranks {
         let stage = join(standing.of_stage(), (standing.within(), standing.tensor))?;
         let opened = mailbox
             .zip(mailboxes(&cards, standing))
-            .map(|(own, handles)| own.meet(standing.within(), &handles));
+            .map(|(own, handles)| own.meet(activations, standing.within(), &handles));
         let short = agree(collective, standing, opened)?;
         let way = match short {
             Some(_) => ", short sums in peer memory",
@@ -173,6 +177,7 @@ impl Ranks {
             stage,
             all,
             short,
+            activations,
             description,
         }))
     }
@@ -182,9 +187,9 @@ impl Ranks {
     }
 
     fn sum(&self, x: &CudaTensor) -> Result<(), CudaError> {
-        let (address, count, element) = dense(x);
+        let (address, count, element) = self.dense(x);
         if let Some(short) = &self.short
-            && element == Element::Bf16
+            && element != Element::F32
             && OneShot::takes(address, count)
         {
             return short.sum(address, count);
@@ -192,6 +197,17 @@ impl Ranks {
         let stage = self.stage.as_ref();
         let stage = stage.expect("only ranks of a stage sum");
         stage.sum(address, count, element)
+    }
+
+    /// Address, elements and their type of a tensor whose rows lie side by side.
+    fn dense(&self, x: &CudaTensor) -> (u64, usize, Element) {
+        assert!(x.ld == x.cols || x.rows == 1, "rows side by side");
+        let element = match self.activations {
+            ActivationDtype::F16 if !x.wide => Element::F16,
+            ActivationDtype::Bf16 if !x.wide => Element::Bf16,
+            _ => Element::F32,
+        };
+        (x.address(), x.rows * x.cols, element)
     }
 
     fn all(&self) -> &Communicator {
@@ -274,13 +290,6 @@ fn agree(
     Ok(own.filter(|_| agreed))
 }
 
-/// Address, elements and their type of a tensor whose rows lie side by side.
-fn dense(x: &CudaTensor) -> (u64, usize, Element) {
-    assert!(x.ld == x.cols || x.rows == 1, "rows side by side");
-    let element = if x.wide { Element::F32 } else { Element::Bf16 };
-    (x.address(), x.rows * x.cols, element)
-}
-
 impl CudaBackend {
     fn ranks(&self) -> &Ranks {
         let ranks = self.ranks.as_ref();
@@ -321,14 +330,14 @@ impl CudaBackend {
 
     pub(super) fn send_to_rank(&self, x: &CudaTensor, to: usize) {
         self.attempt("send_rows", || {
-            let (address, count, element) = dense(x);
+            let (address, count, element) = self.ranks().dense(x);
             self.ranks().all().send(address, (count, element), to)
         });
     }
 
     pub(super) fn receive_from_rank(&self, x: &CudaTensor, from: usize) {
         self.attempt("receive_rows", || {
-            let (address, count, element) = dense(x);
+            let (address, count, element) = self.ranks().dense(x);
             self.ranks().all().receive(address, (count, element), from)
         });
     }

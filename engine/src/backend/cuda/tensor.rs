@@ -7,7 +7,7 @@ use super::driver::DevicePtr;
 use super::memory::Buffer;
 
 /// Activations `[rows, cols]` on the device, row-major, rows `ld` elements apart: several may lie side by side in one
-/// buffer. Elements are bf16, or f32 where the tensor is wide.
+/// buffer. Elements are of the backend's activations' type, or f32 where the tensor is wide.
 pub struct CudaTensor {
     pub(super) rows: usize,
     pub(super) cols: usize,

@@ -26,9 +26,21 @@ fn small(value: usize) -> u32 {
     u32::try_from(value).expect("a small number")
 }
 
+/// The device, computing in half precision.
+fn gpu_in_f16() -> Option<CudaBackend> {
+    let mut backend = gpu()?;
+    backend.compute_in(ActivationDtype::F16).expect("it can");
+    Some(backend)
+}
+
 mod conformance {
     use super::*;
     conformance_tests!(if let gpu());
+}
+
+mod conformance_in_f16 {
+    use super::*;
+    conformance_tests!(if let gpu_in_f16());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Weights on the device: in bf16 whatever the file has, but for matrices in 8 bits on a device that multiplies such.
+//! Weights on the device: in the type of activations whatever the file has, but for matrices in 8 bits on a device that multiplies such.
 //!
 //! Matrices lie one after the other in the order in which they are loaded, and so do vectors in a place of their own. Hence
 //! those that a step multiplies with the same activations are one matrix, and one product. Decoding uses the CPU backend's
@@ -9,13 +9,14 @@ use std::num::NonZero;
 use std::sync::Arc;
 use std::thread;
 
-use half::bf16;
+use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use super::driver::{DeviceMemory, DevicePtr, Gpu};
 use super::error::CudaError;
 use crate::backend::cpu::CpuWeight;
-use crate::backend::{BackendError, WeightBytes, WeightDtype, WeightSource};
+use crate::backend::{ActivationDtype, BackendError, WeightBytes, WeightDtype, WeightSource};
 
 /// What cuBLASLt's fastest kernels like, in bytes.
 const ALIGNMENT: usize = 256;
@@ -26,7 +27,7 @@ const VECTOR_BYTES: usize = 32 << 20;
 /// What scales of the rows of one matrix and the next are aligned to, in bytes: no more, so that they may be one list.
 const SCALE_ALIGNMENT: usize = 16;
 
-/// A weight `[rows, cols]`, dense: in bf16, or in e4m3 with a scale a row.
+/// A weight `[rows, cols]`, dense: in 16 bits, or in e4m3 with a scale a row.
 pub struct CudaWeight {
     pub(super) rows: usize,
     pub(super) cols: usize,
@@ -110,14 +111,25 @@ impl Slab {
 }
 
 /// Where weights are put.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct WeightStore {
+    activations: ActivationDtype,
     matrices: Option<Slab>,
     vectors: Option<Slab>,
     scales: Option<Slab>,
 }
 
 impl WeightStore {
+    /// For weights in the type of activations, where they are not in 8 bits.
+    pub(super) const fn new(activations: ActivationDtype) -> Self {
+        Self {
+            activations,
+            matrices: None,
+            vectors: None,
+            scales: None,
+        }
+    }
+
     /// Sets memory aside for matrices of so many elements in all.
     pub(super) fn expect(&mut self, gpu: &Arc<Gpu>, elements: usize) -> Result<(), CudaError> {
         // Each may leave a gap behind it.
@@ -186,11 +198,13 @@ impl WeightStore {
         let (rows, cols) = checked.shape();
         let failed = |error: CudaError| error.of(format!("weight `{name}`"));
         let weight = self.place(gpu, rows, cols).map_err(failed)?;
-        if dtype == WeightDtype::Bf16 {
-            upload_as_is(gpu, &weight, &bytes).map_err(failed)?;
-        } else {
-            upload_decoded(gpu, &weight, &checked).map_err(failed)?;
-        }
+        let made = match (self.activations, dtype) {
+            (ActivationDtype::Bf16, WeightDtype::Bf16)
+            | (ActivationDtype::F16, WeightDtype::F16) => upload_as_is(gpu, &weight, &bytes),
+            (ActivationDtype::F16, _) => upload_decoded::<f16>(gpu, &weight, &checked),
+            _ => upload_decoded::<bf16>(gpu, &weight, &checked),
+        };
+        made.map_err(failed)?;
         Ok(weight)
     }
 
@@ -217,7 +231,7 @@ impl WeightStore {
 }
 
 /// Whether a matrix in 8 bits stays so: kernels take its rows 16 bytes at a time, and the library's products of this kind
-/// with a scale a row are for Hopper. Elsewhere it is kept in bf16.
+/// with a scale a row are for Hopper. Elsewhere it is kept in 16.
 pub(super) fn takes_8_bits(gpu: &Gpu, cols: usize) -> bool {
     gpu.capability == (9, 0) && cols.is_multiple_of(16)
 }
@@ -245,13 +259,20 @@ fn upload_as_is(gpu: &Gpu, weight: &CudaWeight, bytes: &WeightBytes) -> Result<(
     gpu.upload(&weight.place.memory, weight.place.offset, bytes.as_slice())
 }
 
-fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<(), CudaError> {
+fn upload_decoded<H: Pod + Send>(
+    gpu: &Gpu,
+    weight: &CudaWeight,
+    stored: &CpuWeight,
+) -> Result<(), CudaError>
+where
+    [H]: HalfFloatSliceExt,
+{
     if weight.cols == 0 {
         return Ok(());
     }
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
     let rows_at_once = (CHUNK_ELEMENTS / weight.cols).clamp(1, weight.rows.max(1));
-    let mut chunk = vec![bf16::ZERO; rows_at_once * weight.cols];
+    let mut chunk = vec![H::zeroed(); rows_at_once * weight.cols];
     for first in (0..weight.rows).step_by(rows_at_once) {
         let count = rows_at_once.min(weight.rows - first);
         let part = &mut chunk[..count * weight.cols];
@@ -278,7 +299,10 @@ fn upload_decoded(gpu: &Gpu, weight: &CudaWeight, stored: &CpuWeight) -> Result<
 }
 
 /// Decodes rows from `first` on, rounding to nearest even.
-fn decode(stored: &CpuWeight, first: usize, out: &mut [bf16], cols: usize) {
+fn decode<H>(stored: &CpuWeight, first: usize, out: &mut [H], cols: usize)
+where
+    [H]: HalfFloatSliceExt,
+{
     let mut row = Vec::new();
     for (index, out) in out.chunks_exact_mut(cols).enumerate() {
         stored.row_values(first + index, &mut row);

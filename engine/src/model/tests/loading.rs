@@ -12,9 +12,9 @@ use tempfile::TempDir;
 use super::reference_backend::ReferenceBackend;
 use super::tiny_gguf::tiny_gguf;
 use super::{Session, float32, golden_json, golden_path, test_gguf, try_load};
-use crate::backend::{RopePairing, SequenceSpan, StepBatch};
+use crate::backend::{ActivationDtype, RopePairing, SequenceSpan, StepBatch};
 use crate::model::config::{DecoderConfig, HuggingFaceConfig};
-use crate::model::load::{TokenizerFiles, kv_dtype, load};
+use crate::model::load::{ModelHeader, TokenizerFiles, kv_dtype, load};
 use crate::page::KvDtype;
 
 fn dummy() -> LlmOptions {
@@ -445,5 +445,40 @@ fn kv_dtype_follows_the_options() {
             ..LlmOptions::default()
         };
         assert_eq!(kv_dtype(&options), expected, "{dtype:?} {kv:?}");
+    }
+}
+
+#[test]
+fn a_gpu_computes_in_what_the_options_or_the_checkpoint_say() {
+    use ComputeDtype::{Auto, Bfloat16, Float16, Float32};
+    let folder = tempfile::tempdir().expect("a folder");
+    let gguf = tempfile::NamedTempFile::with_suffix(".gguf").expect("a file");
+    fs::write(gguf.path(), tiny_gguf("llama")).expect("it can be written");
+    for (asked, named, expected) in [
+        (Auto, Some("float16"), ActivationDtype::F16),
+        (Auto, Some("bfloat16"), ActivationDtype::Bf16),
+        (Auto, Some("float32"), ActivationDtype::Bf16),
+        (Auto, None, ActivationDtype::Bf16),
+        (Float16, None, ActivationDtype::F16),
+        (Float16, Some("bfloat16"), ActivationDtype::F16),
+        (Bfloat16, Some("float16"), ActivationDtype::Bf16),
+        (Float32, Some("float16"), ActivationDtype::F32),
+    ] {
+        let options = LlmOptions {
+            dtype: asked,
+            load_format: LoadFormat::Dummy,
+            ..LlmOptions::default()
+        };
+        let path = match named {
+            Some(named) => {
+                let config = config_with(&json!({"dtype": null, "torch_dtype": named}));
+                fs::write(folder.path().join("config.json"), config).expect("it can be written");
+                folder.path()
+            }
+            None => gguf.path(),
+        };
+        let spec = path.to_str().expect("UTF-8");
+        let header = ModelHeader::read(spec, &options, None).expect("a header");
+        assert_eq!(header.activations(), expected, "{asked:?} {named:?}");
     }
 }

@@ -28,11 +28,7 @@ impl Ops {
             .with(call.args())
             .with(int(call.heads))
             .with(int(sequences));
-        let kernel = of_pages(
-            Source::AttentionAny,
-            "attention_any_bf16",
-            call.pages.shape(),
-        );
+        let kernel = of_pages(Source::AttentionAny, "attention_any", call.pages.shape());
         let blocks = (rows_max * call.heads).div_ceil((THREADS / WARP) as usize);
         self.launch(&kernel, ([grid(blocks), grid(sequences), 1], THREADS), args)
     }
@@ -55,14 +51,14 @@ impl Ops {
         let (source, name, threads, shared_bytes) = if hopper {
             (
                 Source::AttentionPrefillHopper,
-                "attention_prefill_hopper_bf16",
+                "attention_prefill_hopper",
                 12 * WARP,
                 HOPPER_SHARED_BYTES,
             )
         } else {
             (
                 Source::AttentionPrefill,
-                "attention_prefill_bf16",
+                "attention_prefill",
                 4 * WARP,
                 PREFILL_SHARED_ROWS * (shape.head_dim + 8) * 2,
             )
@@ -86,14 +82,14 @@ impl Ops {
         let shape = call.pages.shape();
         assert!(call.is_fast(), "head size, type and alignment");
         let tiles = (call.heads / shape.kv_heads).div_ceil(DECODE_HEADS);
-        let kernel = of_pages(Source::AttentionDecode, "attention_decode_bf16", shape);
+        let kernel = of_pages(Source::AttentionDecode, "attention_decode", shape);
         let args = Args::default().with(call.args()).with(parts);
         let blocks = [grid(shape.kv_heads * tiles), grid(splits), grid(sequences)];
         self.launch(&kernel, (blocks, 4 * WARP), args)?;
         if splits == 1 {
             return Ok(());
         }
-        let kernel = of_pages(Source::AttentionDecode, "attention_combine_bf16", shape);
+        let kernel = of_pages(Source::AttentionDecode, "attention_combine", shape);
         let args = Args::default()
             .with(call.args())
             .with(parts)

@@ -134,9 +134,9 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let shape = &product.shape;
         let (source, name) = match (scales, shape.wide) {
-            (None, false) => (Source::Linear, "linear_bf16"),
+            (None, false) => (Source::Linear, "linear_act"),
             (None, true) => (Source::Linear, "linear_f32"),
-            (Some(_), false) => (Source::LinearE4m3, "linear_e4m3_bf16"),
+            (Some(_), false) => (Source::LinearE4m3, "linear_e4m3_act"),
             (Some(_), true) => (Source::LinearE4m3, "linear_e4m3_f32"),
         };
         let mut args = Args::default()
