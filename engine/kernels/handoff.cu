@@ -1,13 +1,15 @@
 // Hand-off of pages: copies stretches of memory that may be another GPU's, and sums stretches.
 //
 // copy_stretches: for each stretch, target[v] = source[v]; fold_stretches: for each stretch, sums[piece] += the terms of its
-// vectors, as page/fold.rs defines them: (a + (i + 1) A) (b + (i + 1) B), low half xor high half, with i counted over the piece.
+// vectors, as page/fold.rs defines them: (a + (i + 1) A) (b + (i + 1) B), low half xor high half, with i counted over the piece;
+// copy_fold_stretches: both, so that what was copied is summed while it is in registers, and read once.
 //
 // stretches [count], each of up to 64 KiB in vectors of 16 bytes, source and target 16-byte aligned; sums [pieces] u64, zeroed.
 // Parallel over stretches, one a block at a time, and over vectors, one a thread. Eight vectors of a thread are loaded before
 // the first is used, because memory behind NVLink answers after a microsecond or two: 512 threads so have 64 KiB in flight, and
 // a quarter of a GPU's multiprocessors fill the link; the others are free for the model.
-// Bound: copy, the link's bytes (396 GB/s copied between two H200); fold, 1 byte read a byte.
+// Copying with sums has no barrier: each warp adds its own part up and goes on to the next stretch, so that loads never wait for a sum.
+// Bound: copies, the link's bytes (396 GB/s copied between two H200); fold, 1 byte read a byte.
 
 struct Stretch {
     u64 source, target;
@@ -93,5 +95,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) fold_stretches(const Stret
             atomicAdd(sums + stretch.piece, whole);
         }
         __syncthreads();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) copy_fold_stretches(const Stretch *stretches, int count, u64 *sums) {
+    int lane = threadIdx.x % WARP;
+    for (int s = blockIdx.x; s < count; s += gridDim.x) {
+        Stretch stretch = stretches[s];
+        const Vector *source = (const Vector *)stretch.source;
+        Vector *target = (Vector *)stretch.target;
+        u64 sum = 0;
+        for (u32 start = threadIdx.x; start < stretch.vectors; start += AHEAD * THREADS) {
+            Vector held[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                u32 v = start + k * THREADS;
+                if (v < stretch.vectors) held[k] = load(source + v);
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                u32 v = start + k * THREADS;
+                if (v < stretch.vectors) {
+                    store(target + v, held[k]);
+                    sum += term(stretch.first + v + 1, held[k]);
+                }
+            }
+        }
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (lane == 0 && sum != 0) atomicAdd(sums + stretch.piece, sum);
     }
 }

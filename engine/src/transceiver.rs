@@ -18,11 +18,12 @@ use crate::handoff::{
     Fetch, Handoff, HandoffError, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
     RanksEvent,
 };
-use crate::page::Page;
+use crate::page::{Page, PageShape};
 use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
 use crate::transport::link::LinkTuning;
+use crate::transport::windowed::{DeviceWindows, WindowsOnce};
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
@@ -73,6 +74,8 @@ pub struct TransceiverParams {
     pub advertise_host: String,
     /// The device whose memory this rank's pages lie in, by its number; `None` where they are in the host's.
     pub device: Option<usize>,
+    /// Memory of that device for transports that move it in long pieces only; made of the above.
+    windows: WindowsOnce,
     /// Bounds.
     pub limits: TransceiverLimits,
     /// Whether pieces are sent and taken without checksums: for measuring what these cost, never for serving.
@@ -122,6 +125,7 @@ impl TransceiverParams {
             bind_port: 0,
             advertise_host: host.to_owned(),
             device: None,
+            windows: WindowsOnce::default(),
             limits: TransceiverLimits::default(),
             leave_out_checksums: false,
             link: LinkTuning::default(),
@@ -190,6 +194,14 @@ impl Transceiver {
         params: TransceiverParams,
         sink: HandoffSink,
     ) -> Result<Self, TransceiverStartError> {
+        let window_bytes = window_bytes(&params.config, &params.layout.page);
+        let windows = params
+            .device
+            .map(|device| WindowsOnce::of(device, window_bytes));
+        let params = TransceiverParams {
+            windows: windows.unwrap_or_default(),
+            ..params
+        };
         let variable = |name: &str| std::env::var_os(name);
         let preference = Preference::new(params.config.backend, params.device, variable);
         Self::start_over(params, sink, &preference, KINDS)
@@ -336,14 +348,35 @@ fn fresh_epoch() -> u64 {
     high.rotate_left(32) ^ low
 }
 
+/// Blocks that may be on their way at once, where the config says so.
+fn buffer_blocks(config: &TransceiverConfig, page: &PageShape) -> Option<usize> {
+    let tokens = usize::try_from(config.max_tokens_in_buffer?).ok()?;
+    Some(tokens.div_ceil(page.tokens_per_block.max(1)).max(1))
+}
+
+/// Bytes of a window of a device's memory, for pages of this shape.
+fn window_bytes(config: &TransceiverConfig, page: &PageShape) -> usize {
+    let buffer_bytes = buffer_blocks(config, page).map(|blocks| blocks * page.bytes());
+    DeviceWindows::window_bytes(page.bytes(), buffer_bytes)
+}
+
+/// What a transceiver of this config takes of the memory of the device that its pages lie in, which have this shape.
+pub(crate) fn device_bytes(config: Option<&TransceiverConfig>, page: &PageShape) -> u64 {
+    let Some(config) = config else {
+        return 0;
+    };
+    let variable = |name: &str| std::env::var_os(name);
+    let order = Preference::new(config.backend, Some(0), variable).order;
+    let takes_some = KINDS
+        .iter()
+        .any(|kind| kind.windows && order.contains(&kind.name) && (kind.probe)().is_ok());
+    match takes_some {
+        true => DeviceWindows::bytes(window_bytes(config, page)) as u64,
+        false => 0,
+    }
+}
+
 fn terms(params: &TransceiverParams, layout: &OwnLayout, epoch: u64) -> Terms {
-    let tokens_per_block = layout.side.tokens_per_block();
-    let window = params
-        .config
-        .max_tokens_in_buffer
-        .map_or(usize::MAX, |tokens| {
-            usize::try_from(tokens).map_or(usize::MAX, |t| t.div_ceil(tokens_per_block).max(1))
-        });
     Terms {
         layout: layout.clone(),
         instance: params.instance.clone(),
@@ -351,7 +384,7 @@ fn terms(params: &TransceiverParams, layout: &OwnLayout, epoch: u64) -> Terms {
         epoch,
         transfer_timeout: params.config.kv_transfer_timeout,
         settle_timeout: params.config.sender_future_timeout,
-        window,
+        window: buffer_blocks(&params.config, &params.layout.page).unwrap_or(usize::MAX),
         fetches_running_max: params.limits.fetches_running.max(1),
         leave_out_checksums: params.leave_out_checksums,
         stale_epoch: params.faults.stale_epoch,

@@ -32,6 +32,7 @@ pub mod shm;
 pub mod staging;
 pub mod tcp;
 pub mod ucx;
+pub mod windowed;
 
 #[cfg(test)]
 pub(crate) mod conformance;
@@ -248,6 +249,8 @@ pub enum TransportEvent {
         /// [`checksum`] of the piece as it lies here, its stretches in the order of the runs, where the transport has made it
         /// with the bytes at hand; otherwise it is still to be made.
         checksum: Option<u64>,
+        /// [`crate::page::fold`] of the piece as it lies on its device, where that has made it with the bytes at hand.
+        fold: Option<u64>,
     },
     /// A write of ours is over and its source is not referenced any more.
     WriteDone {

@@ -9,6 +9,35 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 
+/// Which way bytes go between an arena and another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Course {
+    /// Out of the other arena.
+    Gather,
+    /// Into the other arena.
+    Scatter,
+}
+
+/// Bytes that lie in one arena and belong into another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Where in the arena that is asked.
+    pub here: usize,
+    /// Where in the other one.
+    pub there: usize,
+    /// How many.
+    pub bytes: usize,
+}
+
+/// Spans that are summed together, one after the other.
+#[derive(Debug, Clone)]
+pub struct Exchange<'a> {
+    /// The other arena: of the same device.
+    pub other: &'a dyn DeviceArena,
+    /// What goes where.
+    pub spans: Vec<Span>,
+}
+
 /// One allocation on a device.
 ///
 /// Each call sees what the backend had put on its streams before the page in question was shared or lent, and is done when it
@@ -38,6 +67,29 @@ pub trait DeviceArena: Any + Debug + Send + Sync {
     /// When the device fails.
     fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>>;
 
+    /// Copies between this memory and others of the same device. For each exchange, the checksum ([`super::fold`]) of its spans one
+    /// after the other, made of what was copied; none where they do not lie as the device sums them in passing, and for
+    /// [`Course::Gather`].
+    ///
+    /// # Errors
+    /// When another arena is not of this device, or the device fails.
+    fn exchange(&self, course: Course, exchanges: &[Exchange<'_>]) -> io::Result<Vec<Option<u64>>>;
+
+    /// The device's number among those that this process sees, as libraries name it.
+    fn ordinal(&self) -> usize;
+
+    /// Makes the device the one that libraries use on this thread.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn enter(&self) -> io::Result<()>;
+
+    /// Waits until nothing that anybody has put on the device is under way.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn settle(&self) -> io::Result<()>;
+
     /// More memory of the same device, zeroed.
     ///
     /// # Errors
@@ -49,9 +101,10 @@ pub trait DeviceArena: Any + Debug + Send + Sync {
 pub(crate) mod fake {
     //! A device that is none, for what can be tested of device memory without one.
 
+    use std::any::Any;
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
-    use super::{DeviceArena, Range, io};
+    use super::{Course, DeviceArena, Exchange, Range, io};
     use crate::page::fold::Fold;
     use crate::page::{Page, PageShape};
 
@@ -101,6 +154,42 @@ pub(crate) mod fake {
                 fold.digest()
             };
             Ok(pieces.iter().map(sum).collect())
+        }
+
+        fn exchange(
+            &self,
+            course: Course,
+            exchanges: &[Exchange<'_>],
+        ) -> io::Result<Vec<Option<u64>>> {
+            let one = |exchange: &Exchange<'_>| {
+                let other = (exchange.other as &dyn Any).downcast_ref::<Self>();
+                let other = other.ok_or_else(|| io::Error::other("of another device"))?;
+                let mut fold = Fold::default();
+                for span in &exchange.spans {
+                    let mut bytes = vec![0; span.bytes];
+                    let (from, to) = match course {
+                        Course::Gather => ((other, span.there), (self, span.here)),
+                        Course::Scatter => ((self, span.here), (other, span.there)),
+                    };
+                    from.0.read(from.1, &mut bytes)?;
+                    to.0.write(to.1, &bytes)?;
+                    fold.update(&bytes);
+                }
+                Ok((course == Course::Scatter).then(|| fold.digest()))
+            };
+            exchanges.iter().map(one).collect()
+        }
+
+        fn ordinal(&self) -> usize {
+            0
+        }
+
+        fn enter(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn settle(&self) -> io::Result<()> {
+            Ok(())
         }
 
         fn another(&self, bytes: usize) -> io::Result<Box<dyn DeviceArena>> {

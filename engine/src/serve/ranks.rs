@@ -14,11 +14,12 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::CudaBackend;
 use crate::backend::{Backend, BackendError};
 use crate::collective::{Collective, RankNames, mpi};
+use crate::model::Model as _;
 use crate::model::load::{LoadProgress, ModelHeader, page_shape};
 use crate::model::shard::{Grid, Place};
 use crate::parallel::{self, Following, Leading, Led, ParallelError, Room};
 use crate::ranks::{FollowerSpec, LeaderRanks, RankCall};
-use crate::{group, machine};
+use crate::{group, machine, transceiver};
 
 /// Loads the model onto as many ranks as the options ask for.
 pub(super) fn load(
@@ -116,14 +117,18 @@ fn load_on<B: Backend>(
 ) -> Result<Led, ServeError> {
     let advance = |step: LoadProgress<'_>| progress.advance(step);
     let shard = header.load(backend, Place::ALONE, &advance)?;
-    let device_bytes = shard.decoder.free_device_bytes(llm);
+    let page = page_shape(shard.decoder.shape(), llm);
+    let device_bytes = shard.decoder.free_device_bytes(llm).map(|free| {
+        let windows = transceiver::device_bytes(llm.transceiver.as_ref(), &page);
+        free.saturating_sub(windows)
+    });
     let loaded = header.with_model(Box::new(shard.decoder));
     let weight_bytes = loaded.model.weight_bytes() as u64;
     let room = Room {
         available_bytes: device_bytes.unwrap_or_else(machine::available_bytes),
         // On a device they have taken their place.
         weight_bytes: device_bytes.map_or(weight_bytes, |_| 0),
-        page_bytes: page_shape(loaded.model.shape(), llm).bytes() as u64,
+        page_bytes: page.bytes() as u64,
     };
     Ok(Led {
         loaded,

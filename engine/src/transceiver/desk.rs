@@ -252,6 +252,7 @@ impl Desk {
                 transfer,
                 note,
                 checksum,
+                fold,
             } => {
                 self.around.wires.met(peer, wire);
                 let landing = Landing {
@@ -259,6 +260,7 @@ impl Desk {
                     runs: &runs,
                     note: &note,
                     checksum,
+                    fold,
                 };
                 self.on_landed((peer, transfer), landing);
             }

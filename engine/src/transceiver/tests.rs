@@ -12,7 +12,7 @@ use super::*;
 use crate::backend::BlockId;
 use crate::handoff::{HandoffStats, LeaseEnd, RanksEvent};
 use crate::page::{KvDtype, Page, PageShape};
-use crate::transport::{MemoryKind, memory};
+use crate::transport::{MemoryKind, memory, windowed};
 
 mod adversity;
 mod device;
@@ -28,6 +28,18 @@ const MEMORY: Kind = Kind {
     name: "memory",
     probe: || Err("for tests only".to_owned()),
     start: |_, events| Ok(memory::start_for_tests(events)),
+    windows: false,
+};
+
+/// The transport through windows of a device that is none.
+const WINDOWED: Kind = Kind {
+    name: "windowed",
+    probe: || Err("for tests only".to_owned()),
+    start: |params, events| {
+        let params = wires::link_params(params, 0);
+        Ok(Arc::new(windowed::tests::start_for_tests(params, events)))
+    },
+    windows: false,
 };
 
 /// How long a test waits for an event that must come.
@@ -49,6 +61,8 @@ impl Wire {
     const TCP: Self = Self("tcp");
     /// The quickest to start, for tests that are not about transports.
     const MEMORY: Self = Self("memory");
+    /// For pages of a device on both sides.
+    const WINDOWED: Self = Self("windowed");
 }
 
 /// Every transport between processes that this machine has: those that can be cut, stalled and lied over.
@@ -121,7 +135,7 @@ impl Instance {
         let (sender, events) = channel();
         let sink: HandoffSink = Arc::new(move |event| drop(sender.send(event)));
         let shape = params.layout.page;
-        let kinds: Vec<_> = KINDS.iter().copied().chain([MEMORY]).collect();
+        let kinds: Vec<_> = KINDS.iter().copied().chain([MEMORY, WINDOWED]).collect();
         let preference = Preference::of(vec![wire.0]);
         let transceiver = Transceiver::start_over(params, sink, &preference, &kinds).unwrap();
         Self::around(transceiver, shape, events)

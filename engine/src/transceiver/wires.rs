@@ -29,6 +29,8 @@ pub(super) struct Kind {
     /// What it can do on this machine; otherwise what is missing. Starts nothing.
     pub(super) probe: fn() -> Result<Capability, String>,
     pub(super) start: Start,
+    /// Whether it moves pages of a device through windows of its memory.
+    pub(super) windows: bool,
 }
 
 /// Starts a transport; otherwise says why it is not there.
@@ -46,6 +48,7 @@ pub(super) const KINDS: &[Kind] = &[
             Some(device) => link(cuda_ipc::start(device, link_params(params, 0), events)),
             None => Err("this instance's kv is in the host's memory".to_owned()),
         },
+        windows: false,
     },
     Kind {
         name: "nixl",
@@ -53,7 +56,8 @@ pub(super) const KINDS: &[Kind] = &[
             Ok(found) => Ok(found.capability),
             Err(missing) => Err(missing.to_string()),
         },
-        start: |params, events| link(nixl::start(link_params(params, 0), events)),
+        start: |params, events| link(nixl::start(&params.windows, link_params(params, 0), events)),
+        windows: true,
     },
     Kind {
         name: "ucx",
@@ -61,7 +65,8 @@ pub(super) const KINDS: &[Kind] = &[
             Ok(_) => Ok(ucx::CAPABILITY),
             Err(missing) => Err(missing.to_string()),
         },
-        start: |params, events| link(ucx::start(link_params(params, 0), events)),
+        start: |params, events| link(ucx::start(&params.windows, link_params(params, 0), events)),
+        windows: true,
     },
     Kind {
         name: "mpi",
@@ -70,21 +75,24 @@ pub(super) const KINDS: &[Kind] = &[
             Err(missing) => Err(missing.to_string()),
         },
         start: |params, events| link(mpi::start(link_params(params, 0), events)),
+        windows: false,
     },
     Kind {
         name: "shm",
         probe: || Ok(shm::CAPABILITY),
         start: |params, events| link(shm::start(link_params(params, 0), events)),
+        windows: false,
     },
     Kind {
         name: "tcp",
         probe: || Ok(tcp::CAPABILITY),
         start: |params, events| link(tcp::start(link_params(params, params.bind_port), events)),
+        windows: false,
     },
 ];
 
 /// A link of these params, on this port: a fixed one is for one transport only.
-fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
+pub(super) fn link_params(params: &TransceiverParams, bind_port: u16) -> LinkParams {
     LinkParams {
         bind_host: params.bind_host.clone(),
         bind_port,

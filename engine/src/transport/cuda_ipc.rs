@@ -285,11 +285,12 @@ impl Fabric for CudaFabric {
         let (from, _) = peer.map(&address.probe)?;
         let runs = Runs::whole(SECRET_BYTES);
         let page = &mut found;
-        let begun = peer.mover.begin(&mut [Move {
+        let probe = Move {
             from,
             runs: &runs,
             page,
-        }]);
+        };
+        let begun = peer.mover.begin(&mut [probe], false);
         begun
             .and_then(|()| peer.mover.finish())
             .map_err(unreachable)?;
@@ -337,6 +338,7 @@ impl FabricPeer for CudaPeer {
         Ok(RemoteArena {
             handle: handle as u64,
             bytes: key.bytes,
+            on_device: true,
         })
     }
 
@@ -347,7 +349,7 @@ impl FabricPeer for CudaPeer {
         cancelled: &AtomicBool,
     ) -> Result<(), FabricError> {
         self.begin(jobs, deadline, cancelled)?;
-        self.finish()
+        self.finish(cancelled).map(drop)
     }
 
     fn begin(
@@ -363,6 +365,7 @@ impl FabricPeer for CudaPeer {
         if Instant::now() >= deadline {
             return Err(FabricError::TimedOut { fabric });
         }
+        let summed = jobs.iter().any(|job| job.sum);
         let moves = jobs.iter_mut().map(|job| {
             let from = usize::try_from(job.from.handle);
             Ok(Move {
@@ -372,10 +375,10 @@ impl FabricPeer for CudaPeer {
             })
         });
         let mut moves: Vec<_> = moves.collect::<Result<_, FabricError>>()?;
-        self.mover.begin(&mut moves).map_err(failed)
+        self.mover.begin(&mut moves, summed).map_err(failed)
     }
 
-    fn finish(&mut self) -> Result<(), FabricError> {
+    fn finish(&mut self, _: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
         self.mover.finish().map_err(failed)
     }
 }

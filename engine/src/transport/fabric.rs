@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use super::Capability;
 use super::runs::Runs;
+use super::staging::Staging;
 use crate::page::Page;
 use crate::page::arena::{Arena, ForeignAllocator};
 
@@ -50,6 +51,8 @@ pub(crate) struct RemoteArena {
     pub(crate) handle: u64,
     /// Its length. The control plane lets no job begin whose source ends beyond it.
     pub(crate) bytes: u64,
+    /// Whether it is memory of a device.
+    pub(crate) on_device: bool,
 }
 
 /// One piece to read.
@@ -156,6 +159,18 @@ pub(crate) trait Fabric: Debug + Send + Sync {
         None
     }
 
+    /// Where pages of a device are gathered before peers read them, for those that have a [`Fabric::window_of`]; none where
+    /// they are read where they lie, or not at all.
+    fn windows(&self) -> Option<&Arc<Staging>> {
+        None
+    }
+
+    /// How much a process with this address reads of a window at once; none when it reads no windows.
+    fn window_of(&self, address: &[u8]) -> Option<usize> {
+        let _ = address;
+        None
+    }
+
     /// Allocates memory that peers read faster than any other; none where all memory is alike.
     fn allocator(&self) -> Option<ForeignAllocator> {
         None
@@ -221,11 +236,14 @@ pub(crate) trait FabricPeer: Debug + Send {
         self.read(jobs, deadline, cancelled)
     }
 
-    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns.
+    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns. For each of its jobs,
+    /// the checksum ([`crate::page::fold`]) of what lies on a device, where that made it as it copied; or nothing at all.
+    /// `cancelled` is looked at as in [`FabricPeer::read`].
     ///
     /// # Errors
     /// The first thing that went wrong with it.
-    fn finish(&mut self) -> Result<(), FabricError> {
-        Ok(())
+    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+        let _ = cancelled;
+        Ok(Vec::new())
     }
 }

@@ -201,6 +201,7 @@ impl Shared {
             transfer: write.transfer,
             note: write.note.clone(),
             checksum: None,
+            fold: None,
         }]);
         WriteOutcome::Sent
     }

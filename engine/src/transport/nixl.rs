@@ -10,6 +10,9 @@
 //!
 //! It does not use NIXL's notifications, its metadata exchange or its writes: those are the control plane's work.
 //!
+//! Memory of GPUs is read in windows only ([`super::windowed`]): one request of the first lane a window, begun before the one before has
+//! ended. Given 64 KiB pieces one by one, NIXL reaches 10.5 GB/s over NVLink, and 390 with all in one piece.
+//!
 //! Within a host, UCX has the kernel copy from process to process, on the thread that asks. Measured on 16 cores, 1 GiB
 //! in scattered 64 KiB pieces, as shares of NIXL in one piece (4.1 GB/s; a plain copy 9.4): one by one 0.76, in windows of
 //! 256 0.85, in 2, 4, 8 lanes 1.45, 2.2, 3.0. Over TCP, which UCX does in software, everything is several times slower than
@@ -28,11 +31,13 @@ use uuid::Uuid;
 
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
+use super::windowed::{Windowed, WindowsOnce};
 use super::{Capability, MemoryKind, Reach, Sides, TransportSink};
 use crate::page::arena::Arena;
+use crate::page::device::DeviceArena;
 use address::{Address, Host, Key};
 use find::Plugin;
-use library::{Agent, Library, Progress};
+use library::{Agent, Library, Place, Progress};
 use peer::{NixlPeer, Source};
 
 mod address;
@@ -111,13 +116,20 @@ pub enum NixlStartError {
     Link(#[from] LinkStartError),
 }
 
-/// Starts the transport.
+/// Starts the transport; pages of a GPU go through these windows of its memory, where NIXL takes it.
 ///
 /// # Errors
 /// When NIXL is not to be had, or the address cannot be bound.
-pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, NixlStartError> {
-    let fabric = Arc::new(NixlFabric::start()?);
-    Ok(LinkTransport::over(fabric, params, sink)?)
+pub fn start(
+    windows: &WindowsOnce,
+    params: LinkParams,
+    sink: TransportSink,
+) -> Result<LinkTransport, NixlStartError> {
+    // No memory of a GPU is taken for a library that is not there.
+    Library::get()?;
+    let windows = windows.get();
+    let fabric = Windowed::over(Arc::new(NixlFabric::start()?), windows);
+    Ok(LinkTransport::over(Arc::new(fabric), params, sink)?)
 }
 
 /// What NIXL is on this machine.
@@ -322,13 +334,16 @@ impl Fabric for NixlFabric {
             return Ok(key.clone());
         }
         let (start, bytes) = (arena.base().expose_provenance(), arena.bytes());
-        agent.register(start, bytes).map_err(memory)?;
+        let place = Place::of(arena);
+        enter(arena).map_err(memory)?;
+        agent.register((start, bytes), place).map_err(memory)?;
         // Whatever comes now, the agent knows the memory.
         kept.push(Arc::clone(arena));
         let key = Key {
             start,
             bytes,
-            memory: agent.description(start, bytes).map_err(memory)?,
+            gpu: arena.device().map(|device| device.ordinal() as u64),
+            memory: agent.description((start, bytes), place).map_err(memory)?,
         };
         let key = ArenaKey(key.encode());
         keys.insert(arena.id(), key.clone());
@@ -370,6 +385,12 @@ impl Fabric for NixlFabric {
 fn near_lanes_max() -> usize {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     (cores / 2).clamp(2, 8)
+}
+
+/// Makes an arena's GPU the one that NIXL's plug-ins use on this thread.
+fn enter(arena: &Arena) -> Result<(), String> {
+    let entered = arena.device().map_or(Ok(()), DeviceArena::enter);
+    entered.map_err(|error| error.to_string())
 }
 
 /// Of an agent: nobody has had it, on any host.

@@ -19,7 +19,9 @@ use super::link::tests::brisk;
 use super::link::{LinkParams, on_loopback};
 use super::memory::{into_channel, one_by_one};
 use super::*;
+use crate::backend::cuda;
 use crate::transport::staging::plain_shape;
+use crate::transport::windowed::WindowsOnce;
 
 /// Says to a child which transport it starts.
 const KIND: &str = "BATON_TEST_PEER_TRANSPORT";
@@ -30,9 +32,28 @@ const ENDPOINT: &str = "endpoint ";
 const PAGE_BYTES: usize = 1 << 20;
 const PAGES: usize = 48;
 
-/// Whether this machine has a transport; says what is missing where it has not.
+/// What the name of a kind ends with whose pages are of a GPU: the first one's here, the last one's in a child.
+const ON_GPU: &str = " on gpus";
+
+/// Bytes of a window in these tests: less than all pages have.
+const WINDOW_BYTES: usize = 8 * PAGE_BYTES;
+
+/// The GPU that pages of a kind are on, in this process.
+fn gpu_of(kind: &str) -> Option<usize> {
+    let last = || cuda::device_count().map_or(0, |count| count - 1);
+    let is_child = std::env::var_os(KIND).is_some();
+    kind.ends_with(ON_GPU)
+        .then(|| if is_child { last() } else { 0 })
+}
+
+/// Whether this machine has a transport; says what is missing where it has not. A machine that is said to have GPUs
+/// (`BATON_TEST_GPU=1`) must have what kinds on GPUs need.
 fn is_there(kind: &str) -> bool {
-    let probed = match kind {
+    if kind.ends_with(ON_GPU) && std::env::var_os("BATON_TEST_GPU").is_none() {
+        eprintln!("not over {kind}: BATON_TEST_GPU is not set");
+        return false;
+    }
+    let probed = match kind.trim_end_matches(ON_GPU) {
         "ucx" => ucx::probe().map(drop).map_err(|error| error.to_string()),
         "nixl" => nixl::probe().map(drop).map_err(|error| error.to_string()),
         _ => return true,
@@ -46,13 +67,20 @@ fn start(kind: &str, sink: TransportSink) -> Arc<dyn Transport> {
         tuning: brisk(),
         ..on_loopback()
     };
-    Arc::new(match kind {
+    let windows = gpu_of(kind).map(|gpu| WindowsOnce::of(gpu, WINDOW_BYTES));
+    let windows = windows.unwrap_or_default();
+    let transport = match kind.trim_end_matches(ON_GPU) {
         "tcp" => tcp::start(params, sink).unwrap(),
         "shm" => shm::start(params, sink).unwrap(),
-        "ucx" => ucx::start(params, sink).unwrap(),
-        "nixl" => nixl::start(params, sink).unwrap(),
+        "ucx" => ucx::start(&windows, params, sink).unwrap(),
+        "nixl" => nixl::start(&windows, params, sink).unwrap(),
         other => panic!("{other}"),
-    })
+    };
+    if kind.ends_with(ON_GPU) {
+        let memory = transport.capability().memory;
+        assert!(memory.contains(&MemoryKind::Device), "{memory:?}");
+    }
+    Arc::new(transport)
 }
 
 /// What a parent asks of a child, and a child answers.
@@ -66,17 +94,21 @@ enum Wish {
     Registered(Vec<RemoteRegion>),
 }
 
-fn pages() -> Vec<Page> {
-    let mut pages = Page::pool(plain_shape(PAGE_BYTES), PAGES).unwrap();
+fn pages(kind: &str) -> Vec<Page> {
+    let mut pages = blank_pages(kind);
     for (index, page) in pages.iter_mut().enumerate() {
         let index = u8::try_from(index).unwrap();
-        page.as_bytes_mut().fill(index + 1);
+        page.write(0, &vec![index + 1; PAGE_BYTES]).unwrap();
     }
     pages
 }
 
-fn blank_pages() -> Vec<Page> {
-    Page::pool(plain_shape(PAGE_BYTES), PAGES).unwrap()
+fn blank_pages(kind: &str) -> Vec<Page> {
+    let shape = plain_shape(PAGE_BYTES);
+    match gpu_of(kind) {
+        Some(gpu) => cuda::device_pages(gpu, shape, PAGES).unwrap(),
+        None => Page::pool(shape, PAGES).unwrap(),
+    }
 }
 
 fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
@@ -120,7 +152,7 @@ fn as_a_peer() {
         "\n{ENDPOINT}{}",
         serde_json::to_string(&transport.endpoint()).unwrap()
     );
-    let sources: Vec<_> = pages().into_iter().map(Arc::new).collect();
+    let sources: Vec<_> = pages(&kind).into_iter().map(Arc::new).collect();
     let mut writes = Vec::new();
     while let Ok(Woken::Event(event)) = woken.recv() {
         if let TransportEvent::Message { peer, message } = event {
@@ -131,7 +163,7 @@ fn as_a_peer() {
                     writes.reverse();
                 }
                 Wish::Register(count) => {
-                    let pages = blank_pages().into_iter().take(count);
+                    let pages = blank_pages(&kind).into_iter().take(count);
                     let regions = pages.map(|page| transport.register(page).unwrap().remote);
                     let answer = Wish::Registered(regions.collect());
                     let answer = serde_json::to_vec(&answer).unwrap();
@@ -237,9 +269,9 @@ enum Step {
 }
 
 /// Has a child write all pages, which suffers at a step; none when it shall not.
-fn fetch(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
+fn fetch(kind: &str, node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
     let to = connect(node, peer);
-    let regions: Vec<_> = blank_pages()
+    let regions: Vec<_> = blank_pages(kind)
         .into_iter()
         .map(|page| node.transport.register(page).unwrap())
         .collect();
@@ -282,7 +314,8 @@ fn fetch(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
         let Deregistered::Now(page) = node.transport.deregister(region.id) else {
             panic!("a page is kept after the peer is lost");
         };
-        right += usize::from(page.as_bytes().iter().all(|byte| *byte == expected));
+        let bytes = page.to_host().unwrap();
+        right += usize::from(bytes.iter().all(|byte| *byte == expected));
     }
     assert!(right >= landed, "{right} of {landed} pieces are as sent");
     if lost {
@@ -294,7 +327,7 @@ fn fetch(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
 }
 
 /// Writes all pages to a child, which suffers at a step.
-fn give(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
+fn give(kind: &str, node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
     let to = connect(node, peer);
     wish(node, to, &Wish::Register(PAGES));
     let TransportEvent::Message { message, .. } = node.next() else {
@@ -303,7 +336,7 @@ fn give(node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
     let Wish::Registered(regions) = serde_json::from_slice(&message).unwrap() else {
         panic!("a child names its regions");
     };
-    let sources: Vec<_> = pages().into_iter().map(Arc::new).collect();
+    let sources: Vec<_> = pages(kind).into_iter().map(Arc::new).collect();
     let mut outcomes = BTreeMap::new();
     let suffer_at = |step: Step| match suffers {
         Some((at, signal)) if at == step => peer.suffer(signal),
@@ -356,13 +389,13 @@ fn outcomes_are(outcomes: &BTreeMap<String, usize>, count: usize) -> bool {
 }
 
 /// At each step: the child suffers, everything comes back, and another child serves the same transport.
-fn each_step(kind: &str, signal: Signal, go: fn(&Node, &Peer, Option<(Step, Signal)>)) {
+fn each_step(kind: &str, signal: Signal, go: fn(&str, &Node, &Peer, Option<(Step, Signal)>)) {
     let node = node(kind);
     for step in [Step::Before, Step::During, Step::After] {
         let peer = Peer::start(kind);
-        go(&node, &peer, Some((step, signal)));
+        go(kind, &node, &peer, Some((step, signal)));
         let again = Peer::start(kind);
-        go(&node, &again, None);
+        go(kind, &node, &again, None);
     }
     assert!(node.events.try_recv().is_err(), "an event too many");
 }
@@ -431,4 +464,11 @@ macro_rules! over {
     )*};
 }
 
-over!(over_tcp: "tcp", over_shm: "shm", over_ucx: "ucx", over_nixl: "nixl");
+over!(
+    over_tcp: "tcp",
+    over_shm: "shm",
+    over_ucx: "ucx",
+    over_nixl: "nixl",
+    over_ucx_on_gpus: "ucx on gpus",
+    over_nixl_on_gpus: "nixl on gpus"
+);

@@ -420,6 +420,7 @@ impl FabricPeer for ShmPeer {
         Ok(RemoteArena {
             handle: self.arenas.len() as u64 - 1,
             bytes,
+            on_device: false,
         })
     }
 

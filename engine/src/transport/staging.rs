@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use crate::page::arena::ForeignAllocator;
+use crate::page::arena::{Arena, ForeignAllocator};
 use crate::page::{KvDtype, Page, PageShape};
 
 /// How much staging memory a transport has, for each direction.
@@ -42,6 +42,7 @@ struct State {
 /// The slots of one transport and direction.
 pub(crate) struct Staging {
     size: StagingSize,
+    arena: Option<Arc<Arena>>,
     state: Mutex<State>,
     freed: Condvar,
 }
@@ -72,8 +73,15 @@ impl Staging {
             tracing::warn!(%error, "no staging memory for the kv transport: short runs go through its stream");
             Vec::new()
         });
+        Self::of(size, free)
+    }
+
+    /// Of slots that are there already: pages of one arena, which may be a device's.
+    pub(crate) fn of(size: StagingSize, free: Vec<Page>) -> Arc<Self> {
         let slots = free.len();
+        let arena = free.first().and_then(Page::arena);
         Arc::new(Self {
+            arena: arena.map(|(arena, _)| Arc::clone(arena)),
             size: StagingSize { slots, ..size },
             state: Mutex::new(State {
                 free,
@@ -81,6 +89,21 @@ impl Staging {
             }),
             freed: Condvar::new(),
         })
+    }
+
+    /// What the slots are cut from.
+    pub(crate) fn arena(&self) -> Option<Arc<Arena>> {
+        self.arena.clone()
+    }
+
+    /// How many slots there are.
+    pub(crate) const fn slots(&self) -> usize {
+        self.size.slots
+    }
+
+    /// Bytes of a slot.
+    pub(crate) const fn slot_bytes(&self) -> usize {
+        self.size.slot_bytes
     }
 
     /// Whether so many bytes go into a slot at all.

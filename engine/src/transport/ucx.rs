@@ -5,11 +5,13 @@
 //! driven by whoever reads, so no lock is shared between peers and ending a worker ends all that it could still write. One
 //! more worker, on a thread of its own, answers the peers that read from us: some wires need our help for that.
 //!
+//! Memory of GPUs is read in windows only ([`super::windowed`]), where UCX has its modules for CUDA.
+//!
 //! UCX chooses the wire; its `UCX_…` variables apply. Memory that UCX has allocated itself is mapped by peers of the same
 //! host and read by copying. Invariant: an exported arena stays registered until the fabric is dropped.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, PipeWriter};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +28,7 @@ use self::worker::Worker;
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::staging::plain_shape;
+use super::windowed::{Windowed, WindowsOnce};
 use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
 use crate::page::Page;
 use crate::page::arena::{Arena, ForeignAllocator, ForeignMemory};
@@ -127,13 +130,20 @@ pub enum UcxStartError {
     Link(#[from] LinkStartError),
 }
 
-/// Starts the transport.
+/// Starts the transport; pages of a GPU go through these windows of its memory, where UCX takes it.
 ///
 /// # Errors
 /// When UCX is not to be had, or the address cannot be bound.
-pub fn start(params: LinkParams, sink: TransportSink) -> Result<LinkTransport, UcxStartError> {
-    let fabric = Arc::new(Ucx::start()?);
-    Ok(LinkTransport::over(fabric, params, sink)?)
+pub fn start(
+    windows: &WindowsOnce,
+    params: LinkParams,
+    sink: TransportSink,
+) -> Result<LinkTransport, UcxStartError> {
+    // No memory of a GPU is taken for a library that is not there.
+    Library::open().map_err(StartError::from)?;
+    let windows = windows.get();
+    let fabric = Windowed::over(Arc::new(Ucx::start()?), windows);
+    Ok(LinkTransport::over(Arc::new(fabric), params, sink)?)
 }
 
 /// The version of the UCX that is found here. Opens the library and starts nothing.
@@ -189,13 +199,14 @@ impl Ucx {
     ) -> Result<Connection, ConnectionError> {
         let mut connection = Connection::open(self.context, &record.worker, limits)?;
         let key = KeyRecord::decode(&record.probe_key).map_err(|_| ConnectionError::Stranger)?;
-        let number = connection.add(key.base, PROBE_BYTES, &key.key)?;
+        let number = connection.add((key.base, PROBE_BYTES), false, &key.key)?;
         let mut page = Page::zeroed(plain_shape(PROBE_BYTES));
         let whole = Runs::whole(PROBE_BYTES);
         let job = ReadJob::new(
             RemoteArena {
                 handle: number as u64,
                 bytes: PROBE_BYTES as u64,
+                on_device: false,
             },
             &whole,
             &mut page,
@@ -231,6 +242,7 @@ fn exported(context: &'static Context, arena: &Arc<Arena>) -> Result<Export, Cal
         let record = KeyRecord {
             base: memory.address(),
             bytes: arena.bytes() as u64,
+            on_gpu: arena.device().is_some(),
             key: memory.key()?,
         };
         Ok(ArenaKey(record.encode()))
@@ -282,6 +294,19 @@ impl Fabric for Ucx {
     }
 
     fn export(&self, arena: &Arc<Arena>) -> Result<ArenaKey, FabricError> {
+        if let Some(device) = arena.device() {
+            let memory = |detail: String| FabricError::Memory {
+                fabric: UCX,
+                detail,
+            };
+            if !self.context.takes_gpus() {
+                let version = self.context.version();
+                return Err(memory(format!(
+                    "UCX {version} here has no support for GPUs (its modules cuda_copy and cuda_ipc)"
+                )));
+            }
+            device.enter().map_err(|error| memory(error.to_string()))?;
+        }
         let mut exports = self.exports.lock().unwrap_or_else(|e| e.into_inner());
         let export = match exports.entry(arena.id()) {
             Entry::Occupied(there) => there.into_mut(),
@@ -336,6 +361,7 @@ impl Fabric for Ucx {
         *self.wire.lock().unwrap_or_else(|e| e.into_inner()) = Some(wire.clone());
         Ok(Box::new(UcxPeer {
             connection,
+            begun: VecDeque::new(),
             wire,
             told: Arc::clone(&self.wire),
             closed: Arc::clone(&self.closed),
@@ -383,6 +409,8 @@ impl Answering {
 #[derive(Debug)]
 struct UcxPeer {
     connection: Connection,
+    /// Batches that were begun, in order; those into the host's memory are over.
+    begun: VecDeque<Option<(u64, Instant)>>,
     /// Its lanes, as UCX has them.
     wire: String,
     /// Where the fabric keeps that, and how its memory is read, for those who ask.
@@ -399,7 +427,8 @@ impl FabricPeer for UcxPeer {
         };
         let record = KeyRecord::decode(key).map_err(|error| malformed(error.to_string()))?;
         let bytes = usize::try_from(record.bytes).map_err(|error| malformed(error.to_string()))?;
-        let number = self.connection.add(record.base, bytes, &record.key);
+        let range = (record.base, bytes);
+        let number = self.connection.add(range, record.on_gpu, &record.key);
         let number = number.map_err(|error| FabricError::Unreachable {
             fabric: UCX,
             detail: error.to_string(),
@@ -415,6 +444,7 @@ impl FabricPeer for UcxPeer {
         Ok(RemoteArena {
             handle: number as u64,
             bytes: record.bytes,
+            on_device: record.on_gpu,
         })
     }
 
@@ -430,13 +460,57 @@ impl FabricPeer for UcxPeer {
             closed: &self.closed,
         };
         let read = self.connection.read(jobs, limits);
-        read.map_err(|error| match error {
+        read.map_err(|error| self.failed(error))
+    }
+
+    fn begin(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
+        if !jobs.iter().any(|job| job.page.is_on_device()) {
+            self.read(jobs, deadline, cancelled)?;
+            self.begun.push_back(None);
+            return Ok(());
+        }
+        let closed = Arc::clone(&self.closed);
+        let limits = Limits {
+            deadline,
+            cancelled,
+            closed: &closed,
+        };
+        let begun = self.connection.begin(jobs, limits);
+        let batch = begun.map_err(|error| self.failed(error))?;
+        self.begun.push_back(Some((batch, deadline)));
+        Ok(())
+    }
+
+    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+        let Some(Some((batch, deadline))) = self.begun.pop_front() else {
+            return Ok(Vec::new());
+        };
+        let closed = Arc::clone(&self.closed);
+        let limits = Limits {
+            deadline,
+            cancelled,
+            closed: &closed,
+        };
+        let finished = self.connection.finish(batch, limits);
+        finished.map_err(|error| self.failed(error))?;
+        Ok(Vec::new())
+    }
+}
+
+impl UcxPeer {
+    fn failed(&self, error: ConnectionError) -> FabricError {
+        match error {
             ConnectionError::TimedOut => FabricError::TimedOut { fabric: UCX },
             ConnectionError::Cancelled => FabricError::Cancelled { fabric: UCX },
             other => FabricError::Read {
                 fabric: UCX,
                 detail: format!("{other} (over {})", self.wire),
             },
-        })
+        }
     }
 }

@@ -58,6 +58,8 @@ constants! {
     UCP_PARAM_FIELD_MT_WORKERS_SHARED: u64 = 1 << 5;
     /// `UCP_ATTR_FIELD_THREAD_MODE`.
     UCP_ATTR_FIELD_THREAD_MODE: u64 = 1 << 1;
+    /// `UCP_ATTR_FIELD_MEMORY_TYPES`.
+    UCP_ATTR_FIELD_MEMORY_TYPES: u64 = 1 << 2;
     /// `UCP_WORKER_PARAM_FIELD_THREAD_MODE`.
     UCP_WORKER_PARAM_FIELD_THREAD_MODE: u64 = 1 << 0;
     /// `UCS_THREAD_MODE_SERIALIZED`: many threads, one at a time.
@@ -70,6 +72,10 @@ constants! {
     UCP_MEM_MAP_PARAM_FIELD_LENGTH: u64 = 1 << 1;
     /// `UCP_MEM_MAP_PARAM_FIELD_FLAGS`.
     UCP_MEM_MAP_PARAM_FIELD_FLAGS: u64 = 1 << 2;
+    /// `UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE`.
+    UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE: u64 = 1 << 4;
+    /// `UCS_MEMORY_TYPE_CUDA`: memory of an NVIDIA GPU; in a set of types, the bit of this number.
+    UCS_MEMORY_TYPE_CUDA: c_uint = 1;
     /// `UCP_MEM_MAP_NONBLOCK`: memory need not be resident at once.
     UCP_MEM_MAP_NONBLOCK: c_uint = 1 << 0;
     /// `UCP_MEM_MAP_ALLOCATE`: UCX finds the memory itself.
@@ -88,6 +94,8 @@ constants! {
     UCP_ERR_HANDLING_MODE_PEER: c_uint = 1;
     /// `UCP_OP_ATTR_FIELD_FLAGS`.
     UCP_OP_ATTR_FIELD_FLAGS: u32 = 1 << 4;
+    /// `UCP_OP_ATTR_FIELD_MEMORY_TYPE`.
+    UCP_OP_ATTR_FIELD_MEMORY_TYPE: u32 = 1 << 6;
     /// `UCP_OP_ATTR_FIELD_MEMH`: the local memory's registration is given.
     UCP_OP_ATTR_FIELD_MEMH: u32 = 1 << 8;
     /// `UCP_EP_CLOSE_FLAG_FORCE`: what is under way is cancelled.
@@ -232,7 +240,7 @@ plain! {
         flags: c_uint,
         /// Not used here.
         prot: c_uint,
-        /// Not used here.
+        /// `UCS_MEMORY_TYPE_…`.
         memory_type: c_uint,
     }
     /// What registered memory tells.
@@ -299,7 +307,7 @@ plain! {
         user_data: *mut c_void,
         /// Not used here.
         reply_buffer: *mut c_void,
-        /// Not used here.
+        /// `UCS_MEMORY_TYPE_…` of the local memory.
         memory_type: c_uint,
         /// Not used here.
         recv_info: *mut c_void,

@@ -8,6 +8,7 @@
 //! Invariant: memory is only touched by whoever holds its page; this file checks ranges, not holders.
 
 use std::any::Any;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,9 +19,10 @@ use super::error::CudaError;
 use super::event::Event;
 use super::peer::{
     Copies, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of, let_reach,
+    settle,
 };
 use crate::page::arena::Arena;
-use crate::page::device::DeviceArena;
+use crate::page::device::{Course, DeviceArena, Exchange};
 use crate::page::fold::{Fold, finish};
 use crate::page::{Page, PageShape};
 use crate::transport::Runs;
@@ -122,6 +124,47 @@ impl DeviceArena for CudaArena {
             .collect())
     }
 
+    fn exchange(&self, course: Course, exchanges: &[Exchange<'_>]) -> io::Result<Vec<Option<u64>>> {
+        let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shown.hold_back(reach.gpu())?;
+        let mut copies = Copies::default();
+        let mut behind: Option<*const Self> = None;
+        for exchange in exchanges {
+            let other = (exchange.other as &dyn Any).downcast_ref::<Self>();
+            let other = other
+                .filter(|other| other.ordinal == self.ordinal)
+                .ok_or_else(|| io::Error::other("memory of another device"))?;
+            if behind != Some(&raw const *other) {
+                behind = Some(&raw const *other);
+                other.shown.hold_back(reach.gpu())?;
+            }
+            copies.begin_piece();
+            for span in &exchange.spans {
+                let here = (Ground::from(&self.memory), span.here);
+                let there = (Ground::from(&other.memory), span.there);
+                match course {
+                    Course::Gather => copies.add(there, here, span.bytes),
+                    Course::Scatter => copies.add(here, there, span.bytes),
+                }
+            }
+        }
+        let blocks = reach.gpu().processors;
+        reach.begin(&copies, (blocks, course == Course::Scatter), None)?;
+        Ok(reach.finish()?)
+    }
+
+    fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    fn enter(&self) -> io::Result<()> {
+        Ok(self.copies.bind()?)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        Ok(settle(&self.copies)?)
+    }
+
     fn another(&self, bytes: usize) -> io::Result<Box<dyn DeviceArena>> {
         Ok(Self::new(&Gpu::open_at(self.ordinal)?, bytes)?)
     }
@@ -155,6 +198,16 @@ pub fn device_pages(ordinal: usize, shape: PageShape, count: usize) -> io::Resul
     let bytes = Page::arena_bytes(shape, count)?;
     let gpu = Gpu::open_at(ordinal)?;
     Page::pool_on(CudaArena::new(&gpu, bytes)?, shape, count)
+}
+
+/// Keeps a device's context as long as this process lives: libraries that use it never let it go.
+pub(crate) fn keep_device(ordinal: usize) -> Result<(), CudaError> {
+    static KEPT: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Entry::Vacant(place) = kept.entry(ordinal) {
+        place.insert(Gpu::open_at(ordinal)?);
+    }
+    Ok(())
 }
 
 /// How many devices this process sees.
@@ -213,22 +266,30 @@ pub(crate) struct Move<'a> {
 }
 
 /// Reads memory of one peer into pages of this process, over whatever joins the two GPUs.
+///
+/// Two reads may be under way, each on a stream of its own: the list and the sums of one travel while the other copies. They copy one
+/// after the other, though; at once they would end at once, and the link would wait for the next two.
 #[derive(Debug)]
 pub(crate) struct Mover {
     ordinal: usize,
-    reach: Reach,
+    reaches: [Reach; 2],
+    /// The one that comes next, and how many are in use.
+    next: usize,
+    begun: usize,
     blocks: usize,
     lenders: Vec<Lender>,
 }
 
 impl Mover {
-    /// One with a stream of its own.
+    /// One with streams of its own.
     pub(crate) fn open(ordinal: usize) -> Result<Self, CudaError> {
-        let reach = Reach::open(ordinal)?;
+        let reaches = [Reach::open(ordinal)?, Reach::open(ordinal)?];
         Ok(Self {
             ordinal,
-            blocks: (reach.gpu().processors / READ_SHARE).max(1),
-            reach,
+            blocks: (reaches[0].gpu().processors / READ_SHARE).max(1),
+            reaches,
+            next: 0,
+            begun: 0,
             lenders: Vec::new(),
         })
     }
@@ -238,7 +299,7 @@ impl Mover {
         &mut self,
         handle: [u8; HANDLE_BYTES],
     ) -> Result<(usize, usize), CudaError> {
-        let imported = Imported::open(self.reach.gpu(), handle)?;
+        let imported = Imported::open(self.reaches[0].gpu(), handle)?;
         let bytes = imported.bytes();
         self.lenders.push(Lender::Peer(imported));
         Ok((self.lenders.len() - 1, bytes))
@@ -251,19 +312,35 @@ impl Mover {
         (self.lenders.len() - 1, bytes)
     }
 
-    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns.
+    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns. The checksum of each
+    /// move that was summed.
     ///
     /// # Errors
     /// When the device fails.
-    pub(crate) fn finish(&mut self) -> Result<(), CudaError> {
-        self.reach.finish()
+    pub(crate) fn finish(&mut self) -> Result<Vec<Option<u64>>, CudaError> {
+        let Some(left) = self.begun.checked_sub(1) else {
+            return Ok(Vec::new());
+        };
+        let count = self.reaches.len();
+        let first = (self.next + count - self.begun) % count;
+        self.begun = left;
+        self.reaches[first].finish()
     }
 
-    /// Begins to read all of it; two reads may be under way.
+    /// Begins to read all of it, and to sum it where that is `summed`; two reads may be under way.
     ///
     /// # Errors
     /// When a page is not on this device, an arena is none, or the device fails; then nothing of it is under way.
-    pub(crate) fn begin(&mut self, moves: &mut [Move<'_>]) -> Result<(), CudaError> {
+    pub(crate) fn begin(&mut self, moves: &mut [Move<'_>], summed: bool) -> Result<(), CudaError> {
+        assert!(
+            self.begun < self.reaches.len(),
+            "reads are finished before a third begins"
+        );
+        let [first, second] = &mut self.reaches;
+        let (reach, other) = match self.next {
+            0 => (first, second),
+            _ => (second, first),
+        };
         let mut copies = Copies::default();
         let mut behind: Option<*const CudaArena> = None;
         for piece in moves.iter() {
@@ -274,18 +351,22 @@ impl Mover {
                 .ok_or_else(elsewhere)?;
             if behind != Some(&raw const *target) {
                 behind = Some(&raw const *target);
-                target.shown.hold_back(self.reach.gpu())?;
+                target.shown.hold_back(reach.gpu())?;
             }
             let unknown = || CudaError::NotServed(format!("arena {}", piece.from));
             let source = match self.lenders.get(piece.from).ok_or_else(unknown)? {
                 Lender::Peer(imported) => Ground::from(imported),
                 Lender::Own(arena) => Ground::from(&cuda_arena(arena).ok_or_else(unknown)?.memory),
             };
+            copies.begin_piece();
             for (from, to) in piece.runs.stretches() {
                 let target = (Ground::from(&target.memory), offset + to.start);
                 copies.add((source, from.start), target, from.len());
             }
         }
-        self.reach.begin(&copies, self.blocks)
+        reach.begin(&copies, (self.blocks, summed), Some(other))?;
+        self.begun += 1;
+        self.next = (self.next + 1) % self.reaches.len();
+        Ok(())
     }
 }

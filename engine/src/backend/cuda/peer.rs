@@ -19,7 +19,7 @@ use super::driver::{
 use super::error::CudaError;
 use super::event::Event;
 use super::kernels::{Kernel, Kernels, Source, Variant};
-use crate::page::fold::VECTOR_BYTES;
+use crate::page::fold::{self, VECTOR_BYTES};
 
 /// Bytes of a handle that lets another process in.
 pub(crate) const HANDLE_BYTES: usize = 64;
@@ -27,7 +27,7 @@ pub(crate) const HANDLE_BYTES: usize = 64;
 /// Threads of a block; `THREADS` in `handoff.cu`.
 const THREADS: u32 = 512;
 
-/// Room for lists and sums to begin with: allocating more waits for all that the device does.
+/// Room for lists and sums to begin with.
 const LIST_BYTES_MIN: usize = 256 << 10;
 const SUMS_BYTES_MIN: usize = 4 << 10;
 
@@ -97,6 +97,13 @@ impl Drop for Imported {
             sys::cuIpcCloseMemHandle(self.address)
         }));
     }
+}
+
+/// Waits until everything is done that anybody in this process has put on the device.
+pub(super) fn settle(gpu: &Gpu) -> Result<(), CudaError> {
+    gpu.bind()?;
+    // SAFETY: the context is current.
+    check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
 }
 
 /// Lets a device reach the other's memory, so that copies need not pass through the host. It may be allowed already.
@@ -187,17 +194,24 @@ impl Ground<'_> {
     }
 }
 
-/// Copies to be made together.
+/// Copies to be made together, in pieces that are summed each for itself.
 #[derive(Debug, Default)]
 pub(super) struct Copies<'a> {
     stretches: Vec<Stretch>,
     /// Source, target and bytes of what no kernel takes because it is of no whole, aligned vectors.
     odd: Vec<(DevicePtr, DevicePtr, usize)>,
+    /// How long each piece is; nothing for one that no kernel sums, because something of it is odd.
+    pieces: Vec<Option<u64>>,
     of: PhantomData<&'a ()>,
 }
 
 impl<'a> Copies<'a> {
-    /// One more: bytes of `source` from `from` on, to `target` from `to` on.
+    /// What is added from now on is another piece.
+    pub(super) fn begin_piece(&mut self) {
+        self.pieces.push(Some(0));
+    }
+
+    /// More of the last piece: bytes of `source` from `from` on, to `target` from `to` on.
     pub(super) fn add(
         &mut self,
         (source, from): (Ground<'a>, usize),
@@ -205,21 +219,27 @@ impl<'a> Copies<'a> {
         bytes: usize,
     ) {
         let (source, target) = (source.at(from, bytes), target.at(to, bytes));
+        let piece = self.pieces.len().saturating_sub(1);
+        let piece = u32::try_from(piece).expect("as many pieces as a list in memory has");
+        let length = self.pieces.last_mut().expect("a piece was begun");
         let vector = VECTOR_BYTES as u64;
         if [source, target, bytes as u64]
             .iter()
             .any(|n| !n.is_multiple_of(vector))
         {
+            *length = None;
             self.odd.push((source, target, bytes));
             return;
         }
+        let first = length.map_or(0, |length| length / vector);
+        *length = length.map(|length| length + bytes as u64);
         for start in (0..bytes).step_by(STRETCH_BYTES) {
             self.stretches.push(Stretch {
                 source: source + start as u64,
                 target: target + start as u64,
-                first: 0,
+                first: first + start as u64 / vector,
                 vectors: vectors(STRETCH_BYTES.min(bytes - start)),
-                piece: 0,
+                piece,
             });
         }
     }
@@ -270,22 +290,45 @@ fn vectors(bytes: usize) -> u32 {
 pub(super) struct Reach {
     gpu: Arc<Gpu>,
     copy: Function,
+    copy_fold: Function,
     fold: Function,
-    /// One for the copies that are under way, and one for those that are begun meanwhile.
-    lists: [Option<List>; 2],
-    /// The list that comes next, and how many are in use.
-    next: usize,
-    begun: usize,
-    sums: Option<DeviceMemory>,
+    /// The kernel's.
+    list: Option<Both>,
+    /// Of each piece's terms.
+    sums: Option<Both>,
+    /// When the last kernel that copies has ended; its sums may be on their way.
+    copied: Event,
+    /// When no kernel uses list and sums any more.
+    done: Event,
+    /// The pieces of the copies that are under way; nothing of those that are not summed.
+    begun: Option<Vec<Option<u64>>>,
 }
 
-/// A kernel's list, here and there. It grows to the longest so far.
+/// Memory here and there that is copied from one to the other. It grows to the longest so far.
 #[derive(Debug)]
-struct List {
+struct Both {
     pinned: PinnedMemory,
     on_device: DeviceMemory,
-    /// When no kernel uses it any more.
-    done: Event,
+}
+
+impl Both {
+    /// What is there, if it is long enough; else as much and some more. Allocating waits for all that the device does.
+    fn fit<'a>(
+        held: &'a mut Option<Self>,
+        gpu: &Arc<Gpu>,
+        (bytes, bytes_min): (usize, usize),
+    ) -> Result<&'a mut Self, CudaError> {
+        match held.take().filter(|held| held.on_device.bytes() >= bytes) {
+            Some(fitting) => Ok(held.insert(fitting)),
+            None => {
+                let room = bytes.next_power_of_two().max(bytes_min);
+                Ok(held.insert(Self {
+                    pinned: PinnedMemory::new(gpu, room)?,
+                    on_device: DeviceMemory::new(gpu, room)?,
+                }))
+            }
+        }
+    }
 }
 
 impl Reach {
@@ -303,11 +346,13 @@ impl Reach {
         };
         Ok(Self {
             copy: kernel("copy_stretches")?,
+            copy_fold: kernel("copy_fold_stretches")?,
             fold: kernel("fold_stretches")?,
-            lists: [None, None],
-            next: 0,
-            begun: 0,
+            list: None,
             sums: None,
+            copied: Event::new(&gpu)?,
+            done: Event::new(&gpu)?,
+            begun: None,
             gpu,
         })
     }
@@ -316,38 +361,51 @@ impl Reach {
         &self.gpu
     }
 
-    /// Begins copies by so many blocks; whoever calls holds the targets and keeps the sources until [`Reach::finish`] has
-    /// returned for them. Two may be under way. After an error none of these is.
-    pub(super) fn begin(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+    /// Begins copies by so many blocks, and sums them where that is `summed`; whoever calls holds the targets and keeps the sources
+    /// until [`Reach::finish`] has returned, before which no others begin. They wait until all that was begun of `behind` is copied.
+    /// After an error none of these is under way.
+    pub(super) fn begin(
+        &mut self,
+        copies: &Copies<'_>,
+        (blocks, summed): (usize, bool),
+        behind: Option<&Self>,
+    ) -> Result<(), CudaError> {
         assert!(
-            self.begun < self.lists.len(),
-            "reads are finished before a third begins"
+            self.begun.is_none(),
+            "copies are finished before others begin"
         );
-        let begun = self.put(copies, blocks);
-        if begun.is_err() {
+        let put = self.put(copies, (blocks, summed), behind);
+        if put.is_err() {
             drop(self.gpu.synchronize());
-            return begun;
+            return put;
         }
-        self.begun += 1;
-        self.next = (self.next + 1) % self.lists.len();
+        let pieces = copies.pieces.iter().map(|bytes| bytes.filter(|_| summed));
+        self.begun = Some(pieces.collect());
         Ok(())
     }
 
-    /// Waits for the first of the copies that were begun.
-    pub(super) fn finish(&mut self) -> Result<(), CudaError> {
-        let count = self.lists.len();
-        let first = (self.next + count - self.begun) % count;
-        let Some(left) = self.begun.checked_sub(1) else {
-            return Ok(());
+    /// Waits for the copies that were begun; the checksum of each piece that was summed.
+    pub(super) fn finish(&mut self) -> Result<Vec<Option<u64>>, CudaError> {
+        let Some(pieces) = self.begun.take() else {
+            return Ok(Vec::new());
         };
-        self.begun = left;
-        match &self.lists[first] {
-            Some(list) => list.done.wait(),
-            None => self.gpu.synchronize(),
-        }
+        self.done.wait()?;
+        let sums = self.sums.as_ref().map(|sums| sums.pinned.as_slice());
+        let (words, _) = sums.unwrap_or_default().as_chunks::<8>();
+        let found = pieces.iter().enumerate().map(|(index, bytes)| {
+            let sum = words.get(index).map(|word| u64::from_le_bytes(*word));
+            // A piece without a byte has no stretch either.
+            Some(fold::finish(sum?, (*bytes)?))
+        });
+        Ok(found.collect())
     }
 
-    fn put(&mut self, copies: &Copies<'_>, blocks: usize) -> Result<(), CudaError> {
+    fn put(
+        &mut self,
+        copies: &Copies<'_>,
+        (blocks, summed): (usize, bool),
+        behind: Option<&Self>,
+    ) -> Result<(), CudaError> {
         self.gpu.bind()?;
         for &(source, target, bytes) in &copies.odd {
             // SAFETY: both ranges were checked, and the caller keeps their memory until it has been waited for.
@@ -355,18 +413,32 @@ impl Reach {
                 sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.gpu.stream())
             })?;
         }
-        if let Some(list) = self.upload(&copies.stretches)? {
-            let mut args = Args::default().with(list).with(count(&copies.stretches));
+        let list = self.upload(&copies.stretches)?;
+        let sums_bytes = copies.pieces.len() * size_of::<u64>();
+        let sums = match summed {
+            true => Some(self.zeroed_sums(sums_bytes)?),
+            false => None,
+        };
+        if let Some(before) = behind {
+            before.copied.hold_back(&self.gpu)?;
+        }
+        if let Some(list) = list {
+            let args = Args::default().with(list).with(count(&copies.stretches));
+            let (kernel, mut args) = match sums {
+                Some(sums) => (self.copy_fold, args.with(sums)),
+                None => (self.copy, args),
+            };
             let shape = spread(&copies.stretches, blocks);
             // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that the caller keeps until it
-            // has been waited for.
-            unsafe { self.gpu.launch(self.copy, shape, &mut args) }?;
+            // has been waited for, and there is a sum for each piece where it sums.
+            unsafe { self.gpu.launch(kernel, shape, &mut args) }?;
         }
-        match &self.lists[self.next] {
-            Some(list) => list.done.record(),
-            // Odd ones only, and never a list: `finish` waits for the stream.
-            None => Ok(()),
+        self.copied.record()?;
+        if let Some(sums) = self.sums.as_mut().filter(|_| summed) {
+            self.gpu
+                .download_later(&sums.on_device, &mut sums.pinned, sums_bytes)?;
         }
+        self.done.record()
     }
 
     /// Adds up the terms of each piece.
@@ -375,48 +447,36 @@ impl Reach {
         let Some(list) = self.upload(&sums.stretches)? else {
             return Ok(found);
         };
-        let bytes = size_of_val(&found[..]);
-        let fitting = self.sums.take().filter(|held| held.bytes() >= bytes);
-        let target = match fitting {
-            Some(held) => held,
-            None => DeviceMemory::new(&self.gpu, bytes.next_power_of_two().max(SUMS_BYTES_MIN))?,
-        };
-        self.gpu.zero(&target, target.bytes())?;
+        let target = self.zeroed_sums(size_of_val(&found[..]))?;
         let mut args = Args::default()
             .with(list)
             .with(count(&sums.stretches))
-            .with(target.address());
+            .with(target);
         let shape = spread(&sums.stretches, self.gpu.processors * SUM_BLOCKS);
         // SAFETY: the list holds what the kernel expects, ranges that were checked, of memory that is borrowed until the wait
         // within the download, and there is a sum for each piece.
         unsafe { self.gpu.launch(self.fold, shape, &mut args) }?;
-        self.gpu
-            .download(&target, 0, bytemuck::cast_slice_mut(&mut found))?;
-        self.sums = Some(target);
+        if let Some(sums) = &self.sums {
+            self.gpu
+                .download(&sums.on_device, 0, bytemuck::cast_slice_mut(&mut found))?;
+        }
         Ok(found)
     }
 
-    /// Puts a list where kernels find it, in the place that comes next, which no kernel uses; none where it is empty.
+    /// Room for sums of so many bytes, zeroed by the stream.
+    fn zeroed_sums(&mut self, bytes: usize) -> Result<DevicePtr, CudaError> {
+        let sums = Both::fit(&mut self.sums, &self.gpu, (bytes, SUMS_BYTES_MIN))?;
+        self.gpu.zero(&sums.on_device, bytes)?;
+        Ok(sums.on_device.address())
+    }
+
+    /// Puts a list where kernels find it, which no kernel uses; none where it is empty.
     fn upload(&mut self, stretches: &[Stretch]) -> Result<Option<DevicePtr>, CudaError> {
         let bytes: &[u8] = bytemuck::cast_slice(stretches);
         if bytes.is_empty() {
             return Ok(None);
         }
-        let slot = &mut self.lists[self.next];
-        let fitting = slot
-            .take()
-            .filter(|list| list.pinned.as_slice().len() >= bytes.len());
-        let list = match fitting {
-            Some(list) => slot.insert(list),
-            None => {
-                let room = bytes.len().next_power_of_two().max(LIST_BYTES_MIN);
-                slot.insert(List {
-                    pinned: PinnedMemory::new(&self.gpu, room)?,
-                    on_device: DeviceMemory::new(&self.gpu, room)?,
-                    done: Event::new(&self.gpu)?,
-                })
-            }
-        };
+        let list = Both::fit(&mut self.list, &self.gpu, (bytes.len(), LIST_BYTES_MIN))?;
         let pinned = &mut list.pinned.as_mut_slice()[..bytes.len()];
         pinned.copy_from_slice(bytes);
         self.gpu.upload(&list.on_device, 0, pinned)?;

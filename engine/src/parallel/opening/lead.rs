@@ -17,6 +17,7 @@ use crate::model::load::{LoadProgress, LoadedModel, LoadedShard, ModelHeader, pa
 use crate::model::shard::{Grid, Shard};
 use crate::parallel::ParallelError;
 use crate::parallel::model::{ParallelModel, Ranks};
+use crate::transceiver;
 
 /// How often the log says who still loads.
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
@@ -279,11 +280,13 @@ fn rooms<B: Backend>(
     let mut machines: BTreeMap<&str, Room> = BTreeMap::new();
     let mut devices = Vec::new();
     for (rank, (report, shard)) in reports.iter().zip(shards).enumerate() {
-        if let Some(available_bytes) = report.device_bytes {
+        if let Some(device_bytes) = report.device_bytes {
+            let page = shard.page(whole);
+            let windows = transceiver::device_bytes(options.transceiver.as_ref(), &page);
             devices.push(Room {
-                available_bytes,
+                available_bytes: device_bytes.saturating_sub(windows),
                 weight_bytes: 0,
-                page_bytes: shard.page(whole).bytes() as u64,
+                page_bytes: page.bytes() as u64,
             });
             continue;
         }

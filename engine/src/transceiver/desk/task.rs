@@ -81,6 +81,8 @@ pub(super) struct Landing<'a> {
     pub(super) note: &'a [u8],
     /// [`crate::transport::checksum`], where the transport has made it.
     pub(super) checksum: Option<u64>,
+    /// [`crate::page::fold`], where the page's device has made it.
+    pub(super) fold: Option<u64>,
 }
 
 /// What a piece that landed means for its page.
@@ -212,9 +214,9 @@ impl FetchTask {
             ));
         }
         let found = match note.checksum.algorithm {
-            // A transport sums as processors do, whatever the note asks for.
+            // What a transport has summed as it came, if it is that.
             Algorithm::Stripes => landing.checksum,
-            Algorithm::Fold => None,
+            Algorithm::Fold => landing.fold,
             Algorithm::Absent if self.leave_out_checksums => Some(note.checksum.value),
             Algorithm::Absent => return Err("a piece without a checksum".to_owned()),
         };

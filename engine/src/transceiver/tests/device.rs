@@ -14,11 +14,17 @@ fn pair(wire: Wire, (context, generation): (bool, bool)) -> (Instance, Instance)
 
 const SIDES: [(bool, bool); 3] = [(true, true), (true, false), (false, true)];
 
+/// Every transport with the sides that can be on a device.
+fn wires_and_sides() -> impl Iterator<Item = (Wire, &'static [(bool, bool)])> {
+    let links = links().into_iter().map(|wire| (wire, &SIDES[..]));
+    links.chain([(Wire::WINDOWED, &SIDES[..1])])
+}
+
 #[test]
 fn pages_of_a_device_go_over_every_transport_to_and_from_any_memory() {
-    for wire in links() {
-        for (round, sides) in SIDES.into_iter().enumerate() {
-            let (mut context, mut generation) = pair(wire, sides);
+    for (wire, all_sides) in wires_and_sides() {
+        for (round, sides) in all_sides.iter().enumerate() {
+            let (mut context, mut generation) = pair(wire, *sides);
             // In one arena and in private memory, where it is the host's.
             for id in [1, 2] {
                 let ticket = context.offer(id, 3);
@@ -36,13 +42,13 @@ fn pages_of_a_device_go_over_every_transport_to_and_from_any_memory() {
 
 #[test]
 fn damage_on_the_way_between_devices_is_found() {
-    for wire in links() {
-        for sides in SIDES {
+    for (wire, all_sides) in wires_and_sides() {
+        for sides in all_sides {
             let mut spoilt = params("ctx-0");
             spoilt.faults = FaultPlan::parse("flip_byte=3").unwrap();
             let mut context = Instance::start(wire, spoilt);
             let mut generation = Instance::start(wire, params("gen-0"));
-            (context.on_device, generation.on_device) = sides;
+            (context.on_device, generation.on_device) = *sides;
             let ticket = context.offer(1, 3);
             generation.fetch(1, &ticket, 3);
             let error = generation.outcome(1).unwrap_err();
@@ -59,7 +65,13 @@ fn damage_on_the_way_between_devices_is_found() {
 #[test]
 fn a_part_of_a_page_is_summed_as_the_device_sums_it() {
     // Half of the layers on each of two ranks, taken by one: short stretches of several pages.
-    let (mut context, mut generation) = pair(Wire::TCP, (true, true));
+    for wire in [Wire::TCP, Wire::WINDOWED] {
+        a_part_of_a_page_is_summed_over(wire);
+    }
+}
+
+fn a_part_of_a_page_is_summed_over(wire: Wire) {
+    let (mut context, mut generation) = pair(wire, (true, true));
     let ticket = context.offer(2, 4);
     let shape = generation.shape;
     let block = shape.tokens_per_block;

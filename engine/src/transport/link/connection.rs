@@ -6,10 +6,10 @@
 //! Invariant: a write is in the queue, with the writer thread, or in flight until the peer has pulled it; it leaves
 //! with exactly one completion.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -59,6 +59,8 @@ pub(super) enum Kept {
     Source(Arc<Page>),
     /// A gathered copy.
     Slot(Slot),
+    /// A window of a device's memory, with the copies of other writes.
+    Window(Arc<Slot>),
     /// A copy that a test's fault plan has spoilt.
     Spoilt(Page),
 }
@@ -131,6 +133,8 @@ pub(super) struct Connection {
     pub(super) ended: AtomicBool,
     /// Bytes of writes that may wait for the wire.
     write_bytes_max: usize,
+    /// How much of a window of a device's memory the peer reads at once, if it does.
+    window_bytes: OnceLock<usize>,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -143,6 +147,7 @@ impl Connection {
             address,
             pulls: Pulls::default(),
             ended: AtomicBool::new(false),
+            window_bytes: OnceLock::new(),
             queue: Mutex::default(),
             wake: Condvar::new(),
         }
@@ -377,6 +382,27 @@ impl Connection {
         let queue = self.lock();
         let kept = queue.in_flight.values().map(|flying| &flying.kept);
         kept.filter(|kept| matches!(kept, Kept::Slot(_))).count()
+    }
+
+    /// Windows of a device's memory that the peer is reading.
+    pub(super) fn windows_held(&self) -> usize {
+        let queue = self.lock();
+        let kept = queue.in_flight.values().map(|flying| &flying.kept);
+        let windows = kept.filter_map(|kept| match kept {
+            Kept::Window(slot) => Some(Arc::as_ptr(slot)),
+            Kept::Source(_) | Kept::Slot(_) | Kept::Spoilt(_) => None,
+        });
+        windows.collect::<HashSet<_>>().len()
+    }
+
+    /// What the peer has told of its windows, before anything is written to it.
+    pub(super) fn has_windows(&self, bytes: usize) {
+        self.window_bytes.get_or_init(|| bytes);
+    }
+
+    /// How much of a window of a device's memory the peer reads at once; none when it reads no windows.
+    pub(super) fn window_bytes(&self) -> Option<usize> {
+        self.window_bytes.get().copied()
     }
 
     /// From now on writes wait until [`Connection::slot_may_be_free`]. Said before a slot is asked for, so that no

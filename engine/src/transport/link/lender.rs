@@ -1,8 +1,9 @@
 //! The writer's side of a pulled write: how the peer may get at the bytes, and what has to stay put meanwhile.
 //!
 //! A source in an arena is read where it lies. Stretches that are too short for the fabric, and pages of private memory,
-//! are gathered into staging memory first; so are pages of a device, where the fabric does not take its memory. What fits
-//! neither way goes through the stream: slower, never wrong.
+//! are gathered into staging memory first; so are pages of a device, where the fabric does not take its memory. Where fabric and
+//! peer have windows of a device's memory, pages of a device are gathered into those, as many by one kernel as fit. What fits
+//! no way goes through the stream: slower, never wrong.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,9 +13,11 @@ use super::connection::{Connection, Kept};
 use super::frame::Descriptor;
 use crate::page::Page;
 use crate::page::arena::Arena;
+use crate::page::device::{Course, Exchange, Span};
 use crate::transport::fabric::{ArenaKey, Fabric};
 use crate::transport::numbered::NumberedMap;
-use crate::transport::staging::{Staging, StagingSize, plain_shape};
+use crate::transport::staging::{Slot, Staging, StagingSize, plain_shape};
+use crate::transport::windowed::PIECE_ALIGN_BYTES;
 use crate::transport::{MemoryKind, Write};
 
 /// An arena that peers can read.
@@ -45,6 +48,19 @@ pub(super) enum Way {
     Failed(io::Error),
 }
 
+/// How the first of some writes travel.
+#[derive(Debug)]
+pub(super) enum Together {
+    /// Each by itself.
+    Apart,
+    /// The peer reads them: one or more, in order.
+    Pull(Vec<Lent>),
+    /// Not yet: as [`Way::Later`].
+    Later,
+    /// The first not at all: as [`Way::Failed`].
+    Failed(io::Error),
+}
+
 /// See the module. One per transport.
 #[derive(Debug)]
 pub(super) struct Lender {
@@ -66,13 +82,21 @@ impl Lender {
         }
     }
 
+    /// How much of a window a peer with this address reads at once; none when it reads no windows.
+    pub(super) fn window_of(&self, address: &[u8]) -> Option<usize> {
+        self.fabric.window_of(address)
+    }
+
     /// Decides, and gathers where that is needed.
     pub(super) fn way(&self, write: &Write, connection: &Arc<Connection>) -> Way {
         let bytes = write.runs.total_bytes();
         if bytes == 0 {
             return Way::Stream;
         }
-        let in_place = write.source.arena().and_then(|(arena, offset)| {
+        // What was too long for a window of a device goes as if the fabric did not take its memory.
+        let where_it_lies = !(write.source.is_on_device() && self.fabric.windows().is_some());
+        let arena = write.source.arena().filter(|_| where_it_lies);
+        let in_place = arena.and_then(|(arena, offset)| {
             let kept = Kept::Source(Arc::clone(&write.source));
             Some(self.lent(self.export(arena)?, offset, false, kept))
         });
@@ -91,20 +115,10 @@ impl Lender {
     /// Through staging memory; `Stream` when the fabric does not take that.
     fn gathered(&self, write: &Write, connection: &Arc<Connection>) -> Way {
         connection.wait_for_slot();
-        if connection.slots_held() >= self.staging.share_of_one() {
-            // The peer's next acknowledgement goes on with it.
-            return Way::Later;
-        }
-        let waiting = Arc::downgrade(connection);
-        let wake = move || {
-            if let Some(connection) = waiting.upgrade() {
-                connection.slot_may_be_free();
-            }
-        };
-        let Some(mut slot) = self.staging.take_or_wake(wake) else {
+        let held = (connection.slots_held(), self.staging.share_of_one());
+        let Some(mut slot) = slot_of(&self.staging, held, connection) else {
             return Way::Later;
         };
-        connection.slot_may_be_free();
         if let Err(error) = gather(write, slot.page_mut()) {
             return Way::Failed(error);
         }
@@ -118,11 +132,57 @@ impl Lender {
         }
     }
 
+    /// Gathers as many of these writes, from the first on, into a window of their device's memory as it takes.
+    pub(super) fn gathered_together(
+        &self,
+        writes: &[Write],
+        connection: &Arc<Connection>,
+    ) -> Together {
+        let windows = self.fabric.windows().zip(connection.window_bytes());
+        let Some((windows, peers_bytes)) = windows else {
+            return Together::Apart;
+        };
+        let places = places(writes, windows.slot_bytes().min(peers_bytes));
+        if places.is_empty() {
+            return Together::Apart;
+        }
+        // One is gathered into while the others are read.
+        connection.wait_for_slot();
+        let held = (connection.windows_held(), windows.slots().saturating_sub(1));
+        let Some(slot) = slot_of(windows, held, connection) else {
+            return Together::Later;
+        };
+        let window = slot.page().arena();
+        let exported = window.and_then(|(arena, base)| Some((self.export(arena)?, arena, base)));
+        let Some((exported, arena, base)) = exported else {
+            return Together::Apart;
+        };
+        if let Err(error) = gather_into_window(writes, &places, (arena, base)) {
+            return Together::Failed(error);
+        }
+        let slot = Arc::new(slot);
+        let lent = places.iter().map(|at| {
+            let kept = Kept::Window(Arc::clone(&slot));
+            self.lent(exported.clone(), base + at, true, kept)
+        });
+        Together::Pull(lent.collect())
+    }
+
     /// A copy with one wrong byte, for a test's fault plan: the peer really reads what is wrong.
-    pub(super) fn spoilt(&self, write: &Write, at: usize) -> io::Result<Lent> {
+    pub(super) fn spoilt(
+        &self,
+        write: &Write,
+        at: usize,
+        connection: &Connection,
+    ) -> io::Result<Lent> {
         let bytes = write.runs.total_bytes();
         let source = write.source.arena().map(|(arena, _)| arena);
-        let mut page = blank(source.filter(|arena| self.takes(arena)), bytes)?;
+        // Of the kind that the peer reads.
+        let lies_as_read = !write.source.is_on_device()
+            || self.fabric.windows().is_none()
+            || connection.window_bytes().is_some();
+        let source = source.filter(|arena| lies_as_read && self.takes(arena));
+        let mut page = blank(source, bytes)?;
         gather(write, &mut page)?;
         let mut spoilt = [0];
         page.read(at, &mut spoilt)?;
@@ -175,6 +235,70 @@ impl Lender {
         let key = Arc::clone(key.as_ref()?);
         Some(Exported { number, key })
     }
+}
+
+/// A slot, if one is free and the peer does not hold its `share`; else the connection is woken when that may have changed. It
+/// waited for that from before its slots were counted.
+fn slot_of(
+    staging: &Arc<Staging>,
+    (held, share): (usize, usize),
+    connection: &Arc<Connection>,
+) -> Option<Slot> {
+    if held >= share {
+        // The peer's next acknowledgement goes on with it.
+        return None;
+    }
+    let waiting = Arc::downgrade(connection);
+    let wake = move || {
+        if let Some(connection) = waiting.upgrade() {
+            connection.slot_may_be_free();
+        }
+    };
+    let slot = staging.take_or_wake(wake)?;
+    connection.slot_may_be_free();
+    Some(slot)
+}
+
+/// Where in a window of so many bytes the first of these writes go: as many as fit, and are of a device's memory.
+fn places(writes: &[Write], window_bytes: usize) -> Vec<usize> {
+    let mut end = 0_usize;
+    let places = writes.iter().map_while(|write| {
+        let bytes = write.runs.total_bytes();
+        let at = end.next_multiple_of(PIECE_ALIGN_BYTES);
+        end = at.checked_add(bytes)?;
+        let fits = bytes > 0 && end <= window_bytes && write.source.is_on_device();
+        fits.then_some(at)
+    });
+    places.collect()
+}
+
+/// Copies the stretches of writes into a window, each write's to its place, by their device.
+fn gather_into_window(
+    writes: &[Write],
+    places: &[usize],
+    (window, base): (&Arc<Arena>, usize),
+) -> io::Result<()> {
+    let none = || io::Error::other("a page that is on no device");
+    let exchanges = writes.iter().zip(places).map(|(write, at)| {
+        let (arena, offset) = write.source.arena().ok_or_else(none)?;
+        let mut here = base + at;
+        let spans = write.runs.stretches().map(|(source, _)| {
+            let span = Span {
+                here,
+                there: offset + source.start,
+                bytes: source.len(),
+            };
+            here += span.bytes;
+            span
+        });
+        Ok(Exchange {
+            spans: spans.collect(),
+            other: arena.device().ok_or_else(none)?,
+        })
+    });
+    let exchanges: Vec<_> = exchanges.collect::<io::Result<_>>()?;
+    let window = window.device().ok_or_else(none)?;
+    window.exchange(Course::Gather, &exchanges).map(drop)
 }
 
 /// Copies the stretches of a write one after the other.

@@ -88,6 +88,8 @@ struct Landing {
     runs: Runs,
     /// Where the fabric made it.
     checksum: Option<u64>,
+    /// Where the page's device made it.
+    fold: Option<u64>,
 }
 
 /// Memory of the host's on the way to a page.
@@ -243,12 +245,17 @@ impl<'a> Puller<'a> {
             return Ok(());
         };
         let finished = match &mut self.peer {
-            Some(peer) if !ready.landings.is_empty() => peer.finish(),
-            Some(_) | None => Ok(()),
+            Some(peer) if !ready.landings.is_empty() => peer.finish(&self.connection.ended),
+            Some(_) | None => Ok(Vec::new()),
         };
-        let mut read = finished.map_err(PullEnd::from);
+        let (mut read, folds) = match finished {
+            Ok(folds) => (Ok(()), folds),
+            Err(error) => (Err(PullEnd::from(error)), Vec::new()),
+        };
+        let mut folds = folds.into_iter();
         let mut events = Vec::with_capacity(ready.landings.len());
-        for landing in ready.landings {
+        for mut landing in ready.landings {
+            landing.fold = folds.next().flatten();
             let scattered = self.let_go(landing, read.is_ok(), &mut events);
             read = read.and(scattered);
         }
@@ -288,6 +295,7 @@ impl<'a> Puller<'a> {
             pull,
             page,
             checksum,
+            fold,
             ..
         } = landing;
         let region = RegionId(pull.region);
@@ -301,6 +309,7 @@ impl<'a> Puller<'a> {
                 transfer: pull.transfer,
                 note: pull.note,
                 checksum,
+                fold,
             });
         }
         Ok(scattered?)
@@ -325,15 +334,18 @@ impl<'a> Puller<'a> {
         // Only who holds nothing may wait.
         let first = ready.landings.is_empty() && self.flying.is_none();
         let (from, source) = self.source(&pull)?;
-        let fine = !source.is_coarse(self.terms.stretch_bytes_min);
+        // Between devices the fabric takes any stretches.
+        let between = from.on_device;
+        let fine = !between && !source.is_coarse(self.terms.stretch_bytes_min);
         let patience = if first {
             self.tuning.stall_timeout
         } else {
             Duration::ZERO
         };
-        // Where the fabric writes the host's memory only.
-        let abroad = self.host_only && self.regions.is_on_device(pull.region);
-        let may_need_slot = fine || abroad || self.terms.target_in_arena;
+        // Where the fabric writes the host's memory only, at least from the host's.
+        let host_only = self.host_only || !between;
+        let abroad = host_only && self.regions.is_on_device(pull.region);
+        let may_need_slot = fine || abroad || (self.terms.target_in_arena && !between);
         let mut slot = None;
         if may_need_slot && self.parts.staging.fits(source.total_bytes()) {
             slot = if first {
@@ -357,7 +369,7 @@ impl<'a> Puller<'a> {
             Taken::Occupied => return Ok(Some(pull)),
             Taken::OutOfRange { bytes } => return Err(PullEnd::OutOfRange { end, bytes }),
         };
-        let abroad = self.host_only && page.is_on_device();
+        let abroad = host_only && page.is_on_device();
         if !fine && !abroad && page.arena().is_some() {
             slot = None;
         }
@@ -381,6 +393,7 @@ impl<'a> Puller<'a> {
             by,
             runs,
             checksum: None,
+            fold: None,
         });
         Ok(None)
     }

@@ -289,6 +289,7 @@ impl<'a> Reader<'a> {
             transfer: header.transfer,
             note,
             checksum,
+            fold: None,
         });
         Ok(())
     }

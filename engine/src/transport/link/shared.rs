@@ -323,6 +323,10 @@ impl Shared {
         theirs: &Greeting,
         side: Side,
     ) {
+        let lender = self.pulling.as_ref().map(|pulling| &pulling.lender);
+        if let Some(bytes) = lender.and_then(|lender| lender.window_of(&theirs.fabric)) {
+            connection.has_windows(bytes);
+        }
         std::thread::scope(|scope| {
             let id = connection.id.0;
             let thread =

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::{Connection, InFlight, Outgoing};
 use super::frame::{DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, make_last};
-use super::lender::{Lender, Lent, Way};
+use super::lender::{Lender, Lent, Together, Way};
 use super::regions::parse_token;
 use super::{LinkTuning, TransportEvent, Write};
 use crate::transport::fault::{Fault, Faults};
@@ -176,6 +176,26 @@ impl<'a> Writer<'a> {
         let mut writes = writes.into_iter();
         let mut sent = Ok(());
         while sent.is_ok() {
+            match lender.gathered_together(writes.as_slice(), connection) {
+                Together::Apart => {}
+                Together::Pull(lent) => {
+                    let some = writes.by_ref().take(lent.len()).zip(lent);
+                    sent = some
+                        .map(|(write, lent)| self.describe(write, lent, connection))
+                        .collect::<Result<(), _>>()
+                        // The peer reads one window while the next is gathered.
+                        .and_then(|()| self.flush());
+                    continue;
+                }
+                Together::Later => {
+                    connection.put_back(writes.collect());
+                    return self.flush();
+                }
+                Together::Failed(error) => {
+                    sent = Err(WriteEnd::Device(error));
+                    continue;
+                }
+            }
             let Some(write) = writes.next() else {
                 break;
             };
@@ -309,7 +329,7 @@ impl<'a> Writer<'a> {
         if let Some((at, fault)) = fault {
             tracing::warn!(%transfer, ?fault, "transport fault of a test plan");
             if let (Fault::Flip, Some(lender)) = (fault, self.lender) {
-                lent = match lender.spoilt(&write, at) {
+                lent = match lender.spoilt(&write, at, connection) {
                     Ok(spoilt) => spoilt,
                     Err(error) => {
                         connection.put_back(vec![write]);

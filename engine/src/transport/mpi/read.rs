@@ -140,7 +140,11 @@ impl FabricPeer for MpiPeer {
             what: "arena key",
             detail: format!("{} bytes", key.len()),
         })?;
-        Ok(RemoteArena { handle, bytes })
+        Ok(RemoteArena {
+            handle,
+            bytes,
+            on_device: false,
+        })
     }
 
     fn read(

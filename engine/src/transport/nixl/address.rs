@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::find::Plugin;
 
 const ADDRESS_MAGIC: &[u8; 4] = b"BNA1";
-const KEY_MAGIC: &[u8; 4] = b"BNK1";
+const KEY_MAGIC: &[u8; 4] = b"BNK2";
 
 /// Where a process runs, as far as reading its memory goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,15 +99,18 @@ pub(super) struct Key {
     pub(super) start: usize,
     /// Its length; it ends within the address space.
     pub(super) bytes: usize,
+    /// The GPU that it is memory of, by its number there; none where it is the host's.
+    pub(super) gpu: Option<u64>,
     /// NIXL's description of the memory.
     pub(super) memory: Vec<u8>,
 }
 
 impl Key {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(16 + self.memory.len());
+        let mut body = Vec::with_capacity(24 + self.memory.len());
         body.extend_from_slice(&(self.start as u64).to_le_bytes());
         body.extend_from_slice(&(self.bytes as u64).to_le_bytes());
+        body.extend_from_slice(&self.gpu.unwrap_or(HOST).to_le_bytes());
         body.extend_from_slice(&self.memory);
         seal(KEY_MAGIC, &body)
     }
@@ -117,7 +120,9 @@ impl Key {
         let body = unseal(KEY_MAGIC, bytes)?;
         let short = || format!("it ends after {} bytes", bytes.len());
         let (start, rest) = body.split_first_chunk().ok_or_else(short)?;
-        let (length, memory) = rest.split_first_chunk().ok_or_else(short)?;
+        let (length, rest) = rest.split_first_chunk().ok_or_else(short)?;
+        let (gpu, memory) = rest.split_first_chunk().ok_or_else(short)?;
+        let gpu = Some(u64::from_le_bytes(*gpu)).filter(|gpu| *gpu != HOST);
         let range = (u64::from_le_bytes(*start), u64::from_le_bytes(*length));
         let beyond = || format!("{} bytes from {:#x} on are no memory", range.1, range.0);
         let start = usize::try_from(range.0).map_err(|_| beyond())?;
@@ -126,10 +131,14 @@ impl Key {
         Ok(Self {
             start,
             bytes: length,
+            gpu,
             memory: memory.to_vec(),
         })
     }
 }
+
+/// Stands for no GPU.
+const HOST: u64 = u64::MAX;
 
 fn seal(magic: &[u8; 4], body: &[u8]) -> Vec<u8> {
     let mut out = magic.to_vec();
@@ -187,6 +196,7 @@ mod tests {
     fn a_key_beyond_the_address_space_is_refused() {
         let mut body = u64::MAX.to_le_bytes().to_vec();
         body.extend_from_slice(&1_u64.to_le_bytes());
+        body.extend_from_slice(&HOST.to_le_bytes());
         let refused = Key::decode(&seal(KEY_MAGIC, &body)).unwrap_err();
         assert_eq!(refused, "1 bytes from 0xffffffffffffffff on are no memory");
     }
@@ -196,6 +206,7 @@ mod tests {
         let key = Key {
             start: 4096,
             bytes: 64,
+            gpu: Some(1),
             memory: b"described".to_vec(),
         };
         let whole = key.encode();

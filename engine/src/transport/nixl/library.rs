@@ -23,7 +23,7 @@ use nix::libc;
 use super::NixlMissing;
 use super::find;
 
-pub(super) use agent::{Agent, Progress, Request, Stretch};
+pub(super) use agent::{Agent, Place, Progress, Request, Stretch};
 
 mod agent;
 

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::NAME;
 use super::address::Key;
 use super::find::Plugin;
-use super::library::{Agent, Library, Progress, Request, Stretch};
+use super::library::{Agent, Library, Place, Progress, Request, Stretch};
 use super::windows::{WINDOW_BYTES_MAX, Windows};
 use crate::page::arena::Arena;
 use crate::transport::checksum::sum_of;
@@ -40,6 +40,9 @@ const GRACE: Duration = Duration::from_millis(200);
 
 /// Looks at a request without a pause, before there are pauses.
 const EAGER_LOOKS: u32 = 200;
+
+/// The same of a read of a GPU's memory: a few milliseconds.
+const EAGER_LOOKS_GPU: u32 = 20_000;
 
 /// Between looks at a request that takes its time.
 const PAUSE: Duration = Duration::from_micros(50);
@@ -83,7 +86,10 @@ impl Lane {
     fn register(&mut self, arena: &Arc<Arena>) -> Result<(), FabricError> {
         if let Entry::Vacant(place) = self.registered.entry(arena.id()) {
             let start = arena.base().expose_provenance();
-            self.agent.register(start, arena.bytes()).map_err(memory)?;
+            super::enter(arena).map_err(memory)?;
+            let range = (start, arena.bytes());
+            let registered = self.agent.register(range, Place::of(arena));
+            registered.map_err(memory)?;
             place.insert(Arc::clone(arena));
         }
         Ok(())
@@ -160,6 +166,8 @@ pub(super) struct NixlPeer {
     lanes: Vec<Lane>,
     /// In the order of import.
     imported: Vec<Key>,
+    /// Reads that were begun, in order; those into the host's memory are over.
+    begun: VecDeque<Option<Begun>>,
     /// The fabric's.
     closed: Arc<AtomicBool>,
 }
@@ -173,6 +181,7 @@ impl NixlPeer {
             name,
             lanes: vec![lane],
             imported: Vec::new(),
+            begun: VecDeque::new(),
             closed,
         })
     }
@@ -210,7 +219,11 @@ impl NixlPeer {
     ) -> Result<(), FabricError> {
         let (mut passing, mut places) = (Vec::new(), Vec::with_capacity(jobs.len()));
         for job in &mut *jobs {
-            let remote = self.origin(job)?;
+            let key = self.origin(job)?;
+            if key.gpu.is_some() || job.page.is_on_device() {
+                return Err(failed("memory of a GPU where the host's is due".to_owned()));
+            }
+            let remote = key.start;
             for lane in &mut *lanes {
                 if let Some((arena, _)) = job.page.arena() {
                     lane.register(arena)?;
@@ -226,7 +239,8 @@ impl NixlPeer {
         }
         for lane in &*lanes {
             for (start, bytes) in &passing {
-                lane.agent.register(*start, *bytes).map_err(memory)?;
+                let registered = lane.agent.register((*start, *bytes), Place::Host);
+                registered.map_err(memory)?;
             }
         }
         let portions = portions(jobs, &places, self.source.near);
@@ -239,15 +253,41 @@ impl NixlPeer {
         Ok(())
     }
 
-    /// Where the job's arena begins in the peer.
-    fn origin(&self, job: &ReadJob<'_>) -> Result<usize, FabricError> {
+    /// Starts a read of a GPU's memory into a page of a GPU, in one request of the first lane.
+    fn start_on_gpu(&mut self, job: &ReadJob<'_>, deadline: Instant) -> Result<Begun, FabricError> {
+        let key = self.origin(job)?;
+        let (remote, gpu) = (key.start, key.gpu);
+        let not_there = || failed("memory of the host's where a GPU's is due".to_owned());
+        let from = gpu.map(Place::Gpu).ok_or_else(not_there)?;
+        let (arena, offset) = job.page.arena().ok_or_else(not_there)?;
+        let local = arena.base().expose_provenance() + offset;
+        let spent = || failed("an earlier read failed".to_owned());
+        let lane = self.lanes.first_mut().ok_or_else(spent)?;
+        lane.register(arena)?;
+        super::enter(arena).map_err(memory)?;
+        let stretches = job.runs.stretches().map(|(source, target)| Stretch {
+            remote: remote + source.start,
+            local: local + target.start,
+            bytes: target.len(),
+        });
+        let stretches: Vec<_> = stretches.collect();
+        let places = (from, Place::of(arena));
+        let request = lane.agent.read(&self.name, &stretches, places);
+        Ok(Begun {
+            request: request.map_err(failed)?,
+            deadline,
+        })
+    }
+
+    /// The job's arena in the peer.
+    fn origin(&self, job: &ReadJob<'_>) -> Result<&Key, FabricError> {
         let index = usize::try_from(job.from.handle).ok();
         let key = index
             .and_then(|index| self.imported.get(index))
             .ok_or_else(|| failed(format!("arena {} was not imported", job.from.handle)))?;
-        let target_bytes = job.page.as_bytes().len();
+        let target_bytes = job.page.shape().bytes();
         if job.runs.fits(key.bytes, target_bytes) {
-            return Ok(key.start);
+            return Ok(key);
         }
         let bytes = key.bytes;
         Err(failed(format!(
@@ -275,11 +315,12 @@ impl FabricPeer for NixlPeer {
                 return Err(malformed(format!("it is of another agent, {other}")));
             }
         }
-        let bytes = key.bytes as u64;
+        let (bytes, on_device) = (key.bytes as u64, key.gpu.is_some());
         self.imported.push(key);
         Ok(RemoteArena {
             handle: handle as u64,
             bytes,
+            on_device,
         })
     }
 
@@ -311,6 +352,80 @@ impl FabricPeer for NixlPeer {
             Err(_) => drop(lanes),
         }
         result
+    }
+
+    fn begin(
+        &mut self,
+        jobs: &mut [ReadJob<'_>],
+        deadline: Instant,
+        cancelled: &AtomicBool,
+    ) -> Result<(), FabricError> {
+        let job = match jobs {
+            [job] if job.page.is_on_device() => job,
+            jobs => {
+                self.read(jobs, deadline, cancelled)?;
+                self.begun.push_back(None);
+                return Ok(());
+            }
+        };
+        let limits = Limits {
+            deadline,
+            cancelled,
+            closed: &self.closed.clone(),
+            another_failed: AtomicBool::new(false),
+        };
+        let begun = match limits.passed() {
+            None => self.start_on_gpu(job, deadline),
+            Some(reason) => Err(reason),
+        };
+        // Whatever is under way ends with the agents.
+        self.begun
+            .push_back(Some(begun.inspect_err(|_| self.lanes.clear())?));
+        Ok(())
+    }
+
+    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+        let Some(Some(begun)) = self.begun.pop_front() else {
+            return Ok(Vec::new());
+        };
+        let limits = Limits {
+            deadline: begun.deadline,
+            cancelled,
+            closed: &self.closed.clone(),
+            another_failed: AtomicBool::new(false),
+        };
+        let landed = self.land(begun.request, &limits);
+        if landed.is_err() {
+            // As above.
+            self.lanes.clear();
+        }
+        landed.map(|()| Vec::new())
+    }
+}
+
+/// A read into a GPU's memory.
+#[derive(Debug)]
+struct Begun {
+    request: Request,
+    deadline: Instant,
+}
+
+impl NixlPeer {
+    /// Waits for a request of the first lane: without a pause, for it takes a fraction of a millisecond.
+    fn land(&self, request: Request, limits: &Limits<'_>) -> Result<(), FabricError> {
+        let spent = || failed("an earlier read failed".to_owned());
+        let agent = &self.lanes.first().ok_or_else(spent)?.agent;
+        let mut looks = 0_u32;
+        while !agent.is_done(&request).map_err(failed)? {
+            if let Some(reason) = limits.passed() {
+                return Err(reason);
+            }
+            looks = looks.saturating_add(1);
+            if looks > EAGER_LOOKS_GPU {
+                thread::park_timeout(PAUSE);
+            }
+        }
+        agent.finish(request).map_err(failed)
     }
 }
 
@@ -438,7 +553,9 @@ fn fly<'j, 'p: 'j>(
         }
         while flight.requests.len() < REQUESTS_MAX {
             let Some(portion) = next() else { break };
-            let request = agent.read(peer, &portion.stretches).map_err(failed)?;
+            let places = (Place::Host, Place::Host);
+            let request = agent.read(peer, &portion.stretches, places);
+            let request = request.map_err(failed)?;
             flight.requests.push_back((request, portion));
         }
         if flight.requests.is_empty() {

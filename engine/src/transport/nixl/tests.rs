@@ -48,7 +48,7 @@ fn fabric() -> NixlFabric {
 /// The whole transport.
 pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
     library();
-    Arc::new(start(link::on_loopback(), sink).unwrap())
+    Arc::new(start(&WindowsOnce::default(), link::on_loopback(), sink).unwrap())
 }
 
 fn shape(bytes: usize) -> PageShape {

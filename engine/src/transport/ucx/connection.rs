@@ -92,6 +92,8 @@ struct RemoteMemory {
     bytes: usize,
     /// Where it begins here, if UCX has mapped it.
     mapped: Option<NonNull<u8>>,
+    /// Whether it is memory of a GPU.
+    on_gpu: bool,
 }
 
 /// What is alive of a connection until it fails.
@@ -99,8 +101,10 @@ struct Live {
     worker: Worker,
     endpoint: NonNull<sys::Endpoint>,
     memories: Vec<RemoteMemory>,
-    /// Requests that are not over.
-    under_way: Vec<NonNull<c_void>>,
+    /// Requests that are not over, with the batch that each is of.
+    under_way: Vec<(u64, NonNull<c_void>)>,
+    /// Of what is submitted now.
+    batch: u64,
     /// Bytes copied since the clock was looked at.
     copied_bytes: usize,
 }
@@ -163,6 +167,7 @@ impl Connection {
             endpoint,
             memories: Vec::new(),
             under_way: Vec::new(),
+            batch: 0,
             copied_bytes: 0,
         };
         let mut connection = Self {
@@ -177,12 +182,12 @@ impl Connection {
     /// Makes memory of the peer known here; its number for [`Self::read`].
     pub(super) fn add(
         &mut self,
-        base: u64,
-        bytes: usize,
+        range: (u64, usize),
+        on_gpu: bool,
         key: &[u8],
     ) -> Result<usize, ConnectionError> {
         let live = self.live.as_mut().ok_or(ConnectionError::Failed)?;
-        Ok(live.add(base, bytes, key)?)
+        Ok(live.add(range, on_gpu, key)?)
     }
 
     /// Whether this memory is mapped here, and is read by copying.
@@ -212,17 +217,51 @@ impl Connection {
         self.carry_out(limits, |live| live.submit_all(jobs, limits))
     }
 
+    /// Begins to read jobs from memory of GPUs into pages of GPUs; the batch's number for [`Self::finish`]. Their memory is
+    /// written until that has returned, or the connection ended.
+    pub(super) fn begin(
+        &mut self,
+        jobs: &[ReadJob<'_>],
+        limits: Limits<'_>,
+    ) -> Result<u64, ConnectionError> {
+        let mut batch = 0;
+        self.carry(limits, |live| {
+            live.batch += 1;
+            batch = live.batch;
+            live.submit_on_gpu(jobs)
+        })?;
+        Ok(batch)
+    }
+
+    /// Waits for a batch and those before it.
+    pub(super) fn finish(&mut self, batch: u64, limits: Limits<'_>) -> Result<(), ConnectionError> {
+        self.carry(limits, |live| {
+            live.wait_while(limits, |live| {
+                live.under_way.iter().any(|(of, _)| *of <= batch)
+            })
+        })
+    }
+
     /// Submits, waits for all of it, and ends the connection if any of that fails.
     fn carry_out(
         &mut self,
         limits: Limits<'_>,
         submit: impl FnOnce(&mut Live) -> Result<(), ConnectionError>,
     ) -> Result<(), ConnectionError> {
+        self.carry(limits, |live| {
+            submit(live)?;
+            live.wait_until(0, limits)
+        })
+    }
+
+    /// Does something with the connection, and ends it if that fails.
+    fn carry(
+        &mut self,
+        limits: Limits<'_>,
+        act: impl FnOnce(&mut Live) -> Result<(), ConnectionError>,
+    ) -> Result<(), ConnectionError> {
         let live = self.live.as_mut().ok_or(ConnectionError::Failed)?;
-        let mut done = limits
-            .check()
-            .and_then(|()| submit(live))
-            .and_then(|()| live.wait_until(0, limits));
+        let mut done = limits.check().and_then(|()| act(live));
         if done.is_ok() {
             // An endpoint that failed fails its requests, unless it had none under way.
             let failure = Status(self.failure.load(Ordering::Relaxed));
@@ -264,7 +303,12 @@ impl Live {
         Ok(self.submitted("ucp_ep_flush_nbx", pointer)?)
     }
 
-    fn add(&mut self, base: u64, bytes: usize, key: &[u8]) -> Result<usize, CallError> {
+    fn add(
+        &mut self,
+        (base, bytes): (u64, usize),
+        on_gpu: bool,
+        key: &[u8],
+    ) -> Result<usize, CallError> {
         let context = self.context();
         let (functions, endpoint) = (&context.library.functions, self.endpoint.as_ptr());
         let (packed, mut raw) = (key.as_ptr().cast(), ptr::null_mut());
@@ -276,7 +320,7 @@ impl Live {
         // SAFETY: the key is alive; where the memory is not mapped the call says so and stores nothing.
         let status = unsafe { (functions.ucp_rkey_ptr)(key.as_ptr(), base, &mut local) };
         let mapped = match status {
-            Status::OK => mapped::whole(local.cast(), bytes),
+            Status::OK if !on_gpu => mapped::whole(local.cast(), bytes),
             _ => None,
         };
         self.memories.push(RemoteMemory {
@@ -284,6 +328,7 @@ impl Live {
             base,
             bytes,
             mapped,
+            on_gpu,
         });
         Ok(self.memories.len() - 1)
     }
@@ -300,7 +345,7 @@ impl Live {
             for (source, target) in job.runs.stretches() {
                 let outside = |bytes: usize, at| ConnectionError::Outside(bytes, at);
                 let memory = self.memories.get(number);
-                if memory.is_none_or(|memory| source.end > memory.bytes) {
+                if memory.is_none_or(|memory| source.end > memory.bytes || memory.on_gpu) {
                     return Err(outside(source.len(), source.start));
                 }
                 let (bytes, at) = (target.len(), target.start);
@@ -310,6 +355,27 @@ impl Live {
             // Gets are under way still.
             let copied = self.memories.get(number).and_then(|memory| memory.mapped);
             job.checksum = copied.and_then(|_| summing.made());
+        }
+        Ok(())
+    }
+
+    /// The same between memories of GPUs, without waiting: a get for each stretch, which is long.
+    fn submit_on_gpu(&mut self, jobs: &[ReadJob<'_>]) -> Result<(), ConnectionError> {
+        for job in jobs {
+            let number = usize::try_from(job.from.handle).unwrap_or(usize::MAX);
+            let outside = |at| ConnectionError::Outside(job.runs.total_bytes(), at);
+            let memory = self.memories.get(number).filter(|memory| memory.on_gpu);
+            let (base, key) = memory
+                .filter(|memory| job.runs.fits(memory.bytes, job.page.shape().bytes()))
+                .map(|memory| (memory.base, memory.key))
+                .ok_or_else(|| outside(job.runs.source_end()))?;
+            let page = job.page.arena().filter(|_| job.page.is_on_device());
+            let (arena, offset) = page.ok_or_else(|| outside(0))?;
+            for (source, target) in job.runs.stretches() {
+                let start = arena.base().wrapping_add(offset + target.start);
+                let from = (base.wrapping_add(source.start as u64), key);
+                self.submit_get((start.cast(), target.len()), from, true)?;
+            }
         }
         Ok(())
     }
@@ -364,20 +430,38 @@ impl Live {
     ) -> Result<(), ConnectionError> {
         self.wait_until(GETS_MAX - 1, limits)?;
         let from = &self.memories[memory];
-        let address = from.base.wrapping_add(offset as u64);
-        let params = sys::RequestParams::zeroed();
+        let from = (from.base.wrapping_add(offset as u64), from.key);
+        let target = (target.as_mut_ptr().cast(), target.len());
+        Ok(self.submit_get(target, from, false)?)
+    }
+
+    /// A get, into memory of ours that nobody else has until it is over, or its worker has ended: a page is borrowed as long as
+    /// [`Connection::read`] takes, and kept until [`Connection::finish`].
+    fn submit_get(
+        &mut self,
+        (start, bytes): (*mut c_void, usize),
+        (address, key): (u64, NonNull<sys::RemoteKey>),
+        on_gpu: bool,
+    ) -> Result<(), CallError> {
+        let mut params = sys::RequestParams::zeroed();
+        if on_gpu {
+            params.op_attr_mask = sys::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+            params.memory_type = sys::UCS_MEMORY_TYPE_CUDA;
+        }
         let get = self.context().library.functions.ucp_get_nbx;
-        let (endpoint, key) = (self.endpoint.as_ptr(), from.key.as_ptr());
-        let (start, bytes) = (target.as_mut_ptr().cast(), target.len());
-        // SAFETY: endpoint and key are alive. The target is borrowed exclusively by the caller of `read`, which does not
-        // return before this get is over, or its worker has ended.
+        let (endpoint, key) = (self.endpoint.as_ptr(), key.as_ptr());
+        // SAFETY: endpoint and key are alive. The target stays as said above.
         let pointer = unsafe { get(endpoint, start, bytes, address, key, &params) };
-        Ok(self.submitted("ucp_get_nbx", pointer)?)
+        self.submitted("ucp_get_nbx", pointer)
     }
 
     fn submitted(&mut self, call: &'static str, pointer: *mut c_void) -> Result<(), CallError> {
         match status_of_pointer(pointer) {
-            Ok(request) => self.under_way.extend(request),
+            Ok(request) => {
+                let batch = self.batch;
+                self.under_way
+                    .extend(request.map(|request| (batch, request)));
+            }
             Err(status) => self.context().checked(call, status)?,
         }
         Ok(())
@@ -385,8 +469,17 @@ impl Live {
 
     /// Drives the worker until at most so many requests are under way.
     fn wait_until(&mut self, at_most: usize, limits: Limits<'_>) -> Result<(), ConnectionError> {
+        self.wait_while(limits, |live| live.under_way.len() > at_most)
+    }
+
+    /// Drives the worker as long as that is so.
+    fn wait_while(
+        &mut self,
+        limits: Limits<'_>,
+        is_so: impl Fn(&Self) -> bool,
+    ) -> Result<(), ConnectionError> {
         let mut idle = 0;
-        while self.under_way.len() > at_most {
+        while is_so(self) {
             idle = if self.worker.progress() { 0 } else { idle + 1 };
             self.collect()?;
             if idle > SPINS {
@@ -402,7 +495,7 @@ impl Live {
         let context = self.context();
         let functions = &context.library.functions;
         let mut first = Status::OK;
-        self.under_way.retain(|request| {
+        self.under_way.retain(|(_, request)| {
             // SAFETY: the request is not freed, for those that are leave the list.
             let status = unsafe { (functions.ucp_request_check_status)(request.as_ptr()) };
             if status == Status::IN_PROGRESS {

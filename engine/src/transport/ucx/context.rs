@@ -131,13 +131,24 @@ impl Context {
     }
 
     fn is_for_many_threads(&self) -> bool {
+        let attributes = self.attributes(sys::UCP_ATTR_FIELD_THREAD_MODE);
+        attributes.is_some_and(|a| a.thread_mode == sys::UCS_THREAD_MODE_MULTI)
+    }
+
+    /// Whether UCX has what it takes to read memory of GPUs.
+    pub(super) fn takes_gpus(&self) -> bool {
+        let attributes = self.attributes(sys::UCP_ATTR_FIELD_MEMORY_TYPES);
+        attributes.is_some_and(|a| a.memory_types & (1 << sys::UCS_MEMORY_TYPE_CUDA) != 0)
+    }
+
+    fn attributes(&self, fields: u64) -> Option<sys::ContextAttributes> {
         let mut attributes = sys::ContextAttributes::zeroed();
-        attributes.field_mask = sys::UCP_ATTR_FIELD_THREAD_MODE;
+        attributes.field_mask = fields;
         // SAFETY: the context is alive, and the attributes are this function's own.
         let status = unsafe {
             (self.library.functions.ucp_context_query)(self.raw.as_ptr(), &mut attributes)
         };
-        status == Status::OK && attributes.thread_mode == sys::UCS_THREAD_MODE_MULTI
+        (status == Status::OK).then_some(attributes)
     }
 
     /// Major, minor and patch.
@@ -165,6 +176,10 @@ impl Context {
             sys::UCP_MEM_MAP_PARAM_FIELD_ADDRESS | sys::UCP_MEM_MAP_PARAM_FIELD_LENGTH;
         params.address = arena.base().cast();
         params.length = arena.bytes();
+        if arena.device().is_some() {
+            params.field_mask |= sys::UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+            params.memory_type = sys::UCS_MEMORY_TYPE_CUDA;
+        }
         let raw = self.map(&params)?;
         Ok(Memory {
             context: self,

@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 /// First bytes of a record, by kind.
 const ADDRESS: [u8; 4] = *b"UCXa";
-const KEY: [u8; 4] = *b"UCXk";
+const KEY: [u8; 4] = *b"UCXm";
 
 const CHECKSUM_BYTES: usize = 8;
 
@@ -46,6 +46,8 @@ pub(super) struct KeyRecord {
     pub(super) base: u64,
     /// Its length.
     pub(super) bytes: u64,
+    /// Whether it is memory of a GPU.
+    pub(super) on_gpu: bool,
     /// In UCX's own form.
     pub(super) key: Vec<u8>,
 }
@@ -85,9 +87,10 @@ impl AddressRecord {
 
 impl KeyRecord {
     pub(super) fn encode(&self) -> Vec<u8> {
-        let parts: [&[u8]; 3] = [
+        let parts: [&[u8]; 4] = [
             &self.base.to_le_bytes(),
             &self.bytes.to_le_bytes(),
+            &[u8::from(self.on_gpu)],
             &self.key,
         ];
         sealed(KEY, &parts)
@@ -96,8 +99,10 @@ impl KeyRecord {
     pub(super) fn decode(record: &[u8]) -> Result<Self, RecordError> {
         let body = opened(KEY, record)?;
         let (base, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
-        let (bytes, key) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let (bytes, body) = body.split_first_chunk().ok_or(RecordError::Short)?;
+        let ([on_gpu], key) = body.split_first_chunk().ok_or(RecordError::Short)?;
         Ok(Self {
+            on_gpu: *on_gpu != 0,
             base: u64::from_le_bytes(*base),
             bytes: u64::from_le_bytes(*bytes),
             key: key.to_vec(),
@@ -144,6 +149,7 @@ mod tests {
         KeyRecord {
             base: 0x7f00_0000_0000,
             bytes: 1 << 30,
+            on_gpu: true,
             key: vec![9; 25],
         }
     }

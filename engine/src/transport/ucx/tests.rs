@@ -17,7 +17,7 @@ const EXPORTER_VARIABLE: &str = "BATON_TEST_UCX_EXPORTER";
 const EXPORTED_BYTES: usize = 16 << 20;
 
 pub(crate) fn start_for_tests(sink: TransportSink) -> Arc<dyn Transport> {
-    let transport = start(link::on_loopback(), sink);
+    let transport = start(&WindowsOnce::default(), link::on_loopback(), sink);
     Arc::new(transport.expect("libucp is installed: apt-get install libucx0"))
 }
 

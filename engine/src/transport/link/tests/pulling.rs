@@ -104,7 +104,11 @@ impl FabricPeer for ScriptedPeer {
             detail: "unknown".to_owned(),
         })?;
         let bytes = arena.bytes() as u64;
-        Ok(RemoteArena { handle, bytes })
+        Ok(RemoteArena {
+            handle,
+            bytes,
+            on_device: false,
+        })
     }
 
     fn read(

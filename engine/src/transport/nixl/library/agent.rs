@@ -14,10 +14,45 @@ use std::time::Duration;
 
 use nix::libc;
 
+use crate::page::arena::Arena;
+
 use super::{AgentConfig, Handle, Library, OfHandle, Opaque, leave_without_handlers};
 
-/// NIXL's number for ordinary memory.
+/// NIXL's numbers for ordinary memory, and for that of a GPU.
 const DRAM: c_int = 0;
+const VRAM: c_int = 1;
+
+/// Which memory an address is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Place {
+    /// The host's.
+    Host,
+    /// That of the GPU with this number in its process.
+    Gpu(u64),
+}
+
+impl Place {
+    /// An arena's.
+    pub(in super::super) fn of(arena: &Arena) -> Self {
+        arena
+            .device()
+            .map_or(Self::Host, |device| Self::Gpu(device.ordinal() as u64))
+    }
+
+    const fn kind(self) -> c_int {
+        match self {
+            Self::Host => DRAM,
+            Self::Gpu(_) => VRAM,
+        }
+    }
+
+    const fn device(self) -> u64 {
+        match self {
+            Self::Host => 0,
+            Self::Gpu(number) => number,
+        }
+    }
+}
 
 /// NIXL's number for a read.
 const READ: c_int = 0;
@@ -123,16 +158,20 @@ impl Agent {
     }
 
     /// Makes memory known to the plug-in. The caller keeps it until it is deregistered or the agent gone.
-    pub(in super::super) fn register(&self, start: usize, bytes: usize) -> Result<(), String> {
-        let list = self.memory(&[(start, bytes)])?;
+    pub(in super::super) fn register(
+        &self,
+        (start, bytes): (usize, usize),
+        place: Place,
+    ) -> Result<(), String> {
+        let list = self.memory(&[(start, bytes)], place)?;
         // SAFETY: agent and list live; the caller keeps the memory.
         let status = unsafe { (self.library.register)(self.raw.as_ptr(), list.0, ptr::null_mut()) };
         checked(status, "register memory")
     }
 
-    /// Takes memory back that was registered with these very numbers.
+    /// Takes memory of the host's back that was registered with these very numbers.
     pub(in super::super) fn deregister(&self, start: usize, bytes: usize) -> Result<(), String> {
-        let list = self.memory(&[(start, bytes)])?;
+        let list = self.memory(&[(start, bytes)], Place::Host)?;
         // SAFETY: agent and list live.
         let status =
             unsafe { (self.library.deregister)(self.raw.as_ptr(), list.0, ptr::null_mut()) };
@@ -141,20 +180,20 @@ impl Agent {
 
     /// How others connect to this agent, for their [`Agent::load`].
     pub(in super::super) fn connection(&self) -> Result<Vec<u8>, String> {
-        self.metadata(&[])
+        self.metadata(&[], Place::Host)
     }
 
     /// How others read this registered memory, for their [`Agent::load`] after that of the connection.
     pub(in super::super) fn description(
         &self,
-        start: usize,
-        bytes: usize,
+        range: (usize, usize),
+        place: Place,
     ) -> Result<Vec<u8>, String> {
-        self.metadata(&[(start, bytes)])
+        self.metadata(&[range], place)
     }
 
-    fn metadata(&self, memory: &[(usize, usize)]) -> Result<Vec<u8>, String> {
-        let list = self.memory(memory)?;
+    fn metadata(&self, memory: &[(usize, usize)], place: Place) -> Result<Vec<u8>, String> {
+        let list = self.memory(memory, place)?;
         let (mut data, mut length) = (ptr::null_mut(), 0);
         let (agent, none) = (self.raw.as_ptr(), ptr::null_mut());
         // SAFETY: agent and list live; the answers are this function's own.
@@ -190,15 +229,16 @@ impl Agent {
         Ok(text.to_owned())
     }
 
-    /// Starts a read of stretches of one peer. The local memory is written until the request is finished or the agent
+    /// Starts a read of stretches of one peer, from the one place to the other. The local memory is written until the request is finished or the agent
     /// is gone, whatever else happens; the caller keeps it, and lets nobody use it, until then.
     pub(in super::super) fn read(
         &self,
         peer: &CStr,
         stretches: &[Stretch],
+        (from, to): (Place, Place),
     ) -> Result<Request, String> {
-        let remote = self.stretches(stretches.iter().map(|s| (s.remote, s.bytes)))?;
-        let local = self.stretches(stretches.iter().map(|s| (s.local, s.bytes)))?;
+        let remote = self.stretches(stretches.iter().map(|s| (s.remote, s.bytes)), from)?;
+        let local = self.stretches(stretches.iter().map(|s| (s.local, s.bytes)), to)?;
         let (agent, none, mut raw) = (self.raw.as_ptr(), ptr::null_mut(), ptr::null_mut());
         // SAFETY: agent and lists live and are read before it returns; the answer is this function's own.
         let status = unsafe {
@@ -238,39 +278,46 @@ impl Agent {
         checked(status, "free a read")
     }
 
-    fn memory(&self, ranges: &[(usize, usize)]) -> Result<Owned, String> {
-        let list = self.list(
+    fn memory(&self, ranges: &[(usize, usize)], place: Place) -> Result<Owned, String> {
+        let list = list(
             self.library.create_memory_list,
             self.library.destroy_memory_list,
+            place,
         )?;
         for (start, bytes) in ranges {
             let add = self.library.add_memory;
             // SAFETY: the list lives; there is no metadata to read.
-            let status = unsafe { add(list.0, *start, *bytes, 0, ptr::null(), 0) };
+            let status = unsafe { add(list.0, *start, *bytes, place.device(), ptr::null(), 0) };
             checked(status, "describe memory")?;
         }
         Ok(list)
     }
 
-    fn stretches(&self, ranges: impl Iterator<Item = (usize, usize)>) -> Result<Owned, String> {
-        let list = self.list(
+    fn stretches(
+        &self,
+        ranges: impl Iterator<Item = (usize, usize)>,
+        place: Place,
+    ) -> Result<Owned, String> {
+        let list = list(
             self.library.create_stretch_list,
             self.library.destroy_stretch_list,
+            place,
         )?;
         for (start, bytes) in ranges {
             // SAFETY: the list lives.
-            let status = unsafe { (self.library.add_stretch)(list.0, start, bytes, 0) };
+            let status =
+                unsafe { (self.library.add_stretch)(list.0, start, bytes, place.device()) };
             checked(status, "describe a stretch")?;
         }
         Ok(list)
     }
+}
 
-    fn list(&self, create: super::CreateList, destroy: OfHandle) -> Result<Owned, String> {
-        let mut raw = ptr::null_mut();
-        // SAFETY: the answer is this function's own.
-        let status = unsafe { create(DRAM, &mut raw) };
-        made(status, raw, "make a list").map(|raw| Owned(raw.as_ptr(), destroy))
-    }
+fn list(create: super::CreateList, destroy: OfHandle, place: Place) -> Result<Owned, String> {
+    let mut raw = ptr::null_mut();
+    // SAFETY: the answer is this function's own.
+    let status = unsafe { create(place.kind(), &mut raw) };
+    made(status, raw, "make a list").map(|raw| Owned(raw.as_ptr(), destroy))
 }
 
 impl Drop for Agent {
