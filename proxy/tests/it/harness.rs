@@ -22,14 +22,6 @@ pub(crate) struct Running {
     _dir: tempfile::TempDir,
 }
 
-/// Lets all tasks do what they can do without hearing from outside: they share this one's thread, so each turn is one of theirs.
-pub(crate) async fn settle() {
-    const LONGEST_CHAIN: usize = 64;
-    for _ in 0..LONGEST_CHAIN {
-        tokio::task::yield_now().await;
-    }
-}
-
 pub(crate) fn group(addresses: &[SocketAddr]) -> ServerGroup {
     ServerGroup {
         servers: addresses
