@@ -63,11 +63,11 @@ use self::ranks::Ranks;
 use self::tables::Tables;
 use self::tensor::Rounded;
 use self::upload::{OnDevice, Staging};
-use self::weight::{WeightStore, takes_8_bits};
+use self::weight::{WeightStore, repeated, takes_8_bits};
 use super::{
     ActivationDtype, Arrived, AttentionSpec, Backend, BackendCapability, BackendError, BlockId,
     FileSource, PatternSource, PrefillRows, RankGroup, RopePairing, RopeTable, StepBatch,
-    StepOutput, StepPass, StepWish, TokenId, WeightDtype, WeightSource, e4m3,
+    StepOutput, StepPass, StepWish, TokenId, WeightDtype, WeightSource,
 };
 use crate::page::{KvScale, Page, PageShape};
 
@@ -207,42 +207,20 @@ impl Backend for CudaBackend {
     }
 
     fn load_pattern(&mut self, source: &PatternSource) -> Result<Option<CudaWeight>, BackendError> {
-        // As a file would hold them, then as the device does.
-        let half = |&value: &f32| {
-            let value = match source.dtype {
-                WeightDtype::F16 => half::f16::from_f32(value).to_f32(),
-                WeightDtype::Bf16 => half::bf16::from_f32(value).to_f32(),
-                _ => value,
-            };
-            match self.activations {
-                ActivationDtype::F16 => half::f16::from_f32(value).to_bits(),
-                _ => half::bf16::from_f32(value).to_bits(),
-            }
-        };
-        let values: Vec<u16> = source.values.iter().map(half).collect();
-        let narrow: Vec<u8> = match source.dtype {
-            WeightDtype::F8E4m3 if takes_8_bits(&self.gpu, source.cols) => {
-                let values = source.values.iter();
-                values
-                    .map(|&value| e4m3::encode(value / source.scale))
-                    .collect()
-            }
-            _ => Vec::new(),
-        };
+        let in_8_bits = source.dtype == WeightDtype::F8E4m3 && takes_8_bits(&self.gpu, source.cols);
+        let bytes = repeated(source, self.activations, in_8_bits);
         let mut made = || {
-            let (weight, bytes) = if narrow.is_empty() {
-                let weight = self.store.place(&self.gpu, source.rows, source.cols)?;
-                (weight, bytemuck::cast_slice(&values))
+            let shape = (source.rows, source.cols);
+            let weight = if in_8_bits {
+                let scale = [source.scale];
+                self.store.place_8_bit(&self.gpu, shape, &scale)?
             } else {
-                let shape = (source.rows, source.cols);
-                let store = &mut self.store;
-                let weight = store.place_8_bit(&self.gpu, shape, &[source.scale])?;
-                (weight, narrow.as_slice())
+                self.store.place(&self.gpu, source.rows, source.cols)?
             };
             let pattern = self.pool.take(bytes.len())?;
-            self.gpu.upload(pattern.memory(), 0, bytes)?;
+            self.gpu.upload(pattern.memory(), 0, &bytes)?;
             let place = (source.first, source.stride);
-            let pattern = (pattern.address(), values.len());
+            let pattern = (pattern.address(), source.values.len());
             self.ops.get_mut().pattern(pattern, &weight, place)?;
             Ok(Some(weight))
         };

@@ -19,7 +19,8 @@ use super::loading::{BUFFER_BYTES, Loading, Target};
 use super::reading::{Form, pieces};
 use crate::backend::cpu::CpuWeight;
 use crate::backend::{
-    ActivationDtype, Arrived, BackendError, FileSource, WeightBytes, WeightDtype, WeightSource,
+    ActivationDtype, Arrived, BackendError, FileSource, PatternSource, WeightBytes, WeightDtype,
+    WeightSource, e4m3,
 };
 
 /// What cuBLASLt's fastest kernels like, in bytes.
@@ -304,6 +305,30 @@ fn misfit(name: &str, shape: (usize, usize), (bytes, scales): (usize, &[f32])) -
         name: name.to_owned(),
         reason: format!("{shape:?} has {bytes} bytes and {} scales", scales.len()),
     }
+}
+
+/// What a weight repeats, as the device keeps it: first as a file would hold it, then in 8 bits, or in the type of activations.
+pub(super) fn repeated(
+    source: &PatternSource,
+    activations: ActivationDtype,
+    in_8_bits: bool,
+) -> Vec<u8> {
+    let values = source.values.iter();
+    if in_8_bits {
+        return values
+            .map(|&value| e4m3::encode(value / source.scale))
+            .collect();
+    }
+    let held = values.map(|&value| match source.dtype {
+        WeightDtype::F16 => f16::from_f32(value).to_f32(),
+        WeightDtype::Bf16 => bf16::from_f32(value).to_f32(),
+        _ => value,
+    });
+    let bits = held.map(|value| match activations {
+        ActivationDtype::F16 => f16::from_f32(value).to_bits(),
+        _ => bf16::from_f32(value).to_bits(),
+    });
+    bits.flat_map(u16::to_ne_bytes).collect()
 }
 
 fn room(
