@@ -342,7 +342,7 @@ struct WindowedPeer {
 }
 
 impl WindowedPeer {
-    fn failed(&self, detail: impl ToString) -> FabricError {
+    fn failed(&self, detail: &impl ToString) -> FabricError {
         FabricError::Read {
             fabric: self.fabric,
             detail: detail.to_string(),
@@ -424,7 +424,7 @@ impl WindowedPeer {
         let inner = self.inner()?;
         let read = (0..reads).try_for_each(|_| inner.finish(cancelled).map(drop));
         let slot = self.unless_failed(read, slot)?;
-        let device = device_of(slot.page()).ok_or_else(|| self.failed("no window"))?;
+        let device = device_of(slot.page()).ok_or_else(|| self.failed(&"no window"))?;
         let exchanges: Option<Vec<_>> = moves
             .iter()
             .map(|piece| {
@@ -434,9 +434,9 @@ impl WindowedPeer {
                 })
             })
             .collect();
-        let exchanges = exchanges.ok_or_else(|| self.failed("a page that is on no device"))?;
+        let exchanges = exchanges.ok_or_else(|| self.failed(&"a page that is on no device"))?;
         let sums = device.exchange(Course::Scatter, &exchanges);
-        let mut sums = sums.map_err(|error| self.failed(error))?;
+        let mut sums = sums.map_err(|error| self.failed(&error))?;
         if !summed {
             sums.clear();
         }
@@ -531,17 +531,17 @@ impl FabricPeer for WindowedPeer {
             .iter()
             .all(|job| job.from.on_device && job.page.is_on_device())
         {
-            return Err(self.failed("memory of the host's among that of a device"));
+            return Err(self.failed(&"memory of the host's among that of a device"));
         }
         let mut slot = self.slot(deadline, cancelled)?;
         let base = slot.page().arena().map_or(0, |(_, offset)| offset);
         let laid_out = lay_out(jobs, base, self.reading.slot_bytes());
-        let (parts, moves) = laid_out.ok_or_else(|| self.failed("more than a window holds"))?;
+        let (parts, moves) = laid_out.ok_or_else(|| self.failed(&"more than a window holds"))?;
         let mut reads = 0;
         let mut begun = Ok(());
         for part in parts {
             begun = Runs::new(part.runs)
-                .map_err(|error| self.failed(error))
+                .map_err(|error| self.failed(&error))
                 .and_then(|runs| {
                     let mut job = [ReadJob::new(part.from, &runs, slot.page_mut())];
                     self.inner()?.begin(&mut job, deadline, cancelled)
@@ -576,7 +576,7 @@ impl Drop for WindowedPeer {
         for flight in flights {
             if let Flight::Window { slot, .. } = flight {
                 // Nobody waits for it any more; its window may be written until all of it has ended.
-                let ended = self.unless_failed(Err(self.failed("given up")), slot);
+                let ended = self.unless_failed(Err(self.failed(&"given up")), slot);
                 drop(ended);
             }
         }

@@ -179,10 +179,9 @@ impl<'a> Writer<'a> {
             match lender.gathered_together(writes.as_slice(), connection) {
                 Together::Apart => {}
                 Together::Pull(lent) => {
-                    let some = writes.by_ref().take(lent.len()).zip(lent);
+                    let mut some = writes.by_ref().take(lent.len()).zip(lent);
                     sent = some
-                        .map(|(write, lent)| self.describe(write, lent, connection))
-                        .collect::<Result<(), _>>()
+                        .try_for_each(|(write, lent)| self.describe(write, lent, connection))
                         // The peer reads one window while the next is gathered.
                         .and_then(|()| self.flush());
                     continue;
