@@ -52,7 +52,7 @@ struct Wish {
     u32 given;
 };
 
-// A row's logits as they are to be chosen by.
+// A row's logits as they are to be chosen by. Handed on by value, so that it stays in registers.
 struct Row {
     const float *x;
     u32 cols;
@@ -61,8 +61,7 @@ struct Row {
     bool bans;
 };
 
-__device__ __noinline__ float biased(const Row &row, u32 token, float value) {
-    const u32 *biases = row.table + row.cols;
+__device__ __noinline__ float biased(const u32 *biases, u32 token, float value) {
     for (u32 i = 0; i < biases[0]; i++)
         if (biases[1 + 2 * i] == token) value = __fadd_rn(value, __uint_as_float(biases[2 + 2 * i]));
     return value;
@@ -72,7 +71,7 @@ __device__ __forceinline__ float changed(const Row &row, u32 token, float value)
     if (!row.table) return value;
     u32 seen = row.table[token];
     if (seen == 0) return value;
-    if (seen & BIASED) value = biased(row, token, value);
+    if (seen & BIASED) value = biased(row.table + row.cols, token, value);
     u32 count = min(seen & COUNT, COUNT_MAX);
     if (count > 0 || seen & PROMPT) value = value > 0.0f ? __fdiv_rn(value, row.repetition) : __fmul_rn(value, row.repetition);
     if (count > 0) value = __fsub_rn(value, __fadd_rn(__fmul_rn(row.frequency, (float)count), row.presence));
@@ -145,7 +144,7 @@ struct Kept {
 };
 
 // The first `count` of the kept tokens, or as many as reach `share` of their weight, where that is not more than 1.
-__device__ __noinline__ Kept select(const Row &row, Kept kept, float best, float inverse, u32 count, float share) {
+__device__ __noinline__ Kept select(Row row, Kept kept, float best, float inverse, u32 count, float share) {
     __shared__ u64 masses[256], left_mass;
     __shared__ u32 counts[256], left_count, chosen_byte;
     bool by_mass = share <= 1.0f;
@@ -190,7 +189,7 @@ __device__ __noinline__ Kept select(const Row &row, Kept kept, float best, float
 }
 
 // A token with the probability of its weight; every thread gets it.
-__device__ __noinline__ u32 drawn(const Row &row, const Wish &wish, Best most) {
+__device__ __noinline__ u32 drawn(Row row, Wish wish, Best most) {
     __shared__ u64 shared_sums[WARP];
     __shared__ u32 answer;
     // What is kept: the keys before the threshold, and so many of those that equal it. Top-p is a share of what top-k leaves.
@@ -243,7 +242,7 @@ __device__ __noinline__ u32 drawn(const Row &row, const Wish &wish, Best most) {
 
 // How likely a token and the `top` best are by the logits as they are: all that reaches the top-th greatest of the warps' greatest
 // is looked at, which is little more than what is wanted.
-__device__ __noinline__ void tell(const Row &row, u32 token, u32 top, u32 *told) {
+__device__ __noinline__ void tell(Row row, u32 token, u32 top, u32 *told) {
     __shared__ float shared_most[WARP], logits[CANDIDATES];
     __shared__ u64 shared_sums[WARP];
     __shared__ u32 found, ids[CANDIDATES];
