@@ -17,8 +17,12 @@ const CONFIGURATION: &str =
 fn configuration() -> &'static Path {
     static FILE: OnceLock<PathBuf> = OnceLock::new();
     FILE.get_or_init(|| {
-        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("slurm.conf");
-        std::fs::write(&file, CONFIGURATION).expect("a configuration");
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let (own, file) = (std::process::id(), folder.join("slurm.conf"));
+        // Each test may be a process of its own; none shall read what another has half written.
+        let whole = folder.join(format!("slurm.conf.{own}"));
+        std::fs::write(&whole, CONFIGURATION).expect("a configuration");
+        std::fs::rename(&whole, &file).expect("a configuration");
         file
     })
 }
