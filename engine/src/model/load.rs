@@ -291,13 +291,16 @@ impl ModelHeader {
 fn say_loaded(place: Place, weight_bytes: usize, (bytes_read, elapsed): (u64, Duration)) {
     let gib = |bytes: f64| (bytes / f64::from(1 << 30) * 100.0).round() / 100.0;
     let seconds = elapsed.as_secs_f64();
-    let gb_per_s = bytes_read as f64 / 1e9 / seconds.max(1e-9);
+    let gb_per_s = (bytes_read > 0).then(|| {
+        let gb_per_s = bytes_read as f64 / 1e9 / seconds.max(1e-9);
+        tracing::field::display(format!("{gb_per_s:.2}"))
+    });
     tracing::info!(
         rank = place.rank(),
         weights_gib = gib(weight_bytes as f64),
         read_gib = gib(bytes_read as f64),
         elapsed_s = format_args!("{seconds:.2}"),
-        gb_per_s = format_args!("{gb_per_s:.2}"),
+        gb_per_s,
         "loaded the weights"
     );
 }

@@ -118,9 +118,9 @@ impl Progress {
             percent,
             at: step.elapsed,
         };
-        let (gb_per_s, seconds_left) = pace.map_or((0.0, 0), |pace| {
-            (hundredths(pace.gb_per_s), pace.left.as_secs())
-        });
+        // Where there is no pace, nothing is said of it.
+        let gb_per_s = pace.map(|pace| hundredths(pace.gb_per_s));
+        let seconds_left = pace.map(|pace| pace.left.as_secs());
         tracing::info!(model = %self.model, percent, gb_per_s, seconds_left, "loading");
     }
 
