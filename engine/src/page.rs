@@ -83,6 +83,29 @@ impl KvScale {
     }
 }
 
+/// The scales of a pool's pages, by layer.
+#[derive(Debug, Clone)]
+pub(crate) struct KvScales(Vec<KvScale>);
+
+impl KvScales {
+    /// Of pages whose elements are stored as they are.
+    pub(crate) fn ones(shape: &PageShape) -> Self {
+        Self(vec![KvScale::ONE; shape.layers])
+    }
+
+    /// One for each layer of pages of 8-bit elements.
+    pub(crate) fn new(shape: &PageShape, scales: &[KvScale]) -> Self {
+        let whole = (shape.layers, KvDtype::Fp8);
+        assert_eq!((scales.len(), shape.dtype), whole, "scales of pages");
+        Self(scales.to_vec())
+    }
+
+    /// A layer's.
+    pub(crate) fn of(&self, layer: usize) -> KvScale {
+        self.0[layer]
+    }
+}
+
 /// Shape of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageShape {

@@ -29,6 +29,26 @@ pub struct Span {
     pub bytes: usize,
 }
 
+impl Span {
+    /// Stretches of a page that begins at `there` of the other arena, one behind the other from `here` on.
+    pub(crate) fn packed(
+        mut here: usize,
+        there: usize,
+        stretches: impl Iterator<Item = Range<usize>>,
+    ) -> Vec<Self> {
+        let spans = stretches.map(|stretch| {
+            let span = Self {
+                here,
+                there: there + stretch.start,
+                bytes: stretch.len(),
+            };
+            here += span.bytes;
+            span
+        });
+        spans.collect()
+    }
+}
+
 /// Spans that are summed together, one after the other.
 #[derive(Debug, Clone)]
 pub struct Exchange<'a> {

@@ -474,11 +474,10 @@ impl FabricPeer for UcxPeer {
             self.begun.push_back(None);
             return Ok(());
         }
-        let closed = Arc::clone(&self.closed);
         let limits = Limits {
             deadline,
             cancelled,
-            closed: &closed,
+            closed: &self.closed,
         };
         let begun = self.connection.begin(jobs, limits);
         let batch = begun.map_err(|error| self.failed(error))?;
@@ -490,11 +489,10 @@ impl FabricPeer for UcxPeer {
         let Some(Some((batch, deadline))) = self.begun.pop_front() else {
             return Ok(Vec::new());
         };
-        let closed = Arc::clone(&self.closed);
         let limits = Limits {
             deadline,
             cancelled,
-            closed: &closed,
+            closed: &self.closed,
         };
         let finished = self.connection.finish(batch, limits);
         finished.map_err(|error| self.failed(error))?;

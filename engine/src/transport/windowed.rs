@@ -478,18 +478,9 @@ fn lay_out(
             }),
         }
         let (arena, offset) = job.page.arena()?;
-        let mut here = base + at;
-        let spans = job.runs.stretches().map(|(_, target)| {
-            let span = Span {
-                here,
-                there: offset + target.start,
-                bytes: target.len(),
-            };
-            here += span.bytes;
-            span
-        });
+        let targets = job.runs.stretches().map(|(_, target)| target);
         moves.push(Move {
-            spans: spans.collect(),
+            spans: Span::packed(base + at, offset, targets),
             arena: Arc::clone(arena),
         });
         let end = at.checked_add(job.runs.total_bytes())?;

@@ -12,14 +12,13 @@ use super::quant::{self, decode_blocks as decode_row};
 use super::simd::Lanes;
 use super::tensor::CpuTensor;
 use crate::backend::{BackendError, BlockId, StepBatch, e4m3};
-use crate::page::{KvDtype, KvScale, Page, PageShape};
+use crate::page::{KvDtype, KvScale, KvScales, Page, PageShape};
 
 /// The pages, by block.
 #[derive(Debug)]
 pub(super) struct Pages {
     shape: PageShape,
-    /// Of each layer.
-    scales: Vec<KvScale>,
+    scales: KvScales,
     /// `None` while lent.
     pages: Vec<Option<Arc<Page>>>,
 }
@@ -44,7 +43,7 @@ impl Pages {
         let pages = pages.into_iter().map(|page| Some(Arc::new(page)));
         Ok(Self {
             shape,
-            scales: vec![KvScale::ONE; shape.layers],
+            scales: KvScales::ones(&shape),
             pages: pages.collect(),
         })
     }
@@ -55,13 +54,11 @@ impl Pages {
 
     /// Scales of 8-bit elements, one for each layer.
     pub(super) fn set_scales(&mut self, scales: &[KvScale]) {
-        let whole = (self.shape.layers, KvDtype::Fp8);
-        assert_eq!((scales.len(), self.shape.dtype), whole, "scales of pages");
-        self.scales = scales.to_vec();
+        self.scales = KvScales::new(&self.shape, scales);
     }
 
     pub(super) fn scale(&self, layer: usize) -> KvScale {
-        self.scales[layer]
+        self.scales.of(layer)
     }
 
     pub(super) fn share(&self, block: BlockId) -> Arc<Page> {
@@ -105,7 +102,7 @@ impl Pages {
             "layer {layer} is not in the page"
         );
         let per_block = self.shape.tokens_per_block;
-        let inverse = self.scales[layer].inverse();
+        let inverse = self.scale(layer).inverse();
         for span in &batch.sequences {
             let mut row = span.rows.start;
             while row < span.rows.end {

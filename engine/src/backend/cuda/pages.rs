@@ -11,14 +11,13 @@ use super::error::CudaError;
 use super::handoff::{CudaArena, cuda_arena};
 use crate::backend::{BlockId, StepBatch};
 use crate::page::arena::Arena;
-use crate::page::{KvDtype, KvScale, Page, PageShape};
+use crate::page::{KvScale, KvScales, Page, PageShape};
 
 /// The pages, by block.
 #[derive(Debug)]
 pub(super) struct Pages {
     shape: PageShape,
-    /// Of each layer.
-    scales: Vec<KvScale>,
+    scales: KvScales,
     arena: Arc<Arena>,
     /// From a page to the next, in bytes.
     stride: usize,
@@ -46,7 +45,7 @@ impl Pages {
         let pages = pages.into_iter().map(|page| Some(Arc::new(page)));
         Ok(Self {
             shape,
-            scales: vec![KvScale::ONE; shape.layers],
+            scales: KvScales::ones(&shape),
             arena,
             stride: bytes / count_made,
             pages: pages.take(count).collect(),
@@ -59,13 +58,11 @@ impl Pages {
 
     /// Scales of 8-bit elements, one for each layer. Recordings hold them.
     pub(super) fn set_scales(&mut self, scales: &[KvScale]) {
-        let whole = (self.shape.layers, KvDtype::Fp8);
-        assert_eq!((scales.len(), self.shape.dtype), whole, "scales of pages");
-        self.scales = scales.to_vec();
+        self.scales = KvScales::new(&self.shape, scales);
     }
 
     pub(super) fn scale(&self, layer: usize) -> KvScale {
-        self.scales[layer]
+        self.scales.of(layer)
     }
 
     pub(super) fn memory(&self) -> &DeviceMemory {

@@ -281,18 +281,9 @@ fn gather_into_window(
     let none = || io::Error::other("a page that is on no device");
     let exchanges = writes.iter().zip(places).map(|(write, at)| {
         let (arena, offset) = write.source.arena().ok_or_else(none)?;
-        let mut here = base + at;
-        let spans = write.runs.stretches().map(|(source, _)| {
-            let span = Span {
-                here,
-                there: offset + source.start,
-                bytes: source.len(),
-            };
-            here += span.bytes;
-            span
-        });
+        let sources = write.runs.stretches().map(|(source, _)| source);
         Ok(Exchange {
-            spans: spans.collect(),
+            spans: Span::packed(base + at, offset, sources),
             other: arena.device().ok_or_else(none)?,
         })
     });
