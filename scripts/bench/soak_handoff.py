@@ -91,6 +91,13 @@ def items():
     return [item for item in found if item["min_margin"] > 0.001]
 
 
+def leave(connection):
+    """The client goes away, unless its answer was there first."""
+    with contextlib.suppress(OSError):
+        if connection.sock:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
 def ask(address, item, cancel_after):
     """One request; what became of it. `cancel_after` is seconds until the client leaves, or None."""
     body = {"model": "m", "prompt": item["prompt_token_ids"], "max_tokens": len(item["output_token_ids"]), "temperature": 0, "detokenize": False, "stream": True}
@@ -100,7 +107,7 @@ def ask(address, item, cancel_after):
     try:
         connection.connect()
         if cancel_after is not None:
-            leaving = threading.Timer(cancel_after, lambda: connection.sock and connection.sock.shutdown(socket.SHUT_RDWR))
+            leaving = threading.Timer(cancel_after, leave, (connection,))
             leaving.start()
         connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         response = connection.getresponse()
