@@ -4,7 +4,7 @@ prompt of 300 tokens and of 64 steps behind it, in one chunk and in several, wit
 ranks; and the same with weights in 8 bits, as ModelOpt exports them.
 
 Needs PyTorch, transformers, and engine-tests beside this file (scripts/gpu/pack). Writes logits.json into the folder given.
-Usage: logits.py FOLDER [GRIDS, such as 1x1,2x1: tensor ranks x stages]
+Usage: logits.py FOLDER [GRIDS, such as 1x1,2x1: tensor ranks x stages [MODELS, such as llama,mistral]]
 """
 
 import concurrent.futures
@@ -153,6 +153,7 @@ def is_wanted(grid, case):
 def main():
     out = Path(sys.argv[1])
     grids = [[int(size) for size in grid.split("x")] for grid in (sys.argv[2] if len(sys.argv) > 2 else "1x1").split(",")]
+    models = sys.argv[3].split(",") if len(sys.argv) > 3 else list(MODELS)
     out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = torch.randint(0, 1000, (PROMPT + STEPS,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -170,9 +171,9 @@ def main():
     pools = {size: concurrent.futures.ThreadPoolExecutor(size) for size in (AT_ONCE, AT_ONCE_RANKS)}
     with tempfile.TemporaryDirectory() as made, pools[AT_ONCE], pools[AT_ONCE_RANKS]:
         begun = []
-        for name, config in MODELS.items():
+        for name in models:
             folder = Path(made) / name
-            checkpoint(config, folder)
+            checkpoint(MODELS[name], folder)
             cases, same = cases_of(name, folder, tokens)
             results.append(same)
             begun += [pools[AT_ONCE if grid == [1, 1] else AT_ONCE_RANKS].submit(run, name, grid, case) for grid in grids for case in cases if is_wanted(grid, case)]

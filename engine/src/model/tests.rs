@@ -6,7 +6,7 @@ mod hostile_gguf;
 mod hostile_safetensors;
 mod loading;
 pub(crate) mod reference_backend;
-mod tiny_gguf;
+pub(crate) mod tiny_gguf;
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

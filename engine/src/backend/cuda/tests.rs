@@ -3,6 +3,7 @@
 
 mod changes;
 mod choose;
+mod gguf;
 mod logits;
 mod model;
 mod speed;

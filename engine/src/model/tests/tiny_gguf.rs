@@ -55,7 +55,7 @@ pub(super) fn tiny_gguf(name: &str) -> Vec<u8> {
 }
 
 /// A GGUF file of these metadata and tensors.
-pub(super) fn write(metadata: &[(String, Value)], tensors: &[(String, QTensor)]) -> Vec<u8> {
+pub(crate) fn write(metadata: &[(String, Value)], tensors: &[(String, QTensor)]) -> Vec<u8> {
     let metadata: Vec<_> = metadata
         .iter()
         .map(|(key, value)| (key.as_str(), value))

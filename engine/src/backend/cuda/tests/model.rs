@@ -1,6 +1,7 @@
 //! Small models of random weights on both backends.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use baton_configs::llm::{ComputeDtype, LlmOptions, LoadFormat};
@@ -92,8 +93,13 @@ fn loaded_as<B: Backend>(dtype: ComputeDtype, folder: &Path, backend: B) -> Box<
         load_format: LoadFormat::Dummy,
         ..LlmOptions::default()
     };
-    let spec = folder.to_str().unwrap();
-    let mut model = load(spec, &options, None, backend, &|_| {}).unwrap().model;
+    with_pages(folder, &options, backend)
+}
+
+/// A model of a folder or file, with pages for [`steps`].
+fn with_pages<B: Backend>(from: &Path, options: &LlmOptions, backend: B) -> Box<dyn Model> {
+    let spec = from.to_str().unwrap();
+    let mut model = load(spec, options, None, backend, &|_| {}).unwrap().model;
     let shape = model.shape();
     let page = PageShape {
         layers: shape.layers,
@@ -224,32 +230,53 @@ fn models_agree(dtype: ComputeDtype, tolerance: f32) {
         write_config(kind, folder.path());
         let mut expected = loaded(folder.path(), CpuBackend::new(None));
         let mut found = loaded_as(dtype, folder.path(), gpu);
-        for (index, step) in steps().iter().enumerate() {
-            let expected = expected.forward(step).unwrap();
-            let model = found.as_mut();
-            let found = model.forward(step).unwrap();
-            check_choices(model, step, &found);
-            assert_eq!(found.values.len(), expected.values.len());
-            let scale = expected
-                .values
-                .iter()
-                .fold(0.0_f32, |most, value| most.max(value.abs()));
-            let errors = found.values.iter().zip(&expected.values);
-            let worst = errors.fold(0.0_f32, |worst, (a, b)| {
-                // A NaN is the worst.
-                if (a - b).abs() <= worst {
-                    worst
-                } else {
-                    (a - b).abs()
-                }
+        agree(kind.name, expected.as_mut(), found.as_mut(), tolerance);
+    }
+}
+
+/// Every step's logits of the device are near the expected ones, and its tokens are those of its logits.
+fn agree(name: &str, expected: &mut dyn Model, model: &mut dyn Model, tolerance: f32) {
+    for (index, step) in steps().iter().enumerate() {
+        let expected = expected.forward(step).unwrap();
+        let found = model.forward(step).unwrap();
+        check_choices(model, step, &found);
+        assert_eq!(found.values.len(), expected.values.len());
+        let scale = expected
+            .values
+            .iter()
+            .fold(0.0_f32, |most, value| most.max(value.abs()));
+        let errors = found.values.iter().zip(&expected.values);
+        let worst = errors.fold(0.0_f32, |worst, (a, b)| {
+            // A NaN is the worst.
+            if (a - b).abs() <= worst {
+                worst
+            } else {
+                (a - b).abs()
+            }
+        });
+        eprintln!(
+            "{name} step {index}: off by {:.4} of {scale:.3}",
+            worst / scale
+        );
+        assert!(worst <= tolerance * scale, "{name} step {index}");
+    }
+}
+
+#[test]
+fn a_gguf_file_gives_the_cpu_backends_logits_whatever_its_blocks() {
+    for blocks in gguf::BLOCKS {
+        let mut file = tempfile::Builder::new().suffix(".gguf").tempfile().unwrap();
+        file.write_all(&gguf::of(blocks)).unwrap();
+        let [expected, found] =
+            [ComputeDtype::Float32, ComputeDtype::Auto].map(|dtype| LlmOptions {
+                dtype,
+                ..LlmOptions::default()
             });
-            eprintln!(
-                "{} step {index}: off by {:.4} of {scale:.3}",
-                kind.name,
-                worst / scale
-            );
-            assert!(worst <= tolerance * scale, "{} step {index}", kind.name);
-        }
+        let mut expected = with_pages(file.path(), &expected, CpuBackend::new(None));
+        let Some(gpu) = gpu() else { continue };
+        let mut found = with_pages(file.path(), &found, gpu);
+        let name = format!("{blocks:?}");
+        agree(&name, expected.as_mut(), found.as_mut(), LOGITS_TOLERANCE);
     }
 }
 
