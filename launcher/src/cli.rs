@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub(crate) use self::bench::{
     BenchCommand, BenchKvArgs, BenchServeArgs, ChecksumArg, DoctorArgs, DtypeArg, EndpointArg,
     FindingArg, KvDeviceArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs, PromptFormatArg,
-    ShapeArgs, TransportArg,
+    SamplingArgs, ShapeArgs, TransportArg,
 };
 pub(crate) use self::world::{FabricArg, LaunchArgs, LlmapiLaunchArgs, MpiWorkerArgs, WorldArgs};
 use crate::cli::slurm::SlurmCommand;

@@ -237,6 +237,34 @@ async fn the_engine_alone_runs_on_several_ranks() {
     assert!(!stderr.contains("broken"), "{stderr}");
 }
 
+#[tokio::test]
+async fn servers_and_the_engine_alone_draw_as_the_flags_say() {
+    let model = baton_tests::tiny_model("llama");
+    let worker = Worker::start(&model, ENGINE).await;
+    let sampling = "--temperature 0.5 --top-k 20 --min-p 0.25 --repetition-penalty 1.5 --frequency-penalty -0.5 --logprobs 2";
+    let load = "--concurrency 2 --num-prompts 4 --isl 32 --osl 8 --accept saturated";
+    let engine = "--load-format dummy --device cpu --max-seq-len 512 --offline";
+    let url = ["--url", &worker.address];
+    for (endpoint, target) in [
+        ("completions", url.to_vec()),
+        ("chat", url.to_vec()),
+        ("completions", [words(engine), vec![&model]].concat()),
+    ] {
+        let named = vec!["--endpoint", endpoint];
+        let arguments = [words(load), words(sampling), named, target].concat();
+        let (status, report, stderr) = bench(&arguments).await;
+        assert_eq!(status.code(), Some(0), "{report:#}\n{stderr}");
+        check_run(&report["runs"][0], 4, 8);
+        let mut asked = serde_json::json!({"temperature": 0.5, "top_k": 20, "min_p": 0.25, "repetition_penalty": 1.5,
+            "frequency_penalty": -0.5, "logprobs": 2});
+        if endpoint == "chat" {
+            asked["logprobs"] = true.into();
+            asked["top_logprobs"] = 2.into();
+        }
+        assert_eq!(report["parameters"]["sampling"], asked);
+    }
+}
+
 const MODELS: &str = r#"{"object":"list","data":[{"id":"mock"}]}"#;
 const TOKEN: &str = "data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":null}]}\n\n";
 const USAGE: &str =
@@ -411,6 +439,14 @@ async fn what_cannot_be_measured_is_said_in_one_line() {
         (
             "--url h:1 --dataset /nonexistent.json",
             "cannot read /nonexistent.json",
+        ),
+        (
+            "--url h:1 --top-p 0",
+            "expected a number above 0, at most 1",
+        ),
+        (
+            "--url h:1 --top-p 0.5 --extra-body {\"top_p\":0.9}",
+            "`top_p`, which a flag of its own says",
         ),
         ("--url h:1 --preset standard --isl 4", "cannot be used with"),
         ("--offline m --prompt-format text", "takes token ids"),

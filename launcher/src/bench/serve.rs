@@ -16,6 +16,7 @@ mod plan;
 mod prompts;
 mod record;
 mod report;
+mod sampling;
 mod sse;
 mod stats;
 mod verdict;
@@ -186,7 +187,16 @@ fn check(args: &BenchServeArgs) -> anyhow::Result<()> {
             "a preset has its own prompts: no --dataset with --preset"
         ));
     }
-    http::extra_fields(args.prompts.extra_body.as_deref()).map(drop)
+    let extra = http::extra_fields(args.prompts.extra_body.as_deref())?;
+    let said = sampling::fields(&args.sampling, args.target.endpoint);
+    // A temperature there has always won over the flag, which has a default.
+    let twice = |name: &&String| *name != "temperature" && extra.contains_key(*name);
+    match said.keys().find(twice) {
+        Some(name) => Err(anyhow!(
+            "--extra-body has `{name}`, which a flag of its own says: leave one of them out"
+        )),
+        None => Ok(()),
+    }
 }
 
 async fn online(args: &BenchServeArgs, setting: &Setting) -> anyhow::Result<Report> {
@@ -245,7 +255,7 @@ fn base_of(url: &str) -> String {
 fn asking(args: &BenchServeArgs) -> anyhow::Result<Asking> {
     Ok(Asking {
         endpoint: args.target.endpoint,
-        temperature: args.prompts.temperature,
+        sampling: sampling::fields(&args.sampling, args.target.endpoint),
         ignore_eos: args.prompts.ignore_eos,
         extra: http::extra_fields(args.prompts.extra_body.as_deref())?,
         timeout: Duration::from_secs(args.load.request_timeout),
@@ -301,7 +311,7 @@ fn parameters(args: &BenchServeArgs, setting: &Setting, vocab: Option<u32>) -> P
         vocabulary,
         seed: setting.seed,
         repeat: setting.repeat,
-        temperature: prompts.temperature,
+        sampling: sampling::fields(&args.sampling, args.target.endpoint),
         ignore_eos: prompts.ignore_eos,
         extra_body: extra_body(prompts.extra_body.as_deref()),
         request_timeout_s: args.load.request_timeout,

@@ -8,7 +8,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 pub(crate) use self::serve::{
     BenchServeArgs, EndpointArg, FindingArg, LoadArgs, ObjectiveArg, PresetArg, PromptArgs,
-    PromptFormatArg,
+    PromptFormatArg, SamplingArgs,
 };
 use super::LogLevel;
 

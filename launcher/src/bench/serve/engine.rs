@@ -13,7 +13,8 @@ use super::record::{Answer, Arrival, Failure, FailureKind};
 #[derive(Debug)]
 pub(super) struct EngineTarget {
     pub(super) engine: EngineHandle,
-    pub(super) temperature: f32,
+    /// What all requests have in common.
+    pub(super) sampling: SamplingParams,
     pub(super) ignore_eos: bool,
     pub(super) timeout: Duration,
 }
@@ -43,11 +44,10 @@ impl EngineTarget {
         GenerateRequest {
             prompt,
             sampling: SamplingParams {
-                temperature: self.temperature,
                 seed: item.index as u64,
                 max_tokens: item.output,
                 ignore_eos: self.ignore_eos,
-                ..SamplingParams::default()
+                ..self.sampling.clone()
             },
             kind: RequestKind::Aggregated,
             cache_salt: None,

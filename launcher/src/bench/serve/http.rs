@@ -25,7 +25,8 @@ const ERROR_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Asking {
     pub(super) endpoint: EndpointArg,
-    pub(super) temperature: f32,
+    /// How tokens are chosen, as fields of the body.
+    pub(super) sampling: Map<String, Value>,
     pub(super) ignore_eos: bool,
     pub(super) extra: Map<String, Value>,
     pub(super) timeout: Duration,
@@ -120,14 +121,13 @@ impl HttpTarget {
         };
         let mut fields = json!({
             "model": model,
-            "temperature": asking.temperature,
             "stream": true,
             "stream_options": {"include_usage": true},
         });
         if asking.ignore_eos {
             fields["ignore_eos"] = json!(true);
         }
-        for (name, value) in &asking.extra {
+        for (name, value) in asking.sampling.iter().chain(&asking.extra) {
             fields[name] = value.clone();
         }
         let mut head = fields.to_string();
@@ -304,7 +304,7 @@ mod tests {
     fn target(endpoint: EndpointArg, extra: &str) -> HttpTarget {
         let asking = Asking {
             endpoint,
-            temperature: 0.0,
+            sampling: Map::from_iter([("temperature".to_owned(), json!(0.0))]),
             ignore_eos: true,
             extra: extra_fields(Some(extra)).unwrap(),
             timeout: Duration::from_secs(1),

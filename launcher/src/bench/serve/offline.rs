@@ -23,7 +23,7 @@ use super::load::{Progress, Target};
 use super::plan::{Case, Lengths};
 use super::prompts::{Requests, Source};
 use super::report::{Run, StartRecord, TargetRecord};
-use super::{Measuring, Setting};
+use super::{Measuring, Setting, sampling};
 use crate::cli::BenchServeArgs;
 use crate::exit::{self, Outcome, WithOutcome};
 use crate::world::membership::Membership;
@@ -281,7 +281,7 @@ async fn all_runs(args: &BenchServeArgs, engine: EngineHandle, vocab: u32) -> an
     let max_seq_len = engine.limits().max_seq_len;
     let target = Target::Engine(Arc::new(EngineTarget {
         engine,
-        temperature: args.prompts.temperature,
+        sampling: sampling::params(&args.sampling),
         ignore_eos: args.prompts.ignore_eos,
         timeout: Duration::from_secs(args.load.request_timeout),
     }));

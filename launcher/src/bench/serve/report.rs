@@ -1,7 +1,7 @@
 //! What a benchmark of serving found: as a table and as JSON. Pure.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::cost::ClientCost;
 use super::plan::{Case, Figure};
@@ -44,7 +44,8 @@ pub(super) struct Parameters {
     pub(super) vocabulary: Option<(u32, u32)>,
     pub(super) seed: u64,
     pub(super) repeat: usize,
-    pub(super) temperature: f32,
+    /// As fields of OpenAI's API.
+    pub(super) sampling: Map<String, Value>,
     pub(super) ignore_eos: bool,
     pub(super) extra_body: Value,
     pub(super) request_timeout_s: u64,
@@ -367,7 +368,7 @@ mod tests {
                 vocabulary: Some((18, 270)),
                 seed: 0,
                 repeat: runs.len(),
-                temperature: 0.0,
+                sampling: Map::new(),
                 ignore_eos: true,
                 extra_body: Value::Null,
                 request_timeout_s: 600,

@@ -19,6 +19,8 @@ pub(crate) struct BenchServeArgs {
     #[command(flatten)]
     pub(crate) prompts: PromptArgs,
     #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
     pub(crate) result: ResultArgs,
     /// LLM options file (YAML) of the engine. Wins over the command line.
     #[arg(
@@ -50,8 +52,8 @@ const ENGINE: &str = "Engine";
 
 /// Options of the engine belong to `--offline`; a screen has no room for them.
 pub(super) fn without_engine_options(arg: Arg) -> Arg {
-    let is_engines = arg.get_help_heading() == Some(ENGINE);
-    arg.hide_short_help(is_engines)
+    let hides = arg.get_help_heading() == Some(ENGINE) || arg.is_hide_short_help_set();
+    arg.hide_short_help(hides)
 }
 
 /// What is measured.
@@ -161,12 +163,39 @@ pub(crate) struct PromptArgs {
     /// Write answers of exactly the asked length.
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL", hide_possible_values = true)]
     pub(crate) ignore_eos: bool,
-    /// 0 is greedy.
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
-    pub(crate) temperature: f32,
     /// Further fields of each request: a JSON object.
     #[arg(long, value_name = "JSON", conflicts_with = "offline")]
     pub(crate) extra_body: Option<String>,
+}
+
+/// How tokens are chosen; what is not said is left to the server.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// 0 is greedy.
+    #[arg(long, help_heading = "Requests", value_name = "T", default_value_t = 0.0, value_parser = number::<0, 2>)]
+    pub(crate) temperature: f32,
+    /// Keep the smallest set whose mass reaches P.
+    #[arg(long, hide_short_help = true, value_name = "P", value_parser = part_of_one)]
+    pub(crate) top_p: Option<f32>,
+    /// Keep the K best; 0 keeps all.
+    #[arg(long, hide_short_help = true, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Keep what is at least so likely relative to the best.
+    #[arg(long, hide_short_help = true, value_name = "P", value_parser = number::<0, 1>)]
+    pub(crate) min_p: Option<f32>,
+    /// Divide logits of tokens seen in prompt or answer.
+    #[arg(long, hide_short_help = true, value_name = "R", value_parser = above_zero)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Subtract for each occurrence in the answer.
+    #[arg(long, hide_short_help = true, value_name = "F", allow_negative_numbers = true, value_parser = number::<-2, 2>)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// Subtract once for tokens in the answer.
+    #[arg(long, hide_short_help = true, value_name = "F", allow_negative_numbers = true, value_parser = number::<-2, 2>)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Ask for log-probabilities, with the N best of each place.
+    #[arg(long, hide_short_help = true, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=20))]
+    pub(crate) logprobs: Option<u32>,
 }
 
 /// What is made of it.
@@ -258,6 +287,27 @@ fn ratio(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(ratio) if (0.0..1.0).contains(&ratio) => Ok(ratio),
         Ok(_) | Err(_) => Err("expected a ratio from 0 to below 1".to_owned()),
+    }
+}
+
+fn number<const MIN: i16, const MAX: i16>(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(number) if (f32::from(MIN)..=f32::from(MAX)).contains(&number) => Ok(number),
+        Ok(_) | Err(_) => Err(format!("expected a number from {MIN} to {MAX}")),
+    }
+}
+
+fn part_of_one(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        Ok(_) | Err(_) => Err("expected a number above 0, at most 1".to_owned()),
+    }
+}
+
+fn above_zero(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        Ok(_) | Err(_) => Err("expected a number above 0".to_owned()),
     }
 }
 
