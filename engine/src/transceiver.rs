@@ -10,6 +10,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use baton_configs::transceiver::TransceiverConfig;
 
@@ -23,6 +24,7 @@ use crate::request::RequestId;
 use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
 use crate::transport::link::LinkTuning;
+use crate::transport::vigil::Vigil;
 use crate::transport::windowed::{DeviceWindows, WindowsOnce};
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
@@ -52,6 +54,9 @@ mod tests;
 
 /// What there is to say when the desk has ended.
 const NOT_RUNNING: &str = "the kv transceiver is not running";
+
+/// How long threads stay awake where KV lies on a device. A gigabyte between two GPUs comes in batches of a third of a millisecond.
+const VIGIL: Duration = Duration::from_micros(500);
 
 /// What a transceiver is made of.
 #[derive(Debug, Clone)]
@@ -200,6 +205,10 @@ impl Transceiver {
             .map(|device| WindowsOnce::of(device, window_bytes));
         let params = TransceiverParams {
             windows: windows.unwrap_or_default(),
+            link: LinkTuning {
+                vigil: params.device.map_or(params.link.vigil, |_| VIGIL),
+                ..params.link.clone()
+            },
             ..params
         };
         let variable = |name: &str| std::env::var_os(name);
@@ -215,7 +224,7 @@ impl Transceiver {
         kinds: &[Kind],
     ) -> Result<Self, TransceiverStartError> {
         let layout = OwnLayout::new(&params.layout).map_err(TransceiverStartError::Layout)?;
-        let inbox = Arc::new(Inbox::default());
+        let inbox = Arc::new(Inbox::new(Vigil::of(params.link.vigil)));
         let (transports, tried) = wires::start_all(preference, kinds, &params, &inbox);
         let choice = preference.choose(&tried).ok_or_else(|| {
             let missing = tried.iter().filter_map(|(name, missing)| {

@@ -32,6 +32,7 @@ pub mod shm;
 pub mod staging;
 pub mod tcp;
 pub mod ucx;
+pub(crate) mod vigil;
 pub mod windowed;
 
 #[cfg(test)]
@@ -369,6 +370,12 @@ pub trait Transport: Debug + Send + Sync {
 
     /// Submits a message.
     fn notify(&self, peer: PeerId, message: Vec<u8>) -> Submission;
+
+    /// Something is about to be asked of a peer: who will have to do with it, here and there, may wake up meanwhile. Nothing depends
+    /// on it.
+    fn rouse(&self, peer: PeerId) {
+        let _ = peer;
+    }
 
     /// Drops a transfer's writes that have not started; one that has is finished. Each still gets its `WriteDone`.
     fn cancel(&self, peer: PeerId, transfer: TransferId);

@@ -292,6 +292,10 @@ impl Backend for CudaBackend {
         pass: StepPass<'_, Self, CudaTensor>,
     ) -> Result<Option<StepOutput>, BackendError> {
         self.step_goes_on();
+        let step = self.flights.next();
+        if let Some(pages) = &mut self.pages {
+            pages.note_writing(batch, step);
+        }
         let begun = graphs::run(self, batch, wish, pass).and_then(|out| {
             // What failed meanwhile comes first.
             self.check()?;
@@ -554,7 +558,8 @@ impl Backend for CudaBackend {
     fn share_page(&self, block: BlockId) -> Arc<Page> {
         let mut shared = None;
         self.attempt("share_page", || {
-            shared = Some(self.pages().share(block)?);
+            let landed = (!self.flights.is_empty()).then(|| self.flights.landed());
+            shared = Some(self.pages().share(block, landed)?);
             Ok(())
         });
         shared.unwrap_or_else(|| Arc::new(Page::zeroed(*self.pages().shape())))

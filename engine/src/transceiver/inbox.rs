@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::handoff::{Fetch, HandoffError, Offer};
 use crate::page::Page;
 use crate::request::RequestId;
+use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
 use super::checksum::Checksum;
@@ -128,15 +129,31 @@ struct Lanes {
     closed: bool,
 }
 
+impl Lanes {
+    fn has_some(&mut self) -> bool {
+        !self.commands.is_empty() || !self.happenings.is_empty()
+    }
+}
+
 /// The queue.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     lanes: Mutex<Lanes>,
     filled: Condvar,
     room: Condvar,
+    vigil: Vigil,
+    bell: Bell,
 }
 
 impl Inbox {
+    /// One whose desk stays awake for so long.
+    pub(super) fn new(vigil: Vigil) -> Self {
+        Self {
+            vigil,
+            ..Self::default()
+        }
+    }
+
     /// Hands a command over; it comes back when the desk is gone.
     pub(super) fn command(&self, command: Command) -> Result<(), Box<Command>> {
         let mut lanes = self.lock();
@@ -145,7 +162,7 @@ impl Inbox {
         }
         lanes.commands.push_back(command);
         drop(lanes);
-        self.filled.notify_one();
+        self.say();
         Ok(())
     }
 
@@ -160,12 +177,13 @@ impl Inbox {
         }
         lanes.happenings.push_back(happening);
         drop(lanes);
-        self.filled.notify_one();
+        self.say();
     }
 
     /// The next thing to do, or nothing by the deadline.
     pub(super) fn next(&self, deadline: Option<Instant>) -> Option<Input> {
         let mut lanes = self.lock();
+        self.vigil.watch(&mut lanes, &self.bell, Lanes::has_some);
         loop {
             if let Some(command) = lanes.commands.pop_front() {
                 return Some(Input::Command(command));
@@ -201,6 +219,11 @@ impl Inbox {
     /// Closes it when dropped: nobody waits for a desk that is gone.
     pub(super) const fn closing(self: Arc<Self>) -> ClosingInbox {
         ClosingInbox(self)
+    }
+
+    fn say(&self) {
+        self.bell.ring();
+        self.filled.notify_one();
     }
 
     fn lock(&self) -> MutexGuard<'_, Lanes> {

@@ -280,6 +280,13 @@ impl Wires {
         }
     }
 
+    /// Something is about to be asked of these endpoints, as far as they are connected.
+    pub(super) fn rouse(&self, way: &Way) {
+        for peer in way.endpoints.iter().filter_map(|to| self.opened.get(to)) {
+            self.transports[way.wire].rouse(*peer);
+        }
+    }
+
     pub(super) fn cancel(&self, peer: PeerId, transfer: TransferId) {
         if let Some(transport) = self.transport_of(peer) {
             transport.cancel(peer, transfer);

@@ -38,8 +38,9 @@ pub const CAPABILITY: Capability = Capability {
     note_bytes_max: link::NOTE_BYTES_MAX,
 };
 
-/// Bytes of one read: long beside what it takes to begin one, short enough that what has come is summed while the rest comes.
-const BATCH_BYTES_MAX: usize = 64 << 20;
+/// Bytes of one read, a third of a millisecond between two H100: a gigabyte in batches of 16 MiB is copied and summed at 332 GB/s, of
+/// 64 MiB at 359, of 128 MiB at 364, in one at 372.
+const BATCH_BYTES_MAX: usize = 128 << 20;
 
 /// Of the boot id and of the probe's content.
 const SECRET_BYTES: usize = 16;
@@ -248,6 +249,7 @@ impl Fabric for CudaFabric {
             stretch_bytes_min: 0,
             target_in_arena: false,
             batch_bytes_max: BATCH_BYTES_MAX,
+            tapers: true,
             reads_ahead: true,
         }
     }

@@ -40,6 +40,8 @@ pub(crate) struct FabricTerms {
     pub(crate) target_in_arena: bool,
     /// Bytes that one call of [`FabricPeer::read`] is given at most, if it has more than one job.
     pub(crate) batch_bytes_max: usize,
+    /// Whether a batch is shorter than it could be towards the end of what waits, so that little is left to be done behind the last one.
+    pub(crate) tapers: bool,
     /// Whether a read may be begun while the one before it is under way. Else [`FabricPeer::begin`] reads, and waits.
     pub(crate) reads_ahead: bool,
 }

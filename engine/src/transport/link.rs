@@ -29,6 +29,7 @@ use super::{
 };
 use crate::page::Page;
 use crate::page::arena::ForeignAllocator;
+use connection::Rousing;
 use lender::Lender;
 use puller::PullerParts;
 use shared::{Pulling, Shared, join};
@@ -66,6 +67,9 @@ pub struct LinkTuning {
     pub silence_limit: Duration,
     /// Connections at most, in both directions together.
     pub peers_max: usize,
+    /// How long a thread that has nothing to do any more watches for what comes next before it sleeps, where the machine has
+    /// processors to spare; zero is not at all.
+    pub vigil: Duration,
 }
 
 impl Default for LinkTuning {
@@ -76,6 +80,7 @@ impl Default for LinkTuning {
             pull_timeout: Duration::from_secs(20),
             silence_limit: Duration::from_secs(10),
             peers_max: 512,
+            vigil: Duration::ZERO,
         }
     }
 }
@@ -324,6 +329,14 @@ impl Transport for LinkTransport {
         match self.shared.peer(peer) {
             Some(connection) => connection.submit_message(message),
             None => Submission::Gone,
+        }
+    }
+
+    fn rouse(&self, peer: PeerId) {
+        if self.shared.vigil().is_held()
+            && let Some(connection) = self.shared.peer(peer)
+        {
+            connection.rouse(Rousing::There);
         }
     }
 

@@ -244,6 +244,7 @@ impl Fabric for MpiFabric {
             stretch_bytes_min: 0,
             target_in_arena: false,
             batch_bytes_max: BATCH_BYTES_MAX,
+            tapers: false,
             reads_ahead: false,
         }
     }

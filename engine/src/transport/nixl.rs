@@ -306,6 +306,7 @@ impl Fabric for NixlFabric {
             stretch_bytes_min: STRETCH_BYTES_MIN,
             target_in_arena: true,
             batch_bytes_max: BATCH_BYTES_MAX,
+            tapers: false,
             reads_ahead: false,
         }
     }

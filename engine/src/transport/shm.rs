@@ -241,6 +241,7 @@ impl Fabric for ShmFabric {
             target_in_arena: false,
             // Few for each thread: the peer describes more while they are copied.
             batch_bytes_max: self.copy_threads * PARALLEL_BYTES_MIN,
+            tapers: false,
             reads_ahead: false,
         }
     }

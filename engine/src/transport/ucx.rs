@@ -67,6 +67,7 @@ const TERMS: FabricTerms = FabricTerms {
     // UCX registers what it reads into, and remembers.
     target_in_arena: false,
     batch_bytes_max: 64 << 20,
+    tapers: false,
     reads_ahead: false,
 };
 

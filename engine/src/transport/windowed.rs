@@ -237,6 +237,7 @@ impl Fabric for Windowed {
             None => terms,
             Some(windows) => FabricTerms {
                 batch_bytes_max: windows.batch_bytes,
+                tapers: false,
                 reads_ahead: true,
                 ..terms
             },

@@ -56,6 +56,8 @@ impl Wanted {
 /// The steps, oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Flights {
+    /// All that were begun; steps count from 1.
+    begun: u64,
     under_way: VecDeque<Flight>,
     idle: Vec<Slot>,
 }
@@ -63,6 +65,16 @@ pub(super) struct Flights {
 impl Flights {
     pub(super) fn is_empty(&self) -> bool {
         self.under_way.is_empty()
+    }
+
+    /// The number of the step that is begun next.
+    pub(super) const fn next(&self) -> u64 {
+        self.begun + 1
+    }
+
+    /// The number of the last step that was waited for.
+    pub(super) fn landed(&self) -> u64 {
+        self.begun - self.under_way.len() as u64
     }
 
     fn slot(&mut self, gpu: &Arc<Gpu>) -> Result<Slot, CudaError> {
@@ -189,6 +201,7 @@ impl CudaBackend {
             slot.download_told((&self.gpu, memory), told)?;
         }
         slot.landed.record()?;
+        self.flights.begun += 1;
         self.flights.under_way.push_back(Flight {
             slot,
             out,

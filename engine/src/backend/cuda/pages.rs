@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::driver::{DeviceMemory, Gpu};
 use super::error::CudaError;
 use super::handoff::{CudaArena, cuda_arena};
-use crate::backend::{BlockId, StepBatch};
+use crate::backend::{BlockId, SequenceSpan, StepBatch};
 use crate::page::arena::Arena;
 use crate::page::{KvScale, KvScales, Page, PageShape};
 
@@ -23,6 +23,36 @@ pub(super) struct Pages {
     stride: usize,
     /// `None` while lent.
     pages: Vec<Option<Arc<Page>>>,
+    written: Written,
+}
+
+/// By block, the last step that writes it; 0 is none.
+#[derive(Debug)]
+struct Written(Vec<u64>);
+
+impl Written {
+    fn note(&mut self, batch: &StepBatch, per_block: usize, step: u64) {
+        for blocks in batch
+            .sequences
+            .iter()
+            .map(|span| written_by(span, per_block))
+        {
+            for &block in blocks {
+                self.0[block as usize] = step;
+            }
+        }
+    }
+
+    /// Whether nothing writes a block any more, once this step is over.
+    fn is_over(&self, block: BlockId, landed: u64) -> bool {
+        self.0[block as usize] <= landed
+    }
+}
+
+/// The blocks of a sequence that its rows of a step go to.
+fn written_by(span: &SequenceSpan, per_block: usize) -> &[BlockId] {
+    let end = (span.past_len + span.rows.len()).div_ceil(per_block);
+    &span.blocks[span.past_len / per_block..end]
 }
 
 impl Pages {
@@ -49,6 +79,7 @@ impl Pages {
             arena,
             stride: bytes / count_made,
             pages: pages.take(count).collect(),
+            written: Written(vec![0; count]),
         })
     }
 
@@ -78,10 +109,22 @@ impl Pages {
         cuda_arena(&self.arena).expect("the pool is on this device")
     }
 
-    /// Another reader of a block's page, of all that has been put on the stream.
-    pub(super) fn share(&self, block: BlockId) -> Result<Arc<Page>, CudaError> {
+    /// A step that writes these blocks is put on the stream.
+    pub(super) fn note_writing(&mut self, batch: &StepBatch, step: u64) {
+        self.written.note(batch, self.shape.tokens_per_block, step);
+    }
+
+    /// Another reader of a block's page. What was written by a step that has `landed` is there, whatever was put on the stream since;
+    /// else it is what all that has been put there gives.
+    pub(super) fn share(
+        &self,
+        block: BlockId,
+        landed: Option<u64>,
+    ) -> Result<Arc<Page>, CudaError> {
         let page = self.page(block).expect("a page in use is not lent");
-        self.on_device().show()?;
+        if !landed.is_some_and(|landed| self.written.is_over(block, landed)) {
+            self.on_device().show()?;
+        }
         Ok(Arc::clone(page))
     }
 
@@ -113,8 +156,7 @@ impl Pages {
     pub(super) fn check_writable(&self, batch: &StepBatch) {
         let per_block = self.shape.tokens_per_block;
         for span in &batch.sequences {
-            let end = (span.past_len + span.rows.len()).div_ceil(per_block);
-            for &block in &span.blocks[span.past_len / per_block..end] {
+            for &block in written_by(span, per_block) {
                 let page = self.page(block).expect("a page to write is not lent");
                 assert_eq!(Arc::strong_count(page), 1, "a page to write has no reader");
             }
@@ -123,5 +165,30 @@ impl Pages {
 
     fn page(&self, block: BlockId) -> Option<&Arc<Page>> {
         self.pages[block as usize].as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_as_it_stays_when_the_last_step_that_writes_it_is_over() {
+        let batch = |past_len, rows, blocks: &[BlockId]| StepBatch {
+            sequences: vec![SequenceSpan {
+                rows: 0..rows,
+                past_len,
+                blocks: blocks.to_vec(),
+            }],
+            ..StepBatch::default()
+        };
+        let mut written = Written(vec![0; 4]);
+        // Of four tokens a block: two and a half blocks of a prompt, then one row of another sequence.
+        written.note(&batch(0, 10, &[3, 1, 0]), 4, 1);
+        written.note(&batch(7, 1, &[0, 2]), 4, 2);
+        assert!((0..4).all(|block| written.is_over(block, 2)));
+        let over: Vec<_> = (0..4).filter(|block| written.is_over(*block, 1)).collect();
+        assert_eq!(over, [0, 1, 3]);
+        assert!((0..2).all(|block| !written.is_over(block, 0)));
     }
 }

@@ -300,6 +300,8 @@ pub(super) struct Reach {
     copied: Event,
     /// When no kernel uses list and sums any more.
     done: Event,
+    /// Nothing has been added to them since they were zeroed, or will be before they are.
+    sums_are_zero: bool,
     /// The pieces of the copies that are under way; nothing of those that are not summed.
     begun: Option<Vec<Option<u64>>>,
 }
@@ -312,20 +314,21 @@ struct Both {
 }
 
 impl Both {
-    /// What is there, if it is long enough; else as much and some more. Allocating waits for all that the device does.
+    /// What is there, if it is long enough; else as much and some more, which is new. Allocating waits for all that the device does.
     fn fit<'a>(
         held: &'a mut Option<Self>,
         gpu: &Arc<Gpu>,
         (bytes, bytes_min): (usize, usize),
-    ) -> Result<&'a mut Self, CudaError> {
+    ) -> Result<(&'a mut Self, bool), CudaError> {
         match held.take().filter(|held| held.on_device.bytes() >= bytes) {
-            Some(fitting) => Ok(held.insert(fitting)),
+            Some(fitting) => Ok((held.insert(fitting), false)),
             None => {
                 let room = bytes.next_power_of_two().max(bytes_min);
-                Ok(held.insert(Self {
+                let made = Self {
                     pinned: PinnedMemory::new(gpu, room)?,
                     on_device: DeviceMemory::new(gpu, room)?,
-                }))
+                };
+                Ok((held.insert(made), true))
             }
         }
     }
@@ -352,6 +355,7 @@ impl Reach {
             sums: None,
             copied: Event::new(&gpu)?,
             done: Event::new(&gpu)?,
+            sums_are_zero: false,
             begun: None,
             gpu,
         })
@@ -438,7 +442,11 @@ impl Reach {
             self.gpu
                 .download_later(&sums.on_device, &mut sums.pinned, sums_bytes)?;
         }
-        self.done.record()
+        self.done.record()?;
+        match summed {
+            true => self.zero_sums(sums_bytes),
+            false => Ok(()),
+        }
     }
 
     /// Adds up the terms of each piece.
@@ -460,14 +468,27 @@ impl Reach {
             self.gpu
                 .download(&sums.on_device, 0, bytemuck::cast_slice_mut(&mut found))?;
         }
+        self.zero_sums(size_of_val(&found[..]))?;
         Ok(found)
     }
 
-    /// Room for sums of so many bytes, zeroed by the stream.
+    /// Room for sums of so many bytes, which are zero; what adds to them is to have them zeroed again.
     fn zeroed_sums(&mut self, bytes: usize) -> Result<DevicePtr, CudaError> {
-        let sums = Both::fit(&mut self.sums, &self.gpu, (bytes, SUMS_BYTES_MIN))?;
-        self.gpu.zero(&sums.on_device, bytes)?;
+        let (sums, is_new) = Both::fit(&mut self.sums, &self.gpu, (bytes, SUMS_BYTES_MIN))?;
+        let is_zero = std::mem::take(&mut self.sums_are_zero);
+        if is_new || !is_zero {
+            self.gpu.zero(&sums.on_device, sums.on_device.bytes())?;
+        }
         Ok(sums.on_device.address())
+    }
+
+    /// Zeroes the sums that have been read, for the next ones, which so need not wait for it.
+    fn zero_sums(&mut self, bytes: usize) -> Result<(), CudaError> {
+        if let Some(sums) = &self.sums {
+            self.gpu.zero(&sums.on_device, bytes)?;
+            self.sums_are_zero = true;
+        }
+        Ok(())
     }
 
     /// Puts a list where kernels find it, which no kernel uses; none where it is empty.
@@ -476,7 +497,7 @@ impl Reach {
         if bytes.is_empty() {
             return Ok(None);
         }
-        let list = Both::fit(&mut self.list, &self.gpu, (bytes.len(), LIST_BYTES_MIN))?;
+        let (list, _) = Both::fit(&mut self.list, &self.gpu, (bytes.len(), LIST_BYTES_MIN))?;
         let pinned = &mut list.pinned.as_mut_slice()[..bytes.len()];
         pinned.copy_from_slice(bytes);
         self.gpu.upload(&list.on_device, 0, pinned)?;

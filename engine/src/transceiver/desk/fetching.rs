@@ -138,6 +138,8 @@ impl Desk {
         }
         let senders = reshard::senders(own, rank, &there);
         let ways = ways(self.around.wires.all(), &state.ranks, &senders)?;
+        // Whoever will be asked may wake up while the rest is worked out.
+        self.around.wires.rouse(&ways[0]);
         let mut pieces = vec![0; needed];
         let tokens = fetch.first_token..fetch.token_count;
         let sources = senders.into_iter().map(|sender| {

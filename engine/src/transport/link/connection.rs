@@ -20,6 +20,7 @@ use super::super::{PeerId, Submission, TransferId, Write};
 use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
 use super::pulls::Pulls;
 use crate::page::Page;
+use crate::transport::vigil::{Bell, Vigil};
 
 /// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`]. Of an 8B model's
 /// pages a quarter of it is a gigabyte, which one device reads from another in 3 ms; of pieces of 64 KiB half of it is two
@@ -39,6 +40,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What the writer thread does next.
 #[derive(Debug)]
 pub(super) enum Outgoing {
+    /// Nothing, early.
+    Rouse(Rousing),
     /// Descriptors that this side has pulled.
     Pulled(Vec<u64>),
     Message(Vec<u8>),
@@ -49,6 +52,15 @@ pub(super) enum Outgoing {
     /// Nothing to say for the whole interval.
     Idle,
     Closed,
+}
+
+/// Whose threads shall wake up because something comes soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rousing {
+    /// The peer's, and with its answer those here that listen.
+    There,
+    /// Ours have; the peer's that listens shall.
+    Back,
 }
 
 /// What the peer reads while it pulls a write.
@@ -81,6 +93,7 @@ pub(super) struct Leftovers {
 
 #[derive(Debug, Default)]
 struct Queue {
+    rousing: Option<Rousing>,
     pulled: Vec<u64>,
     messages: VecDeque<Vec<u8>>,
     message_bytes: usize,
@@ -103,6 +116,7 @@ impl Queue {
 
     fn has_work(&self) -> bool {
         !self.takes_more()
+            || self.rousing.is_some()
             || !self.pulled.is_empty()
             || !self.messages.is_empty()
             || !self.cancelled.is_empty()
@@ -137,15 +151,23 @@ pub(super) struct Connection {
     window_bytes: OnceLock<usize>,
     queue: Mutex<Queue>,
     wake: Condvar,
+    pub(super) vigil: Vigil,
+    bell: Bell,
 }
 
 impl Connection {
-    pub(super) fn new(id: PeerId, address: String, write_bytes_max: usize) -> Self {
+    pub(super) fn new(
+        id: PeerId,
+        address: String,
+        (write_bytes_max, vigil): (usize, Vigil),
+    ) -> Self {
         Self {
             id,
             write_bytes_max,
             address,
-            pulls: Pulls::default(),
+            pulls: Pulls::new(vigil),
+            vigil,
+            bell: Bell::default(),
             ended: AtomicBool::new(false),
             window_bytes: OnceLock::new(),
             queue: Mutex::default(),
@@ -178,7 +200,7 @@ impl Connection {
         queue.message_bytes = bytes;
         queue.messages.push_back(message);
         drop(queue);
-        self.wake.notify_all();
+        self.say();
         Submission::Accepted
     }
 
@@ -201,7 +223,7 @@ impl Connection {
         queue.write_bytes = bytes;
         queue.writes.push_back(write);
         drop(queue);
-        self.wake.notify_all();
+        self.say();
         Submission::Accepted
     }
 
@@ -216,7 +238,7 @@ impl Connection {
             .cancelled
             .extend(std::iter::repeat_n(transfer, dropped));
         drop(queue);
-        self.wake.notify_all();
+        self.say();
     }
 
     /// Waits for something to send; of writes so many, or so many bytes, but one if there is one.
@@ -226,6 +248,8 @@ impl Connection {
         (writes_max, bytes_max): (usize, usize),
     ) -> Outgoing {
         let mut queue = self.lock();
+        let vigil = self.vigil;
+        vigil.watch(&mut queue, &self.bell, |queue| queue.has_work());
         self.wake
             .wait_while_for(&mut queue, |queue| !queue.has_work(), interval);
         if queue.closed.is_some() {
@@ -233,6 +257,9 @@ impl Connection {
         }
         if !queue.cancelled.is_empty() {
             return Outgoing::Cancelled(std::mem::take(&mut queue.cancelled));
+        }
+        if let Some(rousing) = queue.rousing.take() {
+            return Outgoing::Rouse(rousing);
         }
         if !queue.pulled.is_empty() {
             return Outgoing::Pulled(std::mem::take(&mut queue.pulled));
@@ -268,7 +295,7 @@ impl Connection {
     fn has_ended(&self) {
         self.ended.store(true, Ordering::Release);
         self.pulls.close();
-        self.wake.notify_all();
+        self.say();
     }
 
     /// Ends the connection as soon as its messages are out; writes that wait are lost.
@@ -281,7 +308,7 @@ impl Connection {
         queue.write_bytes = 0;
         queue.cancelled.extend(unsent);
         drop(queue);
-        self.wake.notify_all();
+        self.say();
     }
 
     /// Says that nothing more comes and lets the peer close first: closing with its bytes unread would reset the
@@ -332,6 +359,19 @@ impl Connection {
         queue.closed.clone().unwrap_or_default()
     }
 
+    /// Wakes whoever waits for something of the queue, which was put there before.
+    fn say(&self) {
+        self.bell.ring();
+        self.wake.notify_all();
+    }
+
+    /// Has those wake up who will have to do with what comes soon.
+    pub(super) fn rouse(&self, rousing: Rousing) {
+        self.lock().rousing = Some(rousing);
+        self.say();
+        self.pulls.rouse();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock()
     }
@@ -343,7 +383,7 @@ impl Connection {
     /// Has the peer told that its descriptors are not needed any more.
     pub(super) fn acknowledge(&self, sequences: &[u64]) {
         self.lock().pulled.extend_from_slice(sequences);
-        self.wake.notify_all();
+        self.say();
     }
 
     /// Books a write before its descriptor is sent.
@@ -367,7 +407,7 @@ impl Connection {
         }
         queue.waits_for_slot = false;
         drop(queue);
-        self.wake.notify_all();
+        self.say();
         (landed, unknown)
     }
 
@@ -414,7 +454,7 @@ impl Connection {
     /// Writes go on.
     pub(super) fn slot_may_be_free(&self) {
         self.lock().waits_for_slot = false;
-        self.wake.notify_all();
+        self.say();
     }
 
     /// Takes writes back that could not start yet; they stay the first.

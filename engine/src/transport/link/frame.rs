@@ -11,7 +11,7 @@ use super::super::{TransferId, runs};
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 5;
+pub(super) const VERSION: u8 = 6;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;
@@ -55,6 +55,8 @@ pub(super) enum Kind {
     Pull,
     /// Some descriptors are not needed any more. Payload: their sequence numbers, of eight bytes each.
     Pulled,
+    /// Nothing yet: what comes soon is better awaited awake. Answered with a [`Kind::Ping`], at leisure.
+    Rouse,
 }
 
 /// A frame's header.
@@ -126,6 +128,7 @@ impl Header {
             Kind::Arena => 5,
             Kind::Pull => 6,
             Kind::Pulled => 7,
+            Kind::Rouse => 8,
         };
         if self.more {
             out[KIND_AT] |= MORE;
@@ -167,6 +170,7 @@ impl Header {
             5 => (Kind::Arena, KEY_BYTES_MAX as u64, 0, 0),
             6 => (Kind::Pull, DESCRIPTOR_BYTES as u64, NOTE_BYTES_MAX, runs),
             7 => (Kind::Pulled, (8 * PULLED_AT_ONCE_MAX) as u64, 0, 0),
+            8 => (Kind::Rouse, 0, 0, 0),
             other => return Err(FrameError::Kind(other)),
         };
         let word = |index: usize| {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::LinkTuning;
 use super::connection::Connection;
-use super::pulls::{Batch, Pull};
+use super::pulls::{Batch, Pull, Share};
 use super::regions::{Regions, Taken};
 use crate::page::Page;
 use crate::transport::fabric::{
@@ -178,11 +178,15 @@ impl<'a> Puller<'a> {
     }
 
     fn pull(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
-        let (pulls, bytes) = (&self.connection.pulls, self.terms.batch_bytes_max);
+        let pulls = &self.connection.pulls;
+        let share = Share {
+            bytes_max: self.terms.batch_bytes_max,
+            tapers: self.terms.tapers,
+        };
         loop {
             let batch = match self.flying {
-                Some(_) => pulls.try_next(bytes),
-                None => pulls.next(bytes),
+                Some(_) => pulls.try_next(share),
+                None => pulls.next(share),
             };
             let batch = match batch {
                 Some(batch) => batch,

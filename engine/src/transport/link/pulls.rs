@@ -9,10 +9,34 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
+use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{Runs, TransferId};
 
 /// Pulls of one batch at most: while it is read, the peer describes more.
 const PULLS_AT_ONCE_MAX: usize = WRITES_OPEN_MAX / 2;
+
+/// What a batch that tapers may have, in shares of what one may have at most: no less, and no more than half of what waits. So there
+/// are few batches, and the last is short.
+const SHORT_SHARE: usize = 8;
+
+/// How much of what waits a batch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    /// If it is more than one piece.
+    pub(super) bytes_max: usize,
+    /// Whether it is shorter where little waits.
+    pub(super) tapers: bool,
+}
+
+impl Share {
+    fn of(self, waiting_bytes: usize) -> usize {
+        if !self.tapers {
+            return self.bytes_max;
+        }
+        let short = self.bytes_max / SHORT_SHARE;
+        (waiting_bytes / 2).clamp(short, self.bytes_max)
+    }
+}
 
 /// One piece to read.
 #[derive(Debug)]
@@ -34,6 +58,15 @@ pub(super) enum Order {
     Pull(Pull),
 }
 
+impl Order {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Arena { .. } => 0,
+            Self::Pull(pull) => pull.runs.total_bytes(),
+        }
+    }
+}
+
 /// A batch for the puller.
 #[derive(Debug)]
 pub(super) enum Batch {
@@ -48,7 +81,22 @@ pub(super) enum Batch {
 #[derive(Debug, Default)]
 struct State {
     orders: VecDeque<Order>,
+    /// Of all that shall be read.
+    bytes: usize,
     closed: bool,
+}
+
+impl State {
+    fn add(&mut self, order: Order, put: impl FnOnce(&mut VecDeque<Order>, Order)) {
+        self.bytes = self.bytes.saturating_add(order.bytes());
+        put(&mut self.orders, order);
+    }
+
+    fn take(&mut self) -> Option<Order> {
+        let order = self.orders.pop_front()?;
+        self.bytes = self.bytes.saturating_sub(order.bytes());
+        Some(order)
+    }
 }
 
 /// The queue.
@@ -56,9 +104,23 @@ struct State {
 pub(super) struct Pulls {
     state: Mutex<State>,
     filled: Condvar,
+    vigil: Vigil,
+    bell: Bell,
 }
 
 impl Pulls {
+    pub(super) fn new(vigil: Vigil) -> Self {
+        Self {
+            vigil,
+            ..Self::default()
+        }
+    }
+
+    /// Has the puller wake up: something comes soon.
+    pub(super) fn rouse(&self) {
+        self.filled.notify_one();
+    }
+
     /// Hands orders over; false when there are more than an honest peer sends.
     pub(super) fn push(&self, orders: Vec<Order>) -> bool {
         let mut state = self.lock();
@@ -66,8 +128,11 @@ impl Pulls {
         if state.orders.len() + orders.len() > 2 * WRITES_OPEN_MAX {
             return false;
         }
-        state.orders.extend(orders);
+        for order in orders {
+            state.add(order, VecDeque::push_back);
+        }
         drop(state);
+        self.bell.ring();
         self.filled.notify_one();
         true
     }
@@ -76,30 +141,37 @@ impl Pulls {
     pub(super) fn put_back(&self, pulls: Vec<Pull>) {
         let mut state = self.lock();
         for pull in pulls.into_iter().rev() {
-            state.orders.push_front(Order::Pull(pull));
+            state.add(Order::Pull(pull), VecDeque::push_front);
         }
     }
 
-    /// Waits for the next orders: an arena, or pulls of up to `bytes` together. `None` after the end.
-    pub(super) fn next(&self, bytes: usize) -> Option<Batch> {
+    /// Waits for the next orders: an arena, or pulls of up to their share of bytes together. `None` after the end.
+    pub(super) fn next(&self, share: Share) -> Option<Batch> {
         let mut state = self.lock();
-        self.filled
-            .wait_while(&mut state, |state| !state.closed && state.orders.is_empty());
-        Self::batch(state, bytes)
+        let is_there = |state: &mut State| state.closed || !state.orders.is_empty();
+        loop {
+            self.vigil.watch(&mut state, &self.bell, is_there);
+            if is_there(&mut state) {
+                return Self::batch(state, share);
+            }
+            // Woken for nothing is roused.
+            self.filled.wait(&mut state);
+        }
     }
 
     /// The same without waiting: `None` too when there are none at the moment.
-    pub(super) fn try_next(&self, bytes: usize) -> Option<Batch> {
-        Self::batch(self.lock(), bytes)
+    pub(super) fn try_next(&self, share: Share) -> Option<Batch> {
+        Self::batch(self.lock(), share)
     }
 
-    fn batch(mut state: MutexGuard<'_, State>, bytes: usize) -> Option<Batch> {
+    fn batch(mut state: MutexGuard<'_, State>, share: Share) -> Option<Batch> {
         if state.closed || state.orders.is_empty() {
             return None;
         }
+        let bytes = share.of(state.bytes);
         let mut pulls: Vec<Pull> = Vec::new();
         let mut total = 0_usize;
-        while let Some(order) = state.orders.pop_front() {
+        while let Some(order) = state.take() {
             match order {
                 Order::Arena { number, key } if pulls.is_empty() => {
                     return Some(Batch::Arena { number, key });
@@ -113,7 +185,7 @@ impl Pulls {
                     pulls.push(pull);
                 }
                 later => {
-                    state.orders.push_front(later);
+                    state.add(later, VecDeque::push_front);
                     break;
                 }
             }
@@ -126,7 +198,9 @@ impl Pulls {
         let mut state = self.lock();
         state.closed = true;
         state.orders.clear();
+        state.bytes = 0;
         drop(state);
+        self.bell.ring();
         self.filled.notify_all();
     }
 
@@ -138,6 +212,11 @@ impl Pulls {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const UP_TO_100: Share = Share {
+        bytes_max: 100,
+        tapers: false,
+    };
 
     fn pull(sequence: u64, bytes: usize) -> Pull {
         Pull {
@@ -171,15 +250,35 @@ mod tests {
         let key = vec![7];
         let arena = Order::Arena { number: 9, key };
         assert!(pulls.push(vec![arena, Order::Pull(pull(5, 1))]));
-        assert_eq!(sequences(pulls.next(100)), [1, 2]);
-        assert_eq!(sequences(pulls.next(100)), [3]);
-        assert_eq!(sequences(pulls.next(100)), [4]);
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [1, 2]);
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [3]);
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [4]);
         assert!(matches!(
-            pulls.next(100),
+            pulls.next(UP_TO_100),
             Some(Batch::Arena { number: 9, .. })
         ));
         pulls.put_back(vec![pull(6, 1), pull(7, 1)]);
-        assert_eq!(sequences(pulls.next(100)), [6, 7, 5]);
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [6, 7, 5]);
+    }
+
+    #[test]
+    fn batches_that_taper_are_half_of_what_waits_within_bounds() {
+        let share = Share {
+            bytes_max: 80,
+            tapers: true,
+        };
+        let pulls = Pulls::default();
+        let orders = (0..20).map(|number| Order::Pull(pull(number, 10)));
+        assert!(pulls.push(orders.collect()));
+        let mut lengths = Vec::new();
+        while let Some(Batch::Pulls(batch)) = pulls.try_next(share) {
+            lengths.push(batch.len());
+            if lengths.len() == 2 {
+                // What cannot be read yet counts again.
+                pulls.put_back(batch);
+            }
+        }
+        assert_eq!(lengths, [8, 6, 6, 3, 1, 1, 1]);
     }
 
     #[test]
@@ -188,6 +287,6 @@ mod tests {
         let accepted = (0..10_000).take_while(|n| pulls.push(vec![Order::Pull(pull(*n, 1))]));
         assert_eq!(accepted.count(), 2 * WRITES_OPEN_MAX);
         pulls.close();
-        assert!(pulls.next(100).is_none());
+        assert!(pulls.next(UP_TO_100).is_none());
     }
 }

@@ -10,13 +10,14 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::connection::Connection;
+use super::connection::{Connection, Rousing};
 use super::frame::{Descriptor, FrameError, HEADER_BYTES, Header, Kind};
 use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
-use super::{LinkTuning, TransportEvent};
+use super::{LinkTuning, TransportEvent, socket};
 use crate::page::Page;
 use crate::transport::checksum::{Summing, WARM_BYTES};
+use crate::transport::vigil::Vigil;
 use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
 /// Most that is read, or allocated, before the bytes before it have come.
@@ -148,6 +149,7 @@ pub(super) struct Reader<'a> {
     ahead_bytes: usize,
     /// Which of them nobody has had yet.
     unread: Range<usize>,
+    vigil: Vigil,
 }
 
 impl<'a> Reader<'a> {
@@ -162,6 +164,7 @@ impl<'a> Reader<'a> {
             ahead: Box::default(),
             ahead_bytes: 0,
             unread: 0..0,
+            vigil: Vigil::of(tuning.vigil),
         })
     }
 
@@ -202,6 +205,7 @@ impl<'a> Reader<'a> {
             let kind = header.kind;
             match kind {
                 Kind::Ping => {}
+                Kind::Rouse => roused(to),
                 Kind::Hello => return Err(ReadEnd::GreetedTwice),
                 Kind::Message => {
                     let message = self.payload(header.payload_bytes, Patience::Frame)?;
@@ -432,7 +436,10 @@ impl<'a> Reader<'a> {
             if buffer.is_empty() {
                 return Ok(());
             }
-            let waited_since = *last_byte.get_or_insert_with(Instant::now);
+            let waited_since = *last_byte.get_or_insert_with(|| {
+                self.vigil.look(|| socket::has_bytes(self.stream));
+                Instant::now()
+            });
             match self.read(buffer, beyond) {
                 Ok(0) => return Err(ReadEnd::Truncated),
                 Ok(count) => {
@@ -487,6 +494,14 @@ impl<'a> Reader<'a> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Something comes soon: whoever will have to do with it may wake up already.
+fn roused(to: &Receiving<'_>) {
+    if to.connection.vigil.is_held() {
+        to.connection.rouse(Rousing::Back);
+        (to.sink)(Vec::new());
     }
 }
 

@@ -19,6 +19,7 @@ use super::socket;
 use super::writer::{WriteEnd, Writer};
 use crate::transport::fault::{FaultPlan, Faults};
 use crate::transport::numbered::NumberedMap;
+use crate::transport::vigil::Vigil;
 use crate::transport::{ConnectError, PeerId, TransportEvent, TransportSink};
 
 /// A host that does not answer at all is given up after this, whatever the caller's deadline.
@@ -104,6 +105,11 @@ impl Shared {
         }
     }
 
+    /// How long threads of connections watch before they sleep.
+    pub(super) const fn vigil(&self) -> Vigil {
+        Vigil::of(self.tuning.vigil)
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
@@ -160,7 +166,8 @@ impl Shared {
             None => STREAM_BYTES_QUEUED_MAX,
         };
         let peer = PeerId::fresh();
-        Ok(Arc::new(Connection::new(peer, address, write_bytes_max)))
+        let bounds = (write_bytes_max, self.vigil());
+        Ok(Arc::new(Connection::new(peer, address, bounds)))
     }
 
     /// Makes a connection known to callers; from now on its end is reported.

@@ -2,7 +2,9 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
 
 /// Always there and open to everybody; sends as soon as the window allows.
@@ -26,6 +28,13 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
 fn is_within_a_host(stream: &TcpStream) -> io::Result<bool> {
     let (here, there) = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
     Ok(here == there || (here.is_loopback() && there.is_loopback()))
+}
+
+/// Whether a read would not wait.
+pub(super) fn has_bytes(stream: &TcpStream) -> bool {
+    let mut asked = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    // An error, too, is for the read to find.
+    !matches!(poll(&mut asked, PollTimeout::ZERO), Ok(0))
 }
 
 #[cfg(test)]

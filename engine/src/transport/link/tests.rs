@@ -44,6 +44,7 @@ pub(crate) fn brisk() -> LinkTuning {
         pull_timeout: Duration::from_secs(5),
         silence_limit: Duration::from_secs(2),
         peers_max: 64,
+        vigil: Duration::ZERO,
     }
 }
 
@@ -178,6 +179,25 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
         stream.write_all(bytes).unwrap();
         let reason = lost(&node);
         assert!(reason.contains(expected), "{reason}");
+    }
+}
+
+#[test]
+fn a_peer_that_rouses_is_heard_as_before() {
+    for vigil in [Duration::ZERO, Duration::from_millis(5)] {
+        let node = node(LinkTuning { vigil, ..brisk() }, "");
+        let mut stream = greeted(&node);
+        let rouse = Header::plain(Kind::Rouse, 0).encode();
+        let frames = [&rouse[..], &message_header(2), b"hi", &rouse];
+        stream.write_all(&frames.concat()).unwrap();
+        match node.next() {
+            TransportEvent::Message { message, .. } => assert_eq!(message, b"hi"),
+            other => panic!("{other:?}"),
+        }
+        // What wakes somebody has nothing to say.
+        let too_much = [&Header::plain(Kind::Rouse, 1).encode()[..], b"!"].concat();
+        stream.write_all(&too_much).unwrap();
+        assert!(lost(&node).contains("Rouse"));
     }
 }
 

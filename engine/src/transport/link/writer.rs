@@ -14,7 +14,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, InFlight, Outgoing};
+use super::connection::{Connection, InFlight, Outgoing, Rousing};
 use super::frame::{DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, make_last};
 use super::lender::{Lender, Lent, Together, Way};
 use super::regions::parse_token;
@@ -141,6 +141,7 @@ impl<'a> Writer<'a> {
                     complete(connection, sink, transfers, WriteOutcome::Cancelled);
                     Ok(())
                 }
+                Outgoing::Rouse(rousing) => self.rouse(rousing),
                 Outgoing::Pulled(sequences) => self.acknowledge(&sequences),
                 Outgoing::Writes(writes) => match self.lender {
                     Some(lender) => self.lend_all(lender, writes, connection, sink),
@@ -152,6 +153,15 @@ impl<'a> Writer<'a> {
                 break;
             }
         }
+    }
+
+    /// Wakes the peer; with an answer, where one is wanted.
+    fn rouse(&self, rousing: Rousing) -> Result<(), WriteEnd> {
+        let kind = match rousing {
+            Rousing::There => Kind::Rouse,
+            Rousing::Back => Kind::Ping,
+        };
+        self.send([&Header::plain(kind, 0).encode()[..]])
     }
 
     fn acknowledge(&self, sequences: &[u64]) -> Result<(), WriteEnd> {

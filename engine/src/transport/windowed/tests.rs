@@ -61,6 +61,7 @@ impl Fabric for Within {
             stretch_bytes_min: 1000,
             target_in_arena: false,
             batch_bytes_max: 1 << 20,
+            tapers: false,
             reads_ahead: false,
         }
     }

@@ -25,6 +25,7 @@ const TERMS: FabricTerms = FabricTerms {
     stretch_bytes_min: 0,
     target_in_arena: false,
     batch_bytes_max: 1 << 20,
+    tapers: false,
     reads_ahead: true,
 };
 
