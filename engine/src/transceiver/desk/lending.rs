@@ -439,14 +439,33 @@ impl Desk {
             self.tell_in_passing(peer, &done);
             return Turn::Finished;
         }
+        let (writes, turn) = self.next_writes(id, lease, serving);
+        let (accepted, submission) = match writes.is_empty() {
+            true => (0, Submission::Accepted),
+            false => self.around.wires.write_all(peer, writes),
+        };
+        let sent = &serving.pieces[serving.next..][..accepted];
+        *count = accepted;
+        *bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
+        match submission {
+            Submission::Accepted => turn,
+            // Gone: the loss of the peer is on its way and opens the lease again.
+            Submission::Busy | Submission::Gone => Turn::PeerBusy,
+            Submission::Invalid => Turn::Refused,
+        }
+    }
+
+    /// What a transfer may submit in its turn, and what becomes of the turn when that is accepted.
+    fn next_writes(&self, id: u64, lease: &Lease, serving: &Serving) -> (Vec<Write>, Turn) {
+        let mut writes = Vec::new();
+        let mut bytes = 0;
         let pieces = serving.pieces.iter().enumerate().skip(serving.next);
         for (index, piece) in pieces {
-            let Some(checksum) = lease.checksum(serving, index) else {
-                return Turn::Waits;
+            let checksum = lease.checksum(serving, index);
+            let has_room = serving.in_flight + writes.len() < self.terms.window;
+            let Some(checksum) = checksum.filter(|_| has_room) else {
+                return (writes, Turn::Waits);
             };
-            if serving.in_flight + *count >= self.terms.window {
-                return Turn::Waits;
-            }
             let note = PieceNote {
                 ctx_request_id: id,
                 epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
@@ -454,27 +473,20 @@ impl Desk {
                 piece: u32::try_from(index).unwrap_or(u32::MAX),
                 checksum,
             };
-            let submission = self.around.wires.write(Write {
-                peer,
-                transfer,
+            writes.push(Write {
+                peer: serving.peer,
+                transfer: serving.transfer,
                 source: Arc::clone(&lease.pages[piece.sender_page]),
                 target: serving.regions[piece.receiver_page - serving.first_page].clone(),
                 runs: piece.runs.clone(),
                 note: note.encode(),
             });
-            match submission {
-                Submission::Accepted => {}
-                // Gone: the loss of the peer is on its way and opens the lease again.
-                Submission::Busy | Submission::Gone => return Turn::PeerBusy,
-                Submission::Invalid => return Turn::Refused,
-            }
-            *count += 1;
-            *bytes += piece.runs.total_bytes() as u64;
-            if *bytes >= TURN_BYTES as u64 {
+            bytes += piece.runs.total_bytes();
+            if bytes >= TURN_BYTES {
                 break;
             }
         }
-        Turn::Submitted
+        (writes, Turn::Submitted)
     }
 
     fn note_submitted(
