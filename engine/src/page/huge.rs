@@ -115,7 +115,8 @@ mod tests {
     fn a_stretch_is_made_once_and_what_is_left_over_never() {
         let bytes = 2 * STRETCH_BYTES + HUGE_BYTES + 100;
         let stretches = HugeStretches::new(bytes);
-        assert_eq!(asked(&stretches, 10..20), [0..STRETCH_BYTES]);
+        let begun = 0..STRETCH_BYTES;
+        assert_eq!(asked(&stretches, 10..20), std::slice::from_ref(&begun));
         assert!(asked(&stretches, 30..STRETCH_BYTES).is_empty());
         let rest = asked(&stretches, 0..bytes);
         let (first, second) = (STRETCH_BYTES, 2 * STRETCH_BYTES);
