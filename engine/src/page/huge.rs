@@ -5,7 +5,8 @@
 //! (measured: 0.2 s instead of 1.3 s for 1 GiB), so who writes first pays less than before, not more. Memory that was
 //! touched in small pages is left as it is: to move it would take longer than it saves.
 //!
-//! Invariant: every stretch is tried at most once, by one thread; once it is too slow or refused, no further one is.
+//! Invariant: every stretch is the business of one thread, once; after one that is too slow or refused, or several that others kept
+//! busy, no further one is tried.
 
 use std::io;
 use std::ops::Range;
@@ -20,6 +21,12 @@ const STRETCH_BYTES: usize = 16 << 20;
 /// A stretch that takes longer is the last: memory is so fragmented that huge pages are not worth their price.
 const PATIENCE: Duration = Duration::from_millis(250);
 
+/// Attempts at a stretch that others are touching at the same time.
+const ATTEMPTS: usize = 3;
+
+/// So many stretches in a row that were busy all the time are the last.
+const BUSY_MAX: usize = 4;
+
 /// What has become of an arena's memory.
 #[derive(Debug)]
 pub(super) struct HugeStretches {
@@ -27,6 +34,7 @@ pub(super) struct HugeStretches {
     bytes: usize,
     tried: Box<[AtomicBool]>,
     made_bytes: AtomicUsize,
+    busy: AtomicUsize,
     given_up: AtomicBool,
 }
 
@@ -39,6 +47,7 @@ impl HugeStretches {
             bytes,
             tried: (0..count).map(|_| AtomicBool::new(false)).collect(),
             made_bytes: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
             given_up: AtomicBool::new(false),
         }
     }
@@ -66,17 +75,26 @@ impl HugeStretches {
             let start = index * STRETCH_BYTES;
             let stretch = start..self.bytes.min(start + STRETCH_BYTES);
             let began = Instant::now();
-            let made = make(stretch.clone());
+            let mut made = make(stretch.clone());
+            for _ in 1..ATTEMPTS {
+                if is_busy(&made) && began.elapsed() < PATIENCE {
+                    made = make(stretch.clone());
+                }
+            }
             self.note(stretch.len(), made, began.elapsed());
         }
     }
 
     fn note(&self, bytes: usize, made: io::Result<()>, elapsed: Duration) {
-        let is_first = match &made {
-            Ok(()) => self.made_bytes.fetch_add(bytes, Ordering::Relaxed) == 0,
-            Err(_) => false,
-        };
-        let is_over = made.is_err() || elapsed > PATIENCE;
+        let mut is_first = false;
+        let mut is_over = elapsed > PATIENCE;
+        if made.is_ok() {
+            is_first = self.made_bytes.fetch_add(bytes, Ordering::Relaxed) == 0;
+            self.busy.store(0, Ordering::Relaxed);
+        } else {
+            let in_a_row = self.busy.fetch_add(1, Ordering::Relaxed) + 1;
+            is_over |= !is_busy(&made) || in_a_row >= BUSY_MAX;
+        }
         if is_over && !self.given_up.swap(true, Ordering::Relaxed) {
             tracing::info!(
                 pool_bytes = self.bytes,
@@ -93,6 +111,12 @@ impl HugeStretches {
             );
         }
     }
+}
+
+/// Whether the kernel would have it tried again: somebody touches the memory at this moment.
+fn is_busy(made: &io::Result<()>) -> bool {
+    made.as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
 }
 
 #[cfg(test)]
@@ -141,5 +165,35 @@ mod tests {
         stretches.prepare(0..1, |_| Err(old_kernel()));
         assert!(asked(&stretches, 0..4 * STRETCH_BYTES).is_empty());
         assert_eq!(stretches.made_bytes(), 0);
+    }
+
+    #[test]
+    fn busy_memory_is_tried_again_and_left_alone_after_some_stretches() {
+        let busy = || io::Error::from(io::ErrorKind::WouldBlock);
+        let calls = RefCell::new(0);
+        let stretches = HugeStretches::new(6 * STRETCH_BYTES);
+        stretches.prepare(0..1, |_| {
+            *calls.borrow_mut() += 1;
+            if *calls.borrow() < ATTEMPTS {
+                Err(busy())
+            } else {
+                Ok(())
+            }
+        });
+        assert_eq!(
+            (*calls.borrow(), stretches.made_bytes()),
+            (ATTEMPTS, STRETCH_BYTES)
+        );
+        *calls.borrow_mut() = 0;
+        stretches.prepare(0..6 * STRETCH_BYTES, |_| {
+            *calls.borrow_mut() += 1;
+            Err(busy())
+        });
+        assert_eq!(
+            *calls.borrow(),
+            BUSY_MAX * ATTEMPTS,
+            "the sixth is not tried"
+        );
+        assert_eq!(stretches.made_bytes(), STRETCH_BYTES);
     }
 }

@@ -405,8 +405,7 @@ impl Desk {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
             return Turn::Finished;
         };
-        let mut submitted = (0, 0);
-        let turn = self.submit(id, (peer, transfer), &mut submitted);
+        let (turn, submitted) = self.submit(id, (peer, transfer));
         if submitted.0 > 0 {
             self.note_submitted(id, (peer, transfer), submitted);
         }
@@ -417,17 +416,12 @@ impl Desk {
     }
 
     /// Submits a transfer's next pieces, and counts them and their bytes.
-    fn submit(
-        &mut self,
-        id: u64,
-        (peer, transfer): (PeerId, TransferId),
-        (count, bytes): &mut (usize, u64),
-    ) -> Turn {
+    fn submit(&mut self, id: u64, (peer, transfer): (PeerId, TransferId)) -> (Turn, (usize, u64)) {
         let Some(lease) = self.leases.get(&id).filter(|lease| lease.end.is_none()) else {
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         };
         let Some(serving) = lease.serving(peer, transfer).filter(|s| !s.released) else {
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         };
         if serving.next == serving.pieces.len() {
             let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
@@ -437,30 +431,25 @@ impl Desk {
                 pieces: serving.pieces.len() as u64,
             };
             self.tell_in_passing(peer, &done);
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         }
         let (writes, turn) = self.next_writes(id, lease, serving);
-        let (accepted, submission) = match writes.is_empty() {
-            true => (0, Submission::Accepted),
-            false => self.around.wires.write_all(peer, writes),
-        };
+        let (accepted, submission) = self.around.wires.write_all(peer, writes);
         let sent = &serving.pieces[serving.next..][..accepted];
-        *count = accepted;
-        *bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
-        match submission {
+        let bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
+        let turn = match submission {
             Submission::Accepted => turn,
             // Gone: the loss of the peer is on its way and opens the lease again.
             Submission::Busy | Submission::Gone => Turn::PeerBusy,
             Submission::Invalid => Turn::Refused,
-        }
+        };
+        (turn, (accepted, bytes))
     }
 
     /// What a transfer may submit in its turn, and what becomes of the turn when that is accepted.
     fn next_writes(&self, id: u64, lease: &Lease, serving: &Serving) -> (Vec<Write>, Turn) {
-        let mut writes = Vec::new();
-        let mut bytes = 0;
-        let pieces = serving.pieces.iter().enumerate().skip(serving.next);
-        for (index, piece) in pieces {
+        let (mut writes, mut bytes) = (Vec::new(), 0);
+        for (index, piece) in serving.pieces.iter().enumerate().skip(serving.next) {
             let checksum = lease.checksum(serving, index);
             let has_room = serving.in_flight + writes.len() < self.terms.window;
             let Some(checksum) = checksum.filter(|_| has_room) else {
