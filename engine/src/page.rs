@@ -20,6 +20,8 @@ use device::DeviceArena;
 pub mod arena;
 pub mod device;
 pub mod fold;
+mod huge;
+pub(crate) mod mapped;
 
 /// Element type of cached keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -362,11 +362,27 @@ pub trait Transport: Debug + Send + Sync {
     /// With the page, when it cannot be registered.
     fn register(&self, page: Page) -> Result<Region, RegisterRefused>;
 
+    /// Says that so many pages will be registered, one after the other: room for them is best made once.
+    fn make_room(&self, _regions: usize) {}
+
     /// Gives a region up.
     fn deregister(&self, region: RegionId) -> Deregistered;
 
     /// Submits a piece.
     fn write(&self, write: Write) -> Submission;
+
+    /// Submits pieces to one peer, in order, until one is not accepted. Returns how many were, and what became of the last one
+    /// that was tried.
+    fn write_all(&self, _peer: PeerId, writes: Vec<Write>) -> (usize, Submission) {
+        let mut accepted = 0;
+        for write in writes {
+            match self.write(write) {
+                Submission::Accepted => accepted += 1,
+                refused => return (accepted, refused),
+            }
+        }
+        (accepted, Submission::Accepted)
+    }
 
     /// Submits a message.
     fn notify(&self, peer: PeerId, message: Vec<u8>) -> Submission;

@@ -46,6 +46,7 @@ const UNSAFE_DOORS: &[&str] = &[
     "engine/src/model/mmap.rs",
     "engine/src/transport/nixl/library",
     "engine/src/page/arena.rs",
+    "engine/src/page/mapped.rs",
     "engine/src/transport/checksum",
     "engine/src/transport/shm.rs",
     "engine/src/transport/ucx/",

@@ -1,8 +1,8 @@
 //! Memory that other processes can be let into: one mapping of an anonymous file, cut once into pieces that never
 //! overlap.
 //!
-//! Transports register an arena, not pages: one key a peer, one mapping, one pinned range. It is resident only where it
-//! was touched, has a fixed size (sealed, so that a peer that maps it can't be hurt by its shrinking), and lives as long
+//! Transports register an arena, not pages: one key a peer, one mapping, one pinned range. It is resident only around
+//! where it was touched ([`super::huge`]), has a fixed size (sealed, so that a peer that maps it can't be hurt by its shrinking), and lives as long
 //! as any piece of it. A library that peers are read through may allocate it instead, in its own way. A piece that is dropped gives nothing back: pools keep theirs for ever.
 //!
 //! Invariant: a piece is cut once, from its own range; so holding it exclusively is holding its bytes exclusively, as
@@ -16,15 +16,17 @@ use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use memmap2::{Advice, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::device::DeviceArena;
+use super::huge::HugeStretches;
+use super::mapped::{Access, Mapped};
 
 /// Pieces begin at multiples of a cache line, so that no two share one.
 const PIECE_ALIGN_BYTES: usize = 64;
@@ -58,7 +60,11 @@ pub(crate) fn allocate_with(allocator: Option<ForeignAllocator>) {
 
 /// What an arena is made of.
 enum Backing {
-    File { file: File, map: MmapRaw },
+    File {
+        file: File,
+        map: Mapped,
+        huge: HugeStretches,
+    },
     Foreign(Box<dyn ForeignMemory>),
     Device(Box<dyn DeviceArena>),
 }
@@ -139,6 +145,7 @@ impl Arena {
                 .cast(),
             count: words,
             on_device,
+            prepared: false,
             owner: Owner::Arena(Arc::clone(&arena)),
         });
         Ok(pieces.collect())
@@ -150,12 +157,11 @@ impl Arena {
         file.set_len(bytes as u64)?;
         let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
         fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-        let map = MmapRaw::map_raw(&file)?;
-        // Fewer misses in the attention's reads; where the kernel has no large pages for shared memory, it works too.
-        drop(map.advise(Advice::HugePage));
+        let map = Mapped::shared(&file, bytes, Access::Write)?;
+        let huge = HugeStretches::new(bytes);
         Ok(Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
-            backing: Backing::File { file, map },
+            backing: Backing::File { file, map, huge },
             bytes,
         })
     }
@@ -184,7 +190,7 @@ impl Arena {
     #[must_use]
     pub fn base(&self) -> *mut u8 {
         match &self.backing {
-            Backing::File { map, .. } => map.as_mut_ptr(),
+            Backing::File { map, .. } => map.start().as_ptr(),
             Backing::Foreign(memory) => memory.base().as_ptr(),
             Backing::Device(memory) => std::ptr::without_provenance_mut(
                 usize::try_from(memory.address()).unwrap_or_default(),
@@ -205,6 +211,23 @@ impl Arena {
     #[must_use]
     pub const fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Has the memory of a range come in huge pages, where that can be and was not tried before: whoever is about to touch
+    /// it calls this, or registers it with a library that will.
+    pub(crate) fn prepare(&self, range: Range<usize>) {
+        if let Backing::File { map, huge, .. } = &self.backing {
+            huge.prepare(range, |stretch| map.make_huge(stretch));
+        }
+    }
+
+    /// Bytes of it that are known to be in huge pages.
+    #[must_use]
+    pub fn huge_bytes(&self) -> usize {
+        match &self.backing {
+            Backing::File { huge, .. } => huge.made_bytes(),
+            Backing::Foreign(_) | Backing::Device(_) => 0,
+        }
     }
 
     /// The file behind it: anonymous, in memory, of a size that can't change. None where a library allocated it.
@@ -240,6 +263,8 @@ pub(super) struct Words {
     count: usize,
     /// `start` is an address of a device: nothing to dereference.
     on_device: bool,
+    /// Its arena has heard that it is about to be written.
+    prepared: bool,
     owner: Owner,
 }
 
@@ -271,6 +296,7 @@ impl Words {
             start: NonNull::from(words).cast(),
             count,
             on_device: false,
+            prepared: true,
             owner: Owner::Heap,
         }
     }
@@ -291,13 +317,24 @@ impl Words {
     }
 
     /// Panics as [`Words::as_slice`].
-    pub(super) const fn as_mut_slice(&mut self) -> &mut [u64] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [u64] {
         assert!(
             !self.on_device,
             "a device's memory is written with its own calls"
         );
+        if !self.prepared {
+            self.prepare();
+        }
         // SAFETY: as in `as_slice`; `self` is borrowed exclusively and no other piece has these words.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
+    }
+
+    #[cold]
+    fn prepare(&mut self) {
+        self.prepared = true;
+        if let Some((arena, offset)) = self.arena() {
+            arena.prepare(offset..offset + self.count * size_of::<u64>());
+        }
     }
 
     /// The arena and the offset in it, in bytes.
@@ -324,9 +361,10 @@ impl Drop for Words {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     use super::*;
+    use crate::page::mapped::HUGE_BYTES;
 
     #[test]
     fn pieces_are_zeroed_apart_and_of_one_arena() {
@@ -375,6 +413,22 @@ mod tests {
         let moved = std::thread::spawn(move || last.as_slice()[7]);
         assert_eq!(moved.join().unwrap(), 7);
         assert!(arena.upgrade().is_none());
+    }
+
+    #[test]
+    fn what_is_written_is_in_huge_pages_where_there_are_any_and_the_rest_is_not_touched() {
+        let resident = |arena: &Arena| arena.file().unwrap().metadata().unwrap().blocks() * 512;
+        let words = (64 << 20) / size_of::<u64>();
+        let mut pieces = Arena::cut(words, 2).unwrap();
+        let arena = Arc::clone(pieces[0].arena().unwrap().0);
+        assert_eq!((arena.huge_bytes(), resident(&arena)), (0, 0));
+        pieces[1].as_mut_slice()[0] = 5;
+        let one = (words * size_of::<u64>()) as u64;
+        let touched = resident(&arena);
+        assert!((1..=one).contains(&touched), "the first piece is not");
+        assert!(arena.huge_bytes() as u64 <= touched);
+        assert_eq!(pieces[1].as_slice()[..2], [5, 0]);
+        assert!(arena.base().addr().is_multiple_of(HUGE_BYTES));
     }
 
     #[test]

@@ -273,10 +273,11 @@ impl Wires {
         }
     }
 
-    pub(super) fn write(&self, write: Write) -> Submission {
-        match self.transport_of(write.peer) {
-            Some(transport) => transport.write(write),
-            None => Submission::Gone,
+    /// Submits pieces to a peer, as [`Transport::write_all`].
+    pub(super) fn write_all(&self, peer: PeerId, writes: Vec<Write>) -> (usize, Submission) {
+        match self.transport_of(peer) {
+            Some(transport) => transport.write_all(peer, writes),
+            None => (0, Submission::Gone),
         }
     }
 

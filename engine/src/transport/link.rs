@@ -314,14 +314,22 @@ impl Transport for LinkTransport {
         Ok(self.shared.regions.register(page))
     }
 
+    fn make_room(&self, regions: usize) {
+        self.shared.regions.make_room(regions);
+    }
+
     fn deregister(&self, region: RegionId) -> Deregistered {
         self.shared.regions.deregister(region)
     }
 
     fn write(&self, write: Write) -> Submission {
-        match self.shared.peer(write.peer) {
-            Some(connection) => connection.submit_write(write),
-            None => Submission::Gone,
+        self.write_all(write.peer, vec![write]).1
+    }
+
+    fn write_all(&self, peer: PeerId, writes: Vec<Write>) -> (usize, Submission) {
+        match self.shared.peer(peer) {
+            Some(connection) => connection.submit_writes(writes),
+            None => (0, Submission::Gone),
         }
     }
 

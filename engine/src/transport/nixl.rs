@@ -388,8 +388,10 @@ fn near_lanes_max() -> usize {
     (cores / 2).clamp(2, 8)
 }
 
-/// Makes an arena's GPU the one that NIXL's plug-ins use on this thread.
+/// Before an arena is registered: makes its GPU the one that NIXL's plug-ins use on this thread. Of the host's memory they
+/// touch all that they register, and may pin it; so its huge pages come first.
 fn enter(arena: &Arena) -> Result<(), String> {
+    arena.prepare(0..arena.bytes());
     let entered = arena.device().map_or(Ok(()), DeviceArena::enter);
     entered.map_err(|error| error.to_string())
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub const RUNS_MAX: usize = 4096;
 
 /// Bytes of one encoded run.
-const RUN_BYTES: usize = 48;
+pub(super) const RUN_BYTES: usize = 48;
 
 /// `count` stretches of `bytes` each. Offsets and distances are in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -21,7 +21,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -30,6 +29,7 @@ use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, Read
 use super::link::{self, LinkParams, LinkStartError, LinkTransport};
 use super::{Capability, MemoryKind, Reach, Runs, Sides, TransportSink};
 use crate::page::arena::Arena;
+use crate::page::mapped::{Access, Mapped};
 
 /// What shared memory can do. The estimate is a modest core's copying.
 pub const CAPABILITY: Capability = Capability {
@@ -301,7 +301,7 @@ impl Fabric for ShmFabric {
 
 /// A mapping of a peer's arena.
 #[derive(Debug)]
-struct Mapping(MmapRaw);
+struct Mapping(Mapped);
 
 impl Mapping {
     /// Maps a memory file whose size can't change.
@@ -313,15 +313,18 @@ impl Mapping {
         if file.metadata()?.len() != bytes as u64 {
             return Err(io::Error::other("it has another size"));
         }
-        let map = MmapOptions::new().len(bytes).map_raw_read_only(file)?;
-        Ok(Self(map))
+        // Where the peer's memory is in huge pages, it is for this mapping too.
+        Ok(Self(Mapped::shared(file, bytes, Access::Read)?))
     }
 
     /// Copies from `offset` on, and sums what it copies. Panics when that is not within the mapping: the jobs were checked.
     fn copy(&self, offset: usize, to: &mut [u8], summing: &mut Summing) {
         let end = offset.checked_add(to.len());
-        assert!(end.is_some_and(|end| end <= self.0.len()), "a checked job");
-        let from = self.0.as_ptr().wrapping_add(offset);
+        assert!(
+            end.is_some_and(|end| end <= self.0.bytes()),
+            "a checked job"
+        );
+        let from = self.0.start().as_ptr().wrapping_add(offset);
         // SAFETY: the range was just checked against the mapping, whose file is sealed at this size, and which lives as
         // long as `self`; `to` is exclusively ours and of another mapping or of the heap, so they don't overlap. The
         // peer may write what is read, against the protocol; then the bytes are in doubt, which the checksum finds.
@@ -352,7 +355,7 @@ impl Share<'_> {
     /// Has its beginning fetched while another one is copied.
     fn announce(&self) {
         if let Some((source, _)) = self.runs.stretches().next() {
-            let start = self.from.0.as_ptr().wrapping_add(source.start);
+            let start = self.from.0.start().as_ptr().wrapping_add(source.start);
             announce(start, source.len());
         }
     }

@@ -405,8 +405,7 @@ impl Desk {
         let Some(&id) = self.sending.get(&(peer, transfer)) else {
             return Turn::Finished;
         };
-        let mut submitted = (0, 0);
-        let turn = self.submit(id, (peer, transfer), &mut submitted);
+        let (turn, submitted) = self.submit(id, (peer, transfer));
         if submitted.0 > 0 {
             self.note_submitted(id, (peer, transfer), submitted);
         }
@@ -417,17 +416,12 @@ impl Desk {
     }
 
     /// Submits a transfer's next pieces, and counts them and their bytes.
-    fn submit(
-        &mut self,
-        id: u64,
-        (peer, transfer): (PeerId, TransferId),
-        (count, bytes): &mut (usize, u64),
-    ) -> Turn {
+    fn submit(&mut self, id: u64, (peer, transfer): (PeerId, TransferId)) -> (Turn, (usize, u64)) {
         let Some(lease) = self.leases.get(&id).filter(|lease| lease.end.is_none()) else {
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         };
         let Some(serving) = lease.serving(peer, transfer).filter(|s| !s.released) else {
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         };
         if serving.next == serving.pieces.len() {
             let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
@@ -437,16 +431,30 @@ impl Desk {
                 pieces: serving.pieces.len() as u64,
             };
             self.tell_in_passing(peer, &done);
-            return Turn::Finished;
+            return (Turn::Finished, (0, 0));
         }
-        let pieces = serving.pieces.iter().enumerate().skip(serving.next);
-        for (index, piece) in pieces {
-            let Some(checksum) = lease.checksum(serving, index) else {
-                return Turn::Waits;
+        let (writes, turn) = self.next_writes(id, lease, serving);
+        let (accepted, submission) = self.around.wires.write_all(peer, writes);
+        let sent = &serving.pieces[serving.next..][..accepted];
+        let bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
+        let turn = match submission {
+            Submission::Accepted => turn,
+            // Gone: the loss of the peer is on its way and opens the lease again.
+            Submission::Busy | Submission::Gone => Turn::PeerBusy,
+            Submission::Invalid => Turn::Refused,
+        };
+        (turn, (accepted, bytes))
+    }
+
+    /// What a transfer may submit in its turn, and what becomes of the turn when that is accepted.
+    fn next_writes(&self, id: u64, lease: &Lease, serving: &Serving) -> (Vec<Write>, Turn) {
+        let (mut writes, mut bytes) = (Vec::new(), 0);
+        for (index, piece) in serving.pieces.iter().enumerate().skip(serving.next) {
+            let checksum = lease.checksum(serving, index);
+            let has_room = serving.in_flight + writes.len() < self.terms.window;
+            let Some(checksum) = checksum.filter(|_| has_room) else {
+                return (writes, Turn::Waits);
             };
-            if serving.in_flight + *count >= self.terms.window {
-                return Turn::Waits;
-            }
             let note = PieceNote {
                 ctx_request_id: id,
                 epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
@@ -454,27 +462,20 @@ impl Desk {
                 piece: u32::try_from(index).unwrap_or(u32::MAX),
                 checksum,
             };
-            let submission = self.around.wires.write(Write {
-                peer,
-                transfer,
+            writes.push(Write {
+                peer: serving.peer,
+                transfer: serving.transfer,
                 source: Arc::clone(&lease.pages[piece.sender_page]),
                 target: serving.regions[piece.receiver_page - serving.first_page].clone(),
                 runs: piece.runs.clone(),
                 note: note.encode(),
             });
-            match submission {
-                Submission::Accepted => {}
-                // Gone: the loss of the peer is on its way and opens the lease again.
-                Submission::Busy | Submission::Gone => return Turn::PeerBusy,
-                Submission::Invalid => return Turn::Refused,
-            }
-            *count += 1;
-            *bytes += piece.runs.total_bytes() as u64;
-            if *bytes >= TURN_BYTES as u64 {
+            bytes += piece.runs.total_bytes();
+            if bytes >= TURN_BYTES {
                 break;
             }
         }
-        Turn::Submitted
+        (writes, Turn::Submitted)
     }
 
     fn note_submitted(

@@ -47,6 +47,8 @@ impl Desk {
         };
         let transport = &self.around.wires.all()[task.way.wire];
         task.remotes.clear();
+        task.remotes.reserve(task.pages.len());
+        transport.make_room(task.pages.len());
         for slot in &mut task.pages {
             let Place::Held(page) = std::mem::replace(&mut slot.place, Place::Gone) else {
                 continue;

@@ -123,6 +123,26 @@ impl Queue {
             || (!self.writes.is_empty() && !self.waits_for_slot)
     }
 
+    fn submit(&mut self, write: Write, bytes_max: usize) -> Submission {
+        let page_bytes = write.source.shape().bytes();
+        // How long the target is, the peer says.
+        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > NOTE_BYTES_MAX {
+            return Submission::Invalid;
+        }
+        if !self.takes_more() {
+            return Submission::Gone;
+        }
+        let bytes = self.write_bytes.saturating_add(write.runs.total_bytes());
+        let open = self.writes.len() + self.in_flight.len();
+        let full = open >= WRITES_OPEN_MAX || bytes > bytes_max;
+        if full && open > 0 {
+            return Submission::Busy;
+        }
+        self.write_bytes = bytes;
+        self.writes.push_back(write);
+        Submission::Accepted
+    }
+
     /// Ends the connection; the first reason stays.
     fn close(&mut self, reason: &str) {
         if self.closed.is_none() {
@@ -204,27 +224,23 @@ impl Connection {
         Submission::Accepted
     }
 
-    pub(super) fn submit_write(&self, write: Write) -> Submission {
-        let page_bytes = write.source.shape().bytes();
-        // How long the target is, the peer says.
-        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > NOTE_BYTES_MAX {
-            return Submission::Invalid;
-        }
+    /// Queues writes, in order, until one is not accepted. The writer is woken once.
+    pub(super) fn submit_writes(&self, writes: Vec<Write>) -> (usize, Submission) {
         let mut queue = self.lock();
-        if !queue.takes_more() {
-            return Submission::Gone;
+        let mut accepted = 0;
+        let mut submission = Submission::Accepted;
+        for write in writes {
+            submission = queue.submit(write, self.write_bytes_max);
+            if submission != Submission::Accepted {
+                break;
+            }
+            accepted += 1;
         }
-        let bytes = queue.write_bytes.saturating_add(write.runs.total_bytes());
-        let open = queue.writes.len() + queue.in_flight.len();
-        let full = open >= WRITES_OPEN_MAX || bytes > self.write_bytes_max;
-        if full && open > 0 {
-            return Submission::Busy;
-        }
-        queue.write_bytes = bytes;
-        queue.writes.push_back(write);
         drop(queue);
-        self.say();
-        Submission::Accepted
+        if accepted > 0 {
+            self.say();
+        }
+        (accepted, submission)
     }
 
     /// Drops a transfer's writes that have not started.

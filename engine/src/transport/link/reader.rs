@@ -11,12 +11,13 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Rousing};
-use super::frame::{Descriptor, FrameError, HEADER_BYTES, Header, Kind};
+use super::frame::{DESCRIPTOR_BYTES, Descriptor, FrameError, HEADER_BYTES, Header, Kind};
 use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
 use super::{LinkTuning, TransportEvent, socket};
 use crate::page::Page;
 use crate::transport::checksum::{Summing, WARM_BYTES};
+use crate::transport::runs::RUN_BYTES;
 use crate::transport::vigil::Vigil;
 use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
@@ -238,8 +239,12 @@ impl<'a> Reader<'a> {
 
     fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
-        let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
-        let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
+        let runs = self.runs(header)?;
+        let mut descriptor = [0; DESCRIPTOR_BYTES];
+        if header.payload_bytes != descriptor.len() as u64 {
+            return Err(ReadEnd::Descriptor);
+        }
+        self.fill(&mut descriptor, Patience::Frame)?;
         Ok(Pull {
             transfer: header.transfer,
             region: header.region,
@@ -250,6 +255,18 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// The runs of a write: mostly one, which takes no memory.
+    fn runs(&mut self, header: &Header) -> Result<Runs, ReadEnd> {
+        let mut one = [0; RUN_BYTES];
+        if header.extra_bytes == one.len() as u64 {
+            self.fill(&mut one, Patience::Frame)?;
+            return Ok(Runs::decode(&one)?);
+        }
+        Ok(Runs::decode(
+            &self.payload(header.extra_bytes, Patience::Frame)?,
+        )?)
+    }
+
     fn write(
         &mut self,
         header: &Header,
@@ -258,7 +275,7 @@ impl<'a> Reader<'a> {
     ) -> Result<(), ReadEnd> {
         let regions = to.regions;
         let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
-        let runs = Runs::decode(&self.payload(header.extra_bytes, Patience::Frame)?)?;
+        let runs = self.runs(header)?;
         if runs.total_bytes() as u64 != header.payload_bytes {
             return Err(ReadEnd::Payload {
                 runs: runs.total_bytes(),

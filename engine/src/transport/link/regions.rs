@@ -57,6 +57,10 @@ pub(super) struct Regions {
 }
 
 impl Regions {
+    pub(super) fn make_room(&self, regions: usize) {
+        self.lock().reserve(regions);
+    }
+
     pub(super) fn register(&self, page: Page) -> Region {
         let region = RegionId::fresh();
         let id = region.0;

@@ -347,8 +347,8 @@ impl<'a> Writer<'a> {
                 };
             }
         }
-        if let Some((_, Fault::Cut)) = fault {
-            // What comes before a cut arrives, as it does from a stream.
+        if let Some((_, Fault::Cut | Fault::Stall)) = fault {
+            // What comes before it arrives, as it does from a stream.
             self.flush()?;
             connection.wait_pulled(self.tuning.stall_timeout);
         }
