@@ -198,6 +198,9 @@ pub struct Write {
     pub runs: Runs,
     /// Given to the peer with [`TransportEvent::Landed`], once the bytes are in place.
     pub note: Vec<u8>,
+    /// Where in the note the transport puts the bytes' [`checksum`], of eight bytes, little-endian; only for pages in the host's
+    /// memory, and where [`Transport::sums_writes`].
+    pub sum_at: Option<usize>,
 }
 
 /// Whether a transport took something over. Back-pressure is a status, not an error.
@@ -332,6 +335,12 @@ pub trait Transport: Debug + Send + Sync {
     /// that is plain from the endpoint.
     fn wire(&self) -> Option<String> {
         None
+    }
+
+    /// Whether it makes the checksum of what it writes, if it is asked to: it reads the bytes anyway, and then has them in a
+    /// core's cache.
+    fn sums_writes(&self) -> bool {
+        false
     }
 
     /// Allocates memory that peers read faster than any other; none where all memory is alike.

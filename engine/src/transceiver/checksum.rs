@@ -2,6 +2,7 @@
 //!
 //! Landed pages whose transport did not sum them go first: a request waits for them. Offered pages are summed as soon as they are offered, most
 //! often before anyone asks; that takes the sender's checksum off the path to the first token.
+//! Where every transport sums what it sends, it costs least there, and nothing is summed here beforehand.
 //!
 //! Which checksum is the sender's choice, and named with it: [`crate::transport::checksum`] of pages in the host's memory, [`crate::page::fold`] of a device's,
 //! which the device computes where the page lies, many pieces in one call. Whoever receives it computes the same one,
@@ -75,6 +76,16 @@ impl Algorithm {
 pub(super) struct Checksum {
     pub(super) algorithm: Algorithm,
     pub(super) value: u64,
+}
+
+impl Checksum {
+    /// Of a piece of this page, whose value its transport puts in.
+    pub(super) const fn to_be_made(page: &Page) -> Self {
+        Self {
+            algorithm: Algorithm::of(page),
+            value: 0,
+        }
+    }
 }
 
 /// A piece in a page, whose transport did not sum it.

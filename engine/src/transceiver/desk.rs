@@ -150,7 +150,10 @@ impl Desk {
     pub(super) fn run(mut self) {
         while !self.is_settled() {
             match self.around.inbox.next(self.timers.next_deadline()) {
-                Some(Input::Command(command)) => self.on_command(command),
+                Some(Input::Command(command)) => {
+                    self.on_command(command);
+                    self.pump_ready();
+                }
                 Some(Input::Happenings(happenings)) => {
                     for happening in happenings {
                         self.on_happening(happening);

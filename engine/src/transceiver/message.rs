@@ -183,6 +183,9 @@ pub(super) struct PieceNote {
 const NOTE_BYTES: usize = 33;
 
 impl PieceNote {
+    /// Where an encoded one has its checksum's value, of eight bytes.
+    pub(super) const CHECKSUM_AT: usize = 16;
+
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(NOTE_BYTES);
         out.extend_from_slice(&self.ctx_request_id.to_le_bytes());

@@ -234,6 +234,17 @@ impl Wires {
         self.known.get(&peer).copied()
     }
 
+    /// Whether what is written to a peer is summed by its transport, where that is asked for.
+    pub(super) fn sums_writes(&self, peer: PeerId) -> bool {
+        let transport = self.transport_of(peer);
+        transport.is_some_and(|transport| transport.sums_writes())
+    }
+
+    /// Whether that is so for every peer, however it is connected.
+    pub(super) fn all_sum_writes(&self) -> bool {
+        self.transports.iter().all(|wire| wire.sums_writes())
+    }
+
     /// Notes that a peer has shown itself.
     pub(super) fn met(&mut self, peer: PeerId, wire: usize) {
         self.known.insert(peer, wire);

@@ -4,8 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::*;
-use super::{checksum::sum_of, memory::one_by_one};
+use super::{checksum::sum_of, memory::one_by_one, *};
 use crate::page::{KvDtype, PageShape};
 
 /// How long a test waits for an event that must come.
@@ -116,6 +115,7 @@ fn piece(peer: PeerId, transfer: u64, source: &Arc<Page>, target: &RemoteRegion)
         target: target.clone(),
         runs: Runs::whole(source.as_bytes().len()),
         note: b"note".to_vec(),
+        sum_at: None,
     }
 }
 

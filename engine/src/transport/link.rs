@@ -159,6 +159,8 @@ pub enum LinkStartError {
 pub struct LinkTransport {
     capability: Capability,
     fabric: Option<Arc<dyn Fabric>>,
+    /// What follows in the stream is read by its writer, so that is who sums it best.
+    sums_writes: bool,
     shared: Arc<Shared>,
     accepting: Option<JoinHandle<()>>,
 }
@@ -213,18 +215,19 @@ impl LinkTransport {
             Ok(ip) => SocketAddr::new(ip, port).to_string(),
             Err(_) => format!("{advertise}:{port}"),
         };
+        let sums = !params.leave_out_sums;
         let pulling = fabric.as_ref().map(|fabric| Pulling {
             address: fabric.address(),
             lender: Lender::new(Arc::clone(fabric), params.staging),
             parts: PullerParts {
                 fabric: Arc::clone(fabric),
                 staging: Staging::new(params.staging, None),
-                sum: !params.leave_out_sums,
+                sum: sums,
             },
         });
         let shared = Arc::new(Shared::new(
             (capability.name, pulling),
-            (params.tuning, params.faults, !params.leave_out_sums),
+            (params.tuning, params.faults, sums),
             (advertised, listening),
             sink,
         ));
@@ -237,10 +240,18 @@ impl LinkTransport {
             .map_err(LinkStartError::Thread)?;
         Ok(Self {
             capability,
+            sums_writes: fabric.is_none() && sums,
             fabric,
             shared,
             accepting: Some(accepting),
         })
+    }
+
+    /// Whether what a write asks for can be done: nothing, or a sum of bytes that pass through this process, with room for it.
+    fn can_sum(&self, write: &Write) -> bool {
+        let sums = self.sums_writes && !write.source.is_on_device();
+        let has_room = |at: usize| at.saturating_add(8) <= write.note.len();
+        write.sum_at.is_none_or(|at| sums && has_room(at))
     }
 }
 
@@ -251,6 +262,10 @@ impl Transport for LinkTransport {
 
     fn wire(&self) -> Option<String> {
         self.fabric.as_ref()?.wire()
+    }
+
+    fn sums_writes(&self) -> bool {
+        self.sums_writes
     }
 
     fn allocator(&self) -> Option<ForeignAllocator> {
@@ -326,10 +341,17 @@ impl Transport for LinkTransport {
         self.write_all(write.peer, vec![write]).1
     }
 
-    fn write_all(&self, peer: PeerId, writes: Vec<Write>) -> (usize, Submission) {
-        match self.shared.peer(peer) {
-            Some(connection) => connection.submit_writes(writes),
-            None => (0, Submission::Gone),
+    fn write_all(&self, peer: PeerId, mut writes: Vec<Write>) -> (usize, Submission) {
+        let Some(connection) = self.shared.peer(peer) else {
+            return (0, Submission::Gone);
+        };
+        let invalid = writes.iter().position(|write| !self.can_sum(write));
+        writes.truncate(invalid.unwrap_or(writes.len()));
+        match connection.submit_writes(writes) {
+            (accepted, Submission::Accepted) if invalid.is_some() => {
+                (accepted, Submission::Invalid)
+            }
+            submitted => submitted,
         }
     }
 

@@ -119,6 +119,7 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
         target: target.clone(),
         runs: Runs::whole(PAGE_BYTES),
         note: Vec::new(),
+        sum_at: None,
     }
 }
 

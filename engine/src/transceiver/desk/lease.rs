@@ -12,7 +12,7 @@ use std::time::Instant;
 use crate::handoff::LeaseEnd;
 use crate::page::Page;
 use crate::transceiver::checksum::Checksum;
-use crate::transceiver::message::Taker;
+use crate::transceiver::message::{PieceNote, Taker};
 use crate::transceiver::reshard::Piece;
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
@@ -199,12 +199,24 @@ impl Lease {
         }
     }
 
-    /// A piece's checksum, once it is made.
-    pub(super) fn checksum(&self, serving: &Serving, piece: usize) -> Option<Checksum> {
-        match serving.sums[piece] {
-            Sum::Page(page) => self.checksums.get(page).copied(),
-            Sum::Own(index) => serving.own_sums.get(index).copied(),
+    /// A piece's checksum, once it is made; else, where the transport makes it, the place in the note where that puts it, once
+    /// the page is there.
+    pub(super) fn checksum(
+        &self,
+        serving: &Serving,
+        piece: usize,
+        by_transport: bool,
+    ) -> Option<(Checksum, Option<usize>)> {
+        let made = match serving.sums[piece] {
+            Sum::Page(page) => self.checksums.get(page),
+            Sum::Own(index) => serving.own_sums.get(index),
+        };
+        if let Some(made) = made {
+            return Some((*made, None));
         }
+        let page = self.pages.get(serving.pieces[piece].sender_page)?;
+        let makes = by_transport && !page.is_on_device();
+        makes.then(|| (Checksum::to_be_made(page), Some(PieceNote::CHECKSUM_AT)))
     }
 }
 

@@ -27,7 +27,7 @@ const TURN_BYTES: usize = 1 << 20;
 /// What a transfer did with its turn.
 enum Turn {
     Submitted,
-    /// It cannot go on now: checksums or its window are missing.
+    /// It cannot go on now: pages, checksums or its window are missing.
     Waits,
     Finished,
     PeerBusy,
@@ -448,11 +448,12 @@ impl Desk {
 
     /// What a transfer may submit in its turn, and what becomes of the turn when that is accepted.
     fn next_writes(&self, id: u64, lease: &Lease, serving: &Serving) -> (Vec<Write>, Turn) {
+        let sums_writes = self.around.wires.sums_writes(serving.peer);
         let (mut writes, mut bytes) = (Vec::new(), 0);
         for (index, piece) in serving.pieces.iter().enumerate().skip(serving.next) {
-            let checksum = lease.checksum(serving, index);
+            let checksum = lease.checksum(serving, index, sums_writes);
             let has_room = serving.in_flight + writes.len() < self.terms.window;
-            let Some(checksum) = checksum.filter(|_| has_room) else {
+            let Some((checksum, sum_at)) = checksum.filter(|_| has_room) else {
                 return (writes, Turn::Waits);
             };
             let note = PieceNote {
@@ -469,6 +470,7 @@ impl Desk {
                 target: serving.regions[piece.receiver_page - serving.first_page].clone(),
                 runs: piece.runs.clone(),
                 note: note.encode(),
+                sum_at,
             });
             bytes += piece.runs.total_bytes();
             if bytes >= TURN_BYTES {

@@ -1,7 +1,7 @@
 //! The sums of what is lent: a lease's own, of all that is held of each page, and those of transfers that take pages apart.
 //!
-//! They are made when pages come, most often before anybody asks for them. Invariant: whoever holds pages to sum them is counted
-//! in the lease.
+//! They are made when pages come, most often before anybody asks for them; not where every transport makes them itself while it
+//! sends, which takes no pass over memory of its own. Invariant: whoever holds pages to sum them is counted in the lease.
 
 use std::sync::Arc;
 
@@ -16,6 +16,13 @@ impl Desk {
         let Some(lease) = lease.filter(|lease| lease.end.is_none()) else {
             return;
         };
+        let in_host = lease.pages.iter().all(|page| !page.is_on_device());
+        if in_host && self.around.wires.all_sum_writes() {
+            // What waits for them waits for the pages alone.
+            self.ready
+                .extend(lease.servings.iter().map(|serving| serving.peer));
+            return;
+        }
         lease.note_unsummed();
         let mut jobs = Vec::new();
         if let Some(parts) = lease.unsummed.start() {

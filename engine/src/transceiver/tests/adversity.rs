@@ -481,6 +481,7 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
             Lie::NoNote => Vec::new(),
             _ => note.encode(),
         },
+        sum_at: None,
     };
     let pieces = 3;
     let bytes = kv_bytes(3);

@@ -53,6 +53,8 @@ pub(super) enum Kind {
     Arena,
     /// Bytes for a region that the receiver is to read by itself. Extra: the runs. Payload: a [`Descriptor`].
     Pull,
+    /// As [`Kind::Write`], with a [`Trailer`] behind the payload.
+    Summed,
     /// Some descriptors are not needed any more. Payload: their sequence numbers, of eight bytes each.
     Pulled,
     /// Nothing yet: what comes soon is better awaited awake. Answered with a [`Kind::Ping`], at leisure.
@@ -129,6 +131,7 @@ impl Header {
             Kind::Pull => 6,
             Kind::Pulled => 7,
             Kind::Rouse => 8,
+            Kind::Summed => 9,
         };
         if self.more {
             out[KIND_AT] |= MORE;
@@ -169,6 +172,7 @@ impl Header {
             4 => (Kind::Ping, 0, 0, 0),
             5 => (Kind::Arena, KEY_BYTES_MAX as u64, 0, 0),
             6 => (Kind::Pull, DESCRIPTOR_BYTES as u64, NOTE_BYTES_MAX, runs),
+            9 => (Kind::Summed, u64::MAX, NOTE_BYTES_MAX, runs),
             7 => (Kind::Pulled, (8 * PULLED_AT_ONCE_MAX) as u64, 0, 0),
             8 => (Kind::Rouse, 0, 0, 0),
             other => return Err(FrameError::Kind(other)),
@@ -216,6 +220,44 @@ impl Header {
 /// Takes back that more comes after the encoded header at the beginning of these bytes.
 pub(super) fn make_last(header: &mut [u8]) {
     header[KIND_AT] &= !MORE;
+}
+
+/// Bytes of an encoded trailer.
+pub(super) const TRAILER_BYTES: usize = 10;
+
+/// What a sender has made of a payload on the way, and where in the note it belongs: so it need not read all of it before the
+/// first byte leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Trailer {
+    pub(super) sum_at: u16,
+    pub(super) sum: u64,
+}
+
+impl Trailer {
+    /// For a note that has room there.
+    pub(super) fn of(sum_at: usize, sum: u64) -> Self {
+        // What lies outside of every note was refused when it was submitted.
+        let sum_at = u16::try_from(sum_at).unwrap_or(u16::MAX);
+        Self { sum_at, sum }
+    }
+
+    pub(super) fn encode(&self) -> [u8; TRAILER_BYTES] {
+        let mut out = [0; TRAILER_BYTES];
+        out[..2].copy_from_slice(&self.sum_at.to_le_bytes());
+        out[2..].copy_from_slice(&self.sum.to_le_bytes());
+        out
+    }
+
+    /// Puts the sum of an encoded one into a note. False when it has no room there.
+    pub(super) fn complete(bytes: [u8; TRAILER_BYTES], note: &mut [u8]) -> bool {
+        let (at, sum) = bytes.split_at(2);
+        let at = usize::from(u16::from_le_bytes([at[0], at[1]]));
+        let Some(place) = note.get_mut(at..at + sum.len()) else {
+            return false;
+        };
+        place.copy_from_slice(sum);
+        true
+    }
 }
 
 /// Bytes of an encoded descriptor.
@@ -314,6 +356,26 @@ mod tests {
         let mut odd = bytes;
         odd[24] = 2;
         assert_eq!(Descriptor::decode(&odd), None);
+    }
+
+    #[test]
+    fn a_trailer_completes_a_note_or_does_not_fit() {
+        let trailer = |sum_at| {
+            Trailer {
+                sum_at,
+                sum: u64::from_le_bytes(*b"checksum"),
+            }
+            .encode()
+        };
+        let mut note = *b"of ........ bytes";
+        assert!(Trailer::complete(trailer(3), &mut note));
+        assert_eq!(&note, b"of checksum bytes");
+        let mut short = *b"........";
+        for at in [1, 8, u16::MAX] {
+            assert!(!Trailer::complete(trailer(at), &mut short));
+        }
+        assert_eq!(&short, b"........");
+        assert!(Trailer::complete(trailer(0), &mut short));
     }
 
     #[test]

@@ -11,7 +11,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Rousing};
-use super::frame::{DESCRIPTOR_BYTES, Descriptor, FrameError, HEADER_BYTES, Header, Kind};
+use super::frame::{
+    DESCRIPTOR_BYTES, Descriptor, FrameError, HEADER_BYTES, Header, Kind, TRAILER_BYTES, Trailer,
+};
 use super::pulls::{Order, Pull};
 use super::regions::{Regions, Taken};
 use super::{LinkTuning, TransportEvent, socket};
@@ -76,6 +78,8 @@ pub(super) enum ReadEnd {
     Runs(#[from] RunsError),
     #[error("runs of {runs} bytes in a frame of {payload}")]
     Payload { runs: usize, payload: u64 },
+    #[error("a sum outside of its note")]
+    Trailer,
     #[error("region still written by another peer after {0:?}")]
     Occupied(Duration),
     #[error("a page on a device cannot be written: {0}")]
@@ -215,7 +219,7 @@ impl<'a> Reader<'a> {
                         message,
                     });
                 }
-                Kind::Write => self.write(&header, to, &mut together.events)?,
+                Kind::Write | Kind::Summed => self.write(&header, to, &mut together.events)?,
                 Kind::Arena | Kind::Pull if !to.pulls => {
                     return Err(ReadEnd::NothingToPull(kind));
                 }
@@ -274,7 +278,7 @@ impl<'a> Reader<'a> {
         events: &mut Vec<TransportEvent>,
     ) -> Result<(), ReadEnd> {
         let regions = to.regions;
-        let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
+        let mut note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
         let runs = self.runs(header)?;
         if runs.total_bytes() as u64 != header.payload_bytes {
             return Err(ReadEnd::Payload {
@@ -282,19 +286,28 @@ impl<'a> Reader<'a> {
                 payload: header.payload_bytes,
             });
         }
+        let trailer_bytes = match header.kind {
+            Kind::Summed => TRAILER_BYTES,
+            _ => 0,
+        };
         if !to.pulls {
-            let before = HEADER_BYTES + note.len() + runs.encoded_bytes();
+            let before = trailer_bytes + HEADER_BYTES + note.len() + runs.encoded_bytes();
             self.ahead_bytes = before.min(AHEAD_BYTES);
         }
         let patience = self.tuning.stall_timeout;
         let end = runs.target_end();
         let mut page = match regions.take(header.region, header.key, end, patience) {
             Taken::Page(page) => page,
-            Taken::Stale => return self.discard(header.payload_bytes),
+            Taken::Stale => {
+                let bytes = header.payload_bytes.saturating_add(trailer_bytes as u64);
+                return self.discard(bytes);
+            }
             Taken::Occupied => return Err(ReadEnd::Occupied(patience)),
             Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
-        let filled = self.scatter(&runs, &mut page, Summing::wanted(to.sum));
+        let filled = self
+            .scatter(&runs, &mut page, Summing::wanted(to.sum))
+            .and_then(|sum| self.complete(&mut note, trailer_bytes).map(|()| sum));
         let checksum = filled.as_ref().ok().copied().flatten();
         let released = regions.put_back(header.region, page);
         let region = RegionId(header.region);
@@ -389,6 +402,17 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(summing.made())
+    }
+
+    /// Puts what a trailer brings into a note, where one comes.
+    fn complete(&mut self, note: &mut [u8], trailer_bytes: usize) -> Result<(), ReadEnd> {
+        if trailer_bytes == 0 {
+            return Ok(());
+        }
+        let mut trailer = [0; TRAILER_BYTES];
+        self.fill(&mut trailer, Patience::Frame)?;
+        let complete = Trailer::complete(trailer, note);
+        complete.then_some(()).ok_or(ReadEnd::Trailer)
     }
 
     fn header(&mut self, patience: Patience) -> Result<Header, ReadEnd> {

@@ -294,6 +294,7 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
             token: "0".repeat(32),
         },
         note: Vec::new(),
+        sum_at: None,
     };
     assert_eq!(node.transport.write(write), Submission::Accepted);
     match node.next() {
@@ -384,6 +385,7 @@ fn send_with(start: Start, faults: &str) -> (TransportEvent, Arc<Page>, Page) {
         target: region.remote,
         runs: Runs::whole(200_000),
         note: Vec::new(),
+        sum_at: None,
     };
     assert_eq!(writer.transport.write(write), Submission::Accepted);
     let event = reader.next();

@@ -1,5 +1,7 @@
 //! The sending half of a connection: the queue out, bytes straight from shared pages, completions in.
 //!
+//! What a checksum is wanted of is summed here, a cache's worth at a time before the kernel copies it; the sum follows it.
+//!
 //! Header and payload leave in one system call, and so do short writes that wait together. A peer that takes no byte for the stall time-out ends the
 //! connection. Faults of a test's plan happen here, where the wire would make them: in the bytes of a stream; and for
 //! bytes that the peer pulls, in a copy that it pulls instead (flip), or within the frame that describes them (cut, stall).
@@ -15,10 +17,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, InFlight, Outgoing, Rousing};
-use super::frame::{DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, make_last};
+use super::frame::{
+    DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, TRAILER_BYTES, Trailer, make_last,
+};
 use super::lender::{Lender, Lent, Together, Way};
 use super::regions::parse_token;
 use super::{LinkTuning, TransportEvent, Write};
+use crate::transport::checksum::{Summing, announce, sum};
 use crate::transport::fault::{Fault, Faults};
 use crate::transport::{TransferId, TransportSink, WriteOutcome};
 
@@ -31,6 +36,10 @@ const AT_ONCE_MAX: usize = 64;
 /// Bytes that are sent in one go at most, but for a longer write: a cancel reaches what is still queued, so what takes its
 /// time on the wire must not leave the queue early.
 const STREAM_BYTES_AT_ONCE_MAX: usize = 2 << 20;
+
+/// Bytes that are summed, and then sent in one system call, but for a longer write: what a core's second cache still holds when
+/// the kernel copies it.
+const SUMMED_BYTES_AT_ONCE_MAX: usize = 256 << 10;
 
 /// Bytes that are copied from a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
@@ -282,30 +291,51 @@ impl<'a> Writer<'a> {
         sent
     }
 
-    /// Pieces of pages in the host's memory, in as few system calls as they take.
+    /// Pieces of pages in the host's memory, in as few system calls as they take; what is summed here leaves before it has left
+    /// the cache.
     fn pieces(&self, writes: &[Write]) -> Result<(), WriteEnd> {
         let mut heads = Vec::new();
         let heads_end = writes.iter().enumerate().map(|(index, write)| {
             let more = index + 1 < writes.len();
-            head(
-                &mut heads,
-                (Kind::Write, more),
-                write,
-                write.runs.total_bytes(),
-            );
+            let bytes = write.runs.total_bytes();
+            head(&mut heads, (kind_of(write), more), write, bytes);
             heads.len()
         });
         let ends: Vec<usize> = heads_end.collect();
         let starts = std::iter::once(0).chain(ends.iter().copied());
-        let slices = writes
-            .iter()
-            .zip(starts.zip(&ends))
-            .flat_map(|(write, (start, end))| {
-                let source = write.source.as_bytes();
-                let payload = write.runs.stretches().map(|(range, _)| &source[range]);
-                std::iter::once(&heads[start..*end]).chain(payload)
-            });
-        self.send(slices)
+        let heads = starts.zip(&ends).map(|(start, end)| &heads[start..*end]);
+        let mut trailers = vec![[0; TRAILER_BYTES]; writes.len()];
+        let mut gathered = Gathered::default();
+        for (index, (head, trailer)) in heads.zip(&mut trailers).enumerate() {
+            if let Some(next) = writes.get(index + 1) {
+                announce_source(next);
+            }
+            gathered.add(self, head)?;
+            self.payload(&writes[index], trailer, &mut gathered)?;
+        }
+        gathered.leave(self)
+    }
+
+    /// The stretches of a page in the host's memory, and the trailer where there is one.
+    fn payload<'b>(
+        &self,
+        write: &'b Write,
+        trailer: &'b mut [u8; TRAILER_BYTES],
+        gathered: &mut Gathered<'b>,
+    ) -> Result<(), WriteEnd> {
+        let source = write.source.as_bytes();
+        let mut stretches = write.runs.stretches().map(|(range, _)| &source[range]);
+        let Some(at) = write.sum_at else {
+            return stretches.try_for_each(|stretch| gathered.add(self, stretch));
+        };
+        let mut summing = Summing::default();
+        for part in stretches.flat_map(|stretch| stretch.chunks(SUMMED_BYTES_AT_ONCE_MAX)) {
+            gathered.make_room(self, part.len())?;
+            summing.update(part);
+            gathered.add(self, part)?;
+        }
+        *trailer = Trailer::of(at, summing.finish()).encode();
+        gathered.add(self, trailer)
     }
 
     /// Sends the frames that were put together.
@@ -396,7 +426,7 @@ impl<'a> Writer<'a> {
         let mut frame = Vec::new();
         head(
             &mut frame,
-            (Kind::Write, false),
+            (kind_of(write), false),
             write,
             write.runs.total_bytes(),
         );
@@ -409,8 +439,12 @@ impl<'a> Writer<'a> {
         let payload = write.runs.stretches().map(|(range, _)| &source[range]);
         let payload: Vec<u8> = payload.flatten().copied().collect();
         let (before, after) = payload.split_at(offset);
+        let trailer = write
+            .sum_at
+            .map(|at| Trailer::of(at, sum(&payload)).encode());
         self.send([&frame[..], before])?;
-        self.fault(fault, write.transfer, after, connection)
+        self.fault(fault, write.transfer, after, connection)?;
+        self.send(trailer.iter().map(|trailer| &trailer[..]))
     }
 
     /// The stretches of a page that lies on a device, through a buffer of the host's.
@@ -484,6 +518,60 @@ impl<'a> Writer<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Slices that leave in the next system call.
+#[derive(Debug, Default)]
+struct Gathered<'b> {
+    slices: Vec<IoSlice<'b>>,
+    /// Bytes of them that were summed.
+    summed: usize,
+}
+
+impl<'b> Gathered<'b> {
+    fn add(&mut self, to: &Writer<'_>, slice: &'b [u8]) -> Result<(), WriteEnd> {
+        if self.slices.len() == SLICES_MAX {
+            self.leave(to)?;
+        }
+        if !slice.is_empty() {
+            self.slices.push(IoSlice::new(slice));
+        }
+        Ok(())
+    }
+
+    /// Has what was summed leave, where so many bytes more would be too many for the cache.
+    fn make_room(&mut self, to: &Writer<'_>, bytes: usize) -> Result<(), WriteEnd> {
+        if self.summed > 0 && self.summed + bytes > SUMMED_BYTES_AT_ONCE_MAX {
+            self.leave(to)?;
+        }
+        self.summed += bytes;
+        Ok(())
+    }
+
+    fn leave(&mut self, to: &Writer<'_>) -> Result<(), WriteEnd> {
+        to.send_some(&mut self.slices)?;
+        self.slices.clear();
+        self.summed = 0;
+        Ok(())
+    }
+}
+
+/// What the frame is whose payload follows in the stream.
+const fn kind_of(write: &Write) -> Kind {
+    match write.sum_at {
+        Some(_) => Kind::Summed,
+        None => Kind::Write,
+    }
+}
+
+/// Has the beginning of what is summed next fetched.
+fn announce_source(write: &Write) {
+    if write.sum_at.is_some()
+        && let Some((first, _)) = write.runs.stretches().next()
+    {
+        let bytes = &write.source.as_bytes()[first];
+        announce(bytes.as_ptr(), bytes.len());
     }
 }
 

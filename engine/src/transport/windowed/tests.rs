@@ -247,6 +247,7 @@ fn write_all(writer: &Side, reader: &Side, sources: &[Arc<Page>], runs: &Runs) -
             target: region.remote.clone(),
             runs: runs.clone(),
             note: Vec::new(),
+            sum_at: None,
         });
         assert_eq!(submission, Submission::Accepted);
     }

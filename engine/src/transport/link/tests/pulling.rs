@@ -213,6 +213,7 @@ impl Scene {
             target: region.remote.clone(),
             runs,
             note: Vec::new(),
+            sum_at: None,
         };
         assert_eq!(self.writer.transport.write(write), Submission::Accepted);
     }

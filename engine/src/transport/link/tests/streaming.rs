@@ -1,15 +1,24 @@
 //! Frames whose bytes come with the stream: whatever the network makes of their borders, each byte goes where it belongs.
 
 use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use proptest::prelude::*;
 
-use super::{brisk, greeted, node};
-use crate::transport::checksum::sum;
-use crate::transport::conformance::page;
-use crate::transport::link::frame::{Header, Kind};
+use super::{brisk, greeted, node, params};
+use crate::page::Page;
+use crate::transport::checksum::{sum, sum_of};
+use crate::transport::conformance::{PATIENCE, page};
+use crate::transport::link::LinkParams;
+use crate::transport::link::frame::{Header, Kind, Trailer};
 use crate::transport::link::regions::parse_token;
-use crate::transport::{RemoteRegion, Run, Runs, TransferId, TransportEvent};
+use crate::transport::memory::into_channel;
+use crate::transport::{
+    PeerId, RemoteRegion, Run, Runs, Submission, TransferId, Transport, TransportEvent, Write, shm,
+    tcp,
+};
 
 /// What a peer sends.
 #[derive(Debug, Clone)]
@@ -50,8 +59,14 @@ fn payload(bytes: usize, stretches: usize, seed: usize) -> (Vec<u8>, Runs) {
 fn write_frame(region: &RemoteRegion, note: &[u8], runs: &Runs, payload: &[u8]) -> Vec<u8> {
     let (id, key) = parse_token(&region.token).unwrap();
     let runs = runs.encode();
+    // What the trailer brings is missing in the note.
+    let mut sent = note.to_vec();
+    let trailer = note.first_chunk().map(|whole| {
+        sent[..whole.len()].fill(0);
+        Trailer::of(0, u64::from_le_bytes(*whole)).encode()
+    });
     let header = Header {
-        kind: Kind::Write,
+        kind: trailer.map_or(Kind::Write, |_| Kind::Summed),
         more: payload.len().is_multiple_of(2),
         note_bytes: u16::try_from(note.len()).unwrap(),
         payload_bytes: payload.len() as u64,
@@ -60,7 +75,8 @@ fn write_frame(region: &RemoteRegion, note: &[u8], runs: &Runs, payload: &[u8]) 
         key,
         extra_bytes: runs.len() as u64,
     };
-    [&header.encode()[..], note, &runs, payload].concat()
+    let trailer = trailer.as_ref().map_or(&[][..], |trailer| trailer);
+    [&header.encode()[..], &sent, &runs, payload, trailer].concat()
 }
 
 proptest! {
@@ -122,5 +138,83 @@ proptest! {
                 (event, piece) => panic!("{event:?} instead of {piece:?}"),
             }
         }
+    }
+}
+
+/// A write of a page in three stretches, to a region of that size, whose sum belongs behind the first byte of its note.
+fn to_be_summed(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
+    let each = source.as_bytes().len() / 4;
+    let runs = [Run::once(3, 0, each), Run::once(2 * each, each, 2 * each)];
+    Write {
+        peer,
+        transfer: TransferId(7),
+        source: Arc::clone(source),
+        target: target.clone(),
+        runs: Runs::new(runs).unwrap(),
+        note: vec![9; 10],
+        sum_at: Some(1),
+    }
+}
+
+#[test]
+fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
+    let (reader, writer) = (node(brisk(), ""), node(brisk(), ""));
+    assert!(writer.transport.sums_writes());
+    let deadline = Instant::now() + PATIENCE;
+    let peer = writer
+        .transport
+        .connect(&reader.transport.endpoint(), deadline)
+        .unwrap();
+    // Shorter and longer than what leaves at once, one after the other.
+    for (seed, length) in (1..).zip([4_000, 300_000, 70_000, 70_000, 4_000_000, 40_000]) {
+        let source = Arc::new(page(length / 4, seed));
+        let region = reader.transport.register(page(length / 4, 0)).unwrap();
+        let write = to_be_summed(peer, &source, &region.remote);
+        let expected = sum_of(
+            source.as_bytes(),
+            write.runs.stretches().map(|(from, _)| from),
+        );
+        assert_eq!(writer.transport.write(write), Submission::Accepted);
+        match reader.next() {
+            TransportEvent::Landed { note, checksum, .. } => {
+                assert_eq!(note, [&[9], &expected.to_le_bytes()[..], &[9]].concat());
+                assert_eq!(checksum, Some(expected));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn who_does_not_sum_refuses_to() {
+    let source = Arc::new(page(1000, 1));
+    let (events, _kept) = channel();
+    let sink = into_channel(events);
+    let unsummed = LinkParams {
+        leave_out_sums: true,
+        ..params(brisk(), "")
+    };
+    let others: [Arc<dyn Transport>; 2] = [
+        Arc::new(tcp::start(unsummed, Arc::clone(&sink)).unwrap()),
+        Arc::new(shm::start(params(brisk(), ""), sink).unwrap()),
+    ];
+    let of = |transport: &dyn Transport| {
+        let target = transport.register(page(1000, 0)).unwrap().remote;
+        let deadline = Instant::now() + PATIENCE;
+        let peer = transport.connect(&transport.endpoint(), deadline).unwrap();
+        to_be_summed(peer, &source, &target)
+    };
+    for transport in others {
+        assert!(!transport.sums_writes());
+        assert_eq!(transport.write(of(&*transport)), Submission::Invalid);
+    }
+    // Nor has a note room behind its end.
+    let node = node(brisk(), "");
+    for at in [3, usize::MAX] {
+        let write = Write {
+            sum_at: Some(at),
+            ..of(&*node.transport)
+        };
+        assert_eq!(node.transport.write(write), Submission::Invalid);
     }
 }
