@@ -84,8 +84,8 @@ pub(crate) struct Figures {
     /// Processor time of both sides while bytes moved, in milliseconds a round.
     #[serde(serialize_with = "four_digits")]
     pub(crate) cpu_ms: f64,
-    /// The share of it that the checksum threads took; `null` where the kernel does not tell. What a transport sums as it copies is
-    /// not in it: the same case without checksums tells the whole.
+    /// The share of it that the checksum threads took; `null` where the kernel does not tell, or none had anything to sum. What a
+    /// transport sums as it copies or sends is not in it: the same case without checksums tells the whole.
     pub(crate) checksum_share: Option<f64>,
 }
 
