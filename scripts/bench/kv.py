@@ -126,19 +126,21 @@ def without_result(command, text):
     print(f"no result of {shlex.join(command)}: {' '.join(text.split())[-300:]}", file=sys.stderr)
 
 
-def iperf3(seconds):
+def iperf3(seconds, tries=3):
     if shutil.which("iperf3") is None:
         return None
-    port = str(free_port())
-    with server(["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port]):
+    # A server that serves one client ends with the first that connects, even one that then fails.
+    for _ in range(tries):
+        port = str(free_port())
         command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-P", "1", "-t", str(seconds), "-J"]
-        text = ask(command)
-    if text is None:
-        return None
-    try:
-        return json.loads(text)["end"]["sum_received"]["bits_per_second"] / 8e9
-    except (ValueError, KeyError, TypeError):
-        return without_result(command, text)
+        with server(["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port]):
+            text = ask(command, tries=10)
+        try:
+            if text is not None:
+                return json.loads(text)["end"]["sum_received"]["bits_per_second"] / 8e9
+        except (ValueError, KeyError, TypeError):
+            without_result(command, text)
+    return None
 
 
 def put_bandwidth():
