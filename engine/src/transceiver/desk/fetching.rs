@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::Desk;
-use super::task::{Expected, FetchTask, Landing, Phase, Place, Slot, Source};
+use super::task::{FetchTask, Landing, Phase, Place, Slot, Source};
 use crate::backend::BlockId;
 use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
 use crate::page::Page;
@@ -17,7 +17,7 @@ use crate::transceiver::checksum::Landed;
 use crate::transceiver::inbox::{Checked, Mismatch};
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
-use crate::transceiver::reshard;
+use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::{OpaqueState, printable};
 use crate::transceiver::timers::Due;
 use crate::transceiver::wires::{Way, ways};
@@ -26,10 +26,11 @@ use crate::transport::{Deregistered, PeerId, RegionId, TransferId};
 /// What a fetch needs, worked out before anything happens.
 struct Planned {
     state: OpaqueState,
+    /// The pages of those who are asked.
+    there: Side,
     ways: VecDeque<Way>,
-    sources: Vec<Source>,
-    /// For each page, how many pieces go into it.
-    pieces: Vec<usize>,
+    /// The ranks that owe something.
+    senders: Vec<usize>,
 }
 
 impl Desk {
@@ -44,12 +45,11 @@ impl Desk {
             }
         };
         let transfer = self.fresh_transfer();
-        let pages = fetch.pages.into_iter().zip(planned.pieces);
-        let pages = pages.map(|((block, page), pieces)| Slot {
+        let pages = fetch.pages.into_iter().map(|(block, page)| Slot {
             block,
             place: Place::Held(page),
-            pieces,
-            landed: Vec::with_capacity(pieces),
+            pieces: 0,
+            landed: Vec::new(),
         });
         let state = planned.state;
         let mut nonce = state.nonce;
@@ -69,12 +69,13 @@ impl Desk {
                 request: fetch.request.0,
             },
             instance: state.instance,
-            first_token: fetch.first_token as u64,
-            token_count: state.token_count,
+            there: planned.there,
+            first_token: fetch.first_token,
+            token_count: fetch.token_count,
             began,
             timer: self.timers.set(deadline, Due::Fetch(transfer)),
             pages: pages.collect(),
-            sources: planned.sources,
+            sources: planned.senders.into_iter().map(Source::of).collect(),
             way: planned.ways[0].clone(),
             ways: planned.ways,
             remotes: Vec::new(),
@@ -95,7 +96,7 @@ impl Desk {
         self.emit(HandoffEvent::FetchEnded { request, outcome });
     }
 
-    /// Checks a fetch against its ticket and works out who owes what; nothing has happened yet.
+    /// Checks a fetch against its ticket and works out who owes something; nothing has happened yet.
     fn plan(&self, fetch: &Fetch) -> Result<Planned, HandoffError> {
         if self.stopping {
             return Err(HandoffError::Cancelled);
@@ -140,33 +141,11 @@ impl Desk {
         let ways = ways(self.around.wires.all(), &state.ranks, &senders)?;
         // Whoever will be asked may wake up while the rest is worked out.
         self.around.wires.rouse(&ways[0]);
-        let mut pieces = vec![0; needed];
-        let tokens = fetch.first_token..fetch.token_count;
-        let sources = senders.into_iter().map(|sender| {
-            let owed = reshard::pieces((&there, sender), (own, rank), tokens.clone());
-            let expected = owed.into_iter().map(|piece| {
-                let page = piece.receiver_page - first_page;
-                pieces[page] += 1;
-                Expected {
-                    page,
-                    runs: piece.runs,
-                    landed: false,
-                }
-            });
-            Source {
-                rank: sender,
-                expected: expected.collect(),
-                peer: None,
-                cached: false,
-                heard: false,
-                done: false,
-            }
-        });
         Ok(Planned {
-            sources: sources.collect(),
             state,
+            there,
             ways,
-            pieces,
+            senders,
         })
     }
 
@@ -190,7 +169,16 @@ impl Desk {
                 task.phase = Phase::Running;
                 self.running += 1;
                 self.go(transfer, None);
+                self.expect(transfer);
             }
+        }
+    }
+
+    /// Works out what was asked for, while those who were asked do what they have to. Before this nothing that they say is heard.
+    fn expect(&mut self, transfer: TransferId) {
+        let own = (&self.terms.layout.side, self.terms.rank);
+        if let Some(task) = self.fetches.get_mut(&transfer) {
+            task.expect(own);
         }
     }
 

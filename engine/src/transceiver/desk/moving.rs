@@ -80,8 +80,8 @@ impl Desk {
             rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
             transfer,
             layout: self.terms.layout.record.clone(),
-            first_token: task.first_token,
-            token_count: task.token_count,
+            first_token: task.first_token as u64,
+            token_count: task.token_count as u64,
             // Thousands of texts: taken out, and put back when the message is made.
             regions: std::mem::take(&mut task.remotes),
         });

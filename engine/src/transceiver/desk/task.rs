@@ -11,6 +11,7 @@ use crate::request::RequestId;
 use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
 use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, PieceNote, Taker};
+use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
 use crate::transceiver::wires::Way;
@@ -24,8 +25,10 @@ pub(super) struct FetchTask {
     pub(super) taker: Taker,
     /// The context instance, for messages.
     pub(super) instance: String,
-    pub(super) first_token: u64,
-    pub(super) token_count: u64,
+    /// It, as far as pages go.
+    pub(super) there: Side,
+    pub(super) first_token: usize,
+    pub(super) token_count: usize,
     pub(super) began: Instant,
     pub(super) timer: TimerKey,
     pub(super) pages: Vec<Slot>,
@@ -55,7 +58,7 @@ pub(super) enum Phase {
 pub(super) struct Slot {
     pub(super) block: BlockId,
     pub(super) place: Place,
-    /// Pieces that go into it.
+    /// Pieces that go into it, once that is known.
     pub(super) pieces: usize,
     /// Those that have landed.
     pub(super) landed: Vec<Part>,
@@ -112,6 +115,7 @@ pub(super) enum Place {
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) rank: usize,
+    /// Nothing until [`FetchTask::expect`].
     pub(super) expected: Vec<Expected>,
     pub(super) peer: Option<PeerId>,
     /// Whether the connection was there before; such a one may turn out to be dead.
@@ -131,6 +135,17 @@ pub(super) struct Expected {
 }
 
 impl Source {
+    pub(super) const fn of(rank: usize) -> Self {
+        Self {
+            rank,
+            expected: Vec::new(),
+            peer: None,
+            cached: false,
+            heard: false,
+            done: false,
+        }
+    }
+
     /// Its bytes and pieces.
     pub(super) fn total(&self) -> (u64, u64) {
         let bytes = self.expected.iter().map(|e| e.runs.total_bytes() as u64);
@@ -148,6 +163,25 @@ impl Source {
 }
 
 impl FetchTask {
+    /// Works out which pieces each source owes this rank. Nobody who is asked needs to know; so they are asked before.
+    pub(super) fn expect(&mut self, (own, rank): (&Side, usize)) {
+        let first_page = self.first_token / own.tokens_per_block();
+        for source in &mut self.sources {
+            let tokens = self.first_token..self.token_count;
+            let owed = reshard::pieces((&self.there, source.rank), (own, rank), tokens);
+            let expected = owed.into_iter().map(|piece| {
+                let page = piece.receiver_page - first_page;
+                self.pages[page].pieces += 1;
+                Expected {
+                    page,
+                    runs: piece.runs,
+                    landed: false,
+                }
+            });
+            source.expected = expected.collect();
+        }
+    }
+
     /// The source that a peer is.
     pub(super) fn source_of(&self, peer: PeerId) -> Option<usize> {
         let mut sources = self.sources.iter();
@@ -236,6 +270,7 @@ impl FetchTask {
             return Err(misplaced());
         }
         expected.landed = true;
+        slot.landed.reserve_exact(slot.pieces - slot.landed.len());
         slot.landed.push(Part {
             source,
             piece: index,
