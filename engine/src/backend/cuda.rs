@@ -45,7 +45,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use error::CudaError;
-pub(crate) use handoff::{Move, Mover, cuda_arena, keep_device};
+pub(crate) use handoff::{Move, Mover, READS_AT_ONCE, cuda_arena, keep_device};
 pub use handoff::{device_count, device_pages, peer_copies};
 pub(crate) use peer::HANDLE_BYTES;
 pub use tensor::CudaTensor;

@@ -248,4 +248,13 @@ pub(crate) trait FabricPeer: Debug + Send {
         let _ = cancelled;
         Ok(Vec::new())
     }
+
+    /// Reads come within a millisecond, and none is under way: whatever has fallen asleep between there and here may wake up. It
+    /// touches no page and no arena, and takes no longer than a short read.
+    ///
+    /// # Errors
+    /// When the wire is found broken.
+    fn rouse(&mut self) -> Result<(), FabricError> {
+        Ok(())
+    }
 }

@@ -266,6 +266,9 @@ pub(crate) struct Move<'a> {
     pub(crate) page: &'a mut Page,
 }
 
+/// Reads of one [`Mover`] that may be under way.
+pub(crate) const READS_AT_ONCE: usize = 2;
+
 /// Reads memory of one peer into pages of this process, over whatever joins the two GPUs.
 ///
 /// Two reads may be under way, each on a stream of its own: the list and the sums of one travel while the other copies. They copy one
@@ -273,7 +276,7 @@ pub(crate) struct Move<'a> {
 #[derive(Debug)]
 pub(crate) struct Mover {
     ordinal: usize,
-    reaches: [Reach; 2],
+    reaches: [Reach; READS_AT_ONCE],
     /// The one that comes next, and how many are in use.
     next: usize,
     begun: usize,

@@ -163,6 +163,27 @@ fn who_does_not_know_the_secret_is_not_reached() {
 }
 
 #[test]
+fn a_peer_that_was_roused_is_read_as_before() {
+    let Some(fabric) = fabric() else { return };
+    let mut peer = fabric.open(&fabric.address(), soon()).unwrap();
+    let mut source = pages(4096, 1);
+    source[0].write(0, &sample(4096)).unwrap();
+    let key = fabric.export(source[0].arena().unwrap().0).unwrap();
+    let from = peer.import(&key.0).unwrap();
+    let runs = Runs::whole(4096);
+    for _ in 0..3 {
+        peer.rouse().unwrap();
+        let mut target = pages(4096, 1).pop().unwrap();
+        let mut jobs = [ReadJob::new(from, &runs, &mut target)];
+        let go_on = AtomicBool::new(false);
+        peer.begin(&mut jobs, soon(), &go_on).unwrap();
+        let sums = peer.finish(&go_on).unwrap();
+        assert_eq!(sums, [Some(fold(&sample(4096)))]);
+        assert_eq!(target.to_host().unwrap()[..], sample(4096));
+    }
+}
+
+#[test]
 fn a_read_that_is_over_or_called_off_touches_nothing() {
     let Some(fabric) = fabric() else { return };
     let mut peer = fabric.open(&fabric.address(), soon()).unwrap();

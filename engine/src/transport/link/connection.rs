@@ -381,11 +381,13 @@ impl Connection {
         self.wake.notify_all();
     }
 
-    /// Has those wake up who will have to do with what comes soon.
+    /// Has those wake up who will have to do with what comes soon; who asks the peer will read.
     pub(super) fn rouse(&self, rousing: Rousing) {
         self.lock().rousing = Some(rousing);
         self.say();
-        self.pulls.rouse();
+        if rousing == Rousing::There {
+            self.pulls.rouse();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

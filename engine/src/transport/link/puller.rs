@@ -205,7 +205,16 @@ impl<'a> Puller<'a> {
                     self.arenas.insert(number, arena);
                 }
                 Batch::Pulls(pulls) => self.read(pulls, sink)?,
+                Batch::Rouse => self.rouse()?,
             }
+        }
+    }
+
+    /// Has what leads to the peer's memory wake up, where it has been used.
+    fn rouse(&mut self) -> Result<(), PullEnd> {
+        match &mut self.peer {
+            Some(peer) => Ok(peer.rouse()?),
+            None => Ok(()),
         }
     }
 

@@ -76,6 +76,8 @@ pub(super) enum Batch {
     },
     /// At least one.
     Pulls(Vec<Pull>),
+    /// Nothing yet, but soon.
+    Rouse,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +85,8 @@ struct State {
     orders: VecDeque<Order>,
     /// Of all that shall be read.
     bytes: usize,
+    /// Orders are expected, and the puller has not heard so.
+    roused: bool,
     closed: bool,
 }
 
@@ -116,8 +120,10 @@ impl Pulls {
         }
     }
 
-    /// Has the puller wake up: something comes soon.
+    /// Has the puller wake up, if it has nothing to do: something comes soon.
     pub(super) fn rouse(&self) {
+        self.lock().roused = true;
+        self.bell.ring();
         self.filled.notify_one();
     }
 
@@ -145,23 +151,24 @@ impl Pulls {
         }
     }
 
-    /// Waits for the next orders: an arena, or pulls of up to their share of bytes together. `None` after the end.
+    /// Waits for the next orders: an arena, or pulls of up to their share of bytes together; or to be roused. `None` after the end.
     pub(super) fn next(&self, share: Share) -> Option<Batch> {
         let mut state = self.lock();
-        let is_there = |state: &mut State| state.closed || !state.orders.is_empty();
-        loop {
-            self.vigil.watch(&mut state, &self.bell, is_there);
-            if is_there(&mut state) {
-                return Self::batch(state, share);
-            }
-            // Woken for nothing is roused.
-            self.filled.wait(&mut state);
+        let is_there = |state: &mut State| state.closed || state.roused || !state.orders.is_empty();
+        self.vigil.watch(&mut state, &self.bell, is_there);
+        self.filled.wait_while(&mut state, |state| !is_there(state));
+        let roused = std::mem::take(&mut state.roused) && !state.closed;
+        if roused && state.orders.is_empty() {
+            return Some(Batch::Rouse);
         }
+        Self::batch(state, share)
     }
 
-    /// The same without waiting: `None` too when there are none at the moment.
+    /// The same without waiting: `None` too when there are none at the moment. Who asks so is awake.
     pub(super) fn try_next(&self, share: Share) -> Option<Batch> {
-        Self::batch(self.lock(), share)
+        let mut state = self.lock();
+        state.roused = false;
+        Self::batch(state, share)
     }
 
     fn batch(mut state: MutexGuard<'_, State>, share: Share) -> Option<Batch> {
@@ -279,6 +286,23 @@ mod tests {
             }
         }
         assert_eq!(lengths, [8, 6, 6, 3, 1, 1, 1]);
+    }
+
+    #[test]
+    fn who_has_nothing_to_do_is_roused_once_and_nobody_else() {
+        let pulls = Pulls::default();
+        pulls.rouse();
+        assert!(matches!(pulls.next(UP_TO_100), Some(Batch::Rouse)));
+        pulls.rouse();
+        assert!(pulls.push(vec![Order::Pull(pull(1, 1))]));
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [1]);
+        pulls.rouse();
+        assert!(pulls.try_next(UP_TO_100).is_none());
+        assert!(pulls.push(vec![Order::Pull(pull(2, 1))]));
+        assert_eq!(sequences(pulls.next(UP_TO_100)), [2]);
+        pulls.rouse();
+        pulls.close();
+        assert!(pulls.next(UP_TO_100).is_none());
     }
 
     #[test]
