@@ -43,6 +43,7 @@ mod group;
 mod inbox;
 mod info;
 mod message;
+mod regions;
 mod reshard;
 mod select;
 mod state;

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::page::Page;
 use crate::page::arena::ForeignAllocator;
@@ -125,9 +126,9 @@ impl PeerId {
 }
 
 impl RegionId {
-    /// One that nobody had before.
-    pub(crate) fn fresh() -> Self {
-        Self(NEXT_ID.fetch_add(1, Ordering::Relaxed))
+    /// The first of so many in a row that nobody had before.
+    pub(crate) fn fresh_row(count: usize) -> Self {
+        Self(NEXT_ID.fetch_add(count as u64, Ordering::Relaxed))
     }
 }
 
@@ -144,13 +145,15 @@ impl Display for TransferId {
 }
 
 /// What a peer must know to write a region; meaningless to anyone but the transport that made it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RemoteRegion {
     /// The region's size.
     pub bytes: u64,
-    /// Address and key in the transport's own form, hexadecimal. Nobody can guess it.
-    pub token: String,
+    /// Its number: one more than that of the region registered with it before.
+    pub id: u64,
+    /// Nobody can guess it. Regions that were registered together have the same: who is told of one of them is told of all.
+    pub key: u64,
 }
 
 /// A registration.
@@ -162,12 +165,12 @@ pub struct Region {
     pub remote: RemoteRegion,
 }
 
-/// A page that could not be registered, given back.
+/// Pages that could not be registered, given back.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct RegisterRefused {
-    /// The page, untouched.
-    pub page: Page,
+    /// The pages, untouched.
+    pub pages: Vec<Page>,
     /// What stood against it.
     pub reason: String,
 }
@@ -183,6 +186,12 @@ pub enum Deregistered {
     Unknown,
 }
 
+/// What a writer tells with a piece. A short one, as there are thousands a second, takes no memory of its own.
+pub type Note = SmallVec<[u8; NOTE_BYTES_SHORT]>;
+
+/// Of a [`Note`] that takes no memory of its own.
+const NOTE_BYTES_SHORT: usize = 40;
+
 /// One piece on its way: stretches of a shared page, to stretches of a remote region.
 #[derive(Debug, Clone)]
 pub struct Write {
@@ -197,7 +206,7 @@ pub struct Write {
     /// Which bytes of the source go where in the target.
     pub runs: Runs,
     /// Given to the peer with [`TransportEvent::Landed`], once the bytes are in place.
-    pub note: Vec<u8>,
+    pub note: Note,
     /// Where in the note the transport puts the bytes' [`checksum`], of eight bytes, little-endian; only for pages in the host's
     /// memory, and where [`Transport::sums_writes`].
     pub sum_at: Option<usize>,
@@ -249,7 +258,7 @@ pub enum TransportEvent {
         /// The writer's transfer.
         transfer: TransferId,
         /// The writer's note.
-        note: Vec<u8>,
+        note: Note,
         /// [`checksum`] of the piece as it lies here, its stretches in the order of the runs, where the transport has made it
         /// with the bytes at hand; otherwise it is still to be made.
         checksum: Option<u64>,
@@ -315,7 +324,7 @@ pub enum ConnectError {
 /// The contract, which `conformance` holds every implementation to:
 ///
 /// - *No call waits on a peer.* What takes time ends in an event. Every wait inside has a deadline.
-/// - *Pages.* [`register`](Self::register) takes a page in. It comes out exactly once: at
+/// - *Pages.* [`register`](Self::register) takes pages in. Each comes out exactly once: at
 ///   [`deregister`](Self::deregister) when no write of it is under way, otherwise in
 ///   [`TransportEvent::PageReleased`], at the latest when the writing peer is lost. A writer whose region is
 ///   gone writes nowhere; it is not told. Writes to one region are carried out one after the other.
@@ -326,7 +335,7 @@ pub enum ConnectError {
 /// - *Writes.* Each accepted write gets exactly one `WriteDone`, after the source was let go. Writes of a peer
 ///   are carried out in order. Messages may overtake writes, so nobody infers from a message that bytes landed.
 /// - *Trust.* Nothing that a peer sends panics, allocates more than it sent plus a small constant, or reaches
-///   memory outside the region whose token it holds.
+///   memory outside the regions whose key it holds.
 pub trait Transport: Debug + Send + Sync {
     /// What it can do.
     fn capability(&self) -> &Capability;
@@ -365,14 +374,11 @@ pub trait Transport: Debug + Send + Sync {
     /// Ends a connection now, whatever is under way. `PeerLost` follows.
     fn disconnect(&self, peer: PeerId);
 
-    /// Takes a page in, to be written by the peer that learns its token.
+    /// Takes pages in, to be written by the peers that learn their key. Their regions come in the same order.
     ///
     /// # Errors
-    /// With the page, when it cannot be registered.
-    fn register(&self, page: Page) -> Result<Region, RegisterRefused>;
-
-    /// Says that so many pages will be registered, one after the other: room for them is best made once.
-    fn make_room(&self, _regions: usize) {}
+    /// With all of the pages, when one of them cannot be registered.
+    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused>;
 
     /// Gives a region up.
     fn deregister(&self, region: RegionId) -> Deregistered;

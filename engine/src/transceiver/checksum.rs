@@ -30,6 +30,9 @@ const DEVICE_PIECES_MAX: usize = 64;
 /// that what waits for them need not wait long.
 const HOST_BYTES_MAX: usize = 2 << 20;
 
+/// The same of a long sequence, in the end: it doubles with each time, as what has been summed keeps the wire busy for as long.
+const HOST_BYTES_GROWN_MAX: usize = 8 << 20;
+
 /// Which function of the bytes a checksum is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Algorithm {
@@ -112,9 +115,26 @@ pub(super) struct Landed {
 /// Pieces to be sent; their pages are let go when the job is over or given up.
 #[derive(Debug)]
 pub(super) struct Summing {
-    pub(super) of: SumsOf,
-    pub(super) parts: VecDeque<(Arc<Page>, Runs)>,
-    pub(super) given_up: Arc<AtomicBool>,
+    of: SumsOf,
+    parts: VecDeque<(Arc<Page>, Runs)>,
+    given_up: Arc<AtomicBool>,
+    /// Bytes that are summed next, of the host's memory.
+    host_bytes_max: usize,
+}
+
+impl Summing {
+    pub(super) const fn new(
+        of: SumsOf,
+        parts: VecDeque<(Arc<Page>, Runs)>,
+        given_up: Arc<AtomicBool>,
+    ) -> Self {
+        Self {
+            of,
+            parts,
+            given_up,
+            host_bytes_max: HOST_BYTES_MAX,
+        }
+    }
 }
 
 /// Bytes to sum: a page's, in the order of the stretches.
@@ -365,9 +385,13 @@ impl Queue {
         let given_up = offered.given_up.load(Ordering::Acquire);
         let count = match offered.parts.front() {
             Some((page, _)) if page.is_on_device() => DEVICE_PIECES_MAX,
-            Some(_) => fitting(offered.parts.iter().map(|(_, runs)| runs.total_bytes())),
+            Some(_) => {
+                let sizes = offered.parts.iter().map(|(_, runs)| runs.total_bytes());
+                fitting(sizes, offered.host_bytes_max)
+            }
             None => 0,
         };
+        offered.host_bytes_max = (2 * offered.host_bytes_max).min(HOST_BYTES_GROWN_MAX);
         if count == 0 || given_up {
             drop(offered);
             inbox.happened(Happening::HashingEnded { of });
@@ -414,12 +438,12 @@ impl Queue {
     }
 }
 
-/// How many of these sizes fit into [`HOST_BYTES_MAX`]; one if there is one.
-fn fitting(sizes: impl Iterator<Item = usize>) -> usize {
+/// How many of these sizes fit into so many bytes; one if there is one.
+fn fitting(sizes: impl Iterator<Item = usize>, bytes_max: usize) -> usize {
     let mut total = 0_usize;
     let fitting = sizes.enumerate().take_while(|(index, bytes)| {
         total = total.saturating_add(*bytes);
-        *index == 0 || total <= HOST_BYTES_MAX
+        *index == 0 || total <= bytes_max
     });
     fitting.count()
 }
@@ -437,7 +461,7 @@ impl Jobs {
                 None => Some(landed.page.shape().bytes()),
                 Some(_) => None,
             });
-            let more = fitting(sizes) - 1;
+            let more = fitting(sizes, HOST_BYTES_MAX) - 1;
             return std::iter::once(first)
                 .chain(self.landed.drain(..more))
                 .collect();

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::checksum::{Algorithm, Checksum};
 use super::desk::RankEvent;
 use super::info::RankTotals;
+use super::regions::RemoteRegions;
 use super::state::{LayoutRecord, Nonce};
-use crate::transport::{RemoteRegion, TransferId};
+use crate::transport::{Note, TransferId};
 
 /// Proves that the sender holds a lease's ticket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,60 +48,7 @@ pub(super) struct Request {
     pub(super) first_token: u64,
     pub(super) token_count: u64,
     /// Where each page of the receiver goes, in order, from the first token's on.
-    #[serde(with = "regions")]
-    pub(super) regions: Vec<RemoteRegion>,
-}
-
-/// Regions in few words: a long request has thousands of pages, all of one size.
-mod regions {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    use crate::transport::RemoteRegion;
-
-    /// Between tokens, which are hexadecimal.
-    const BETWEEN: char = ' ';
-
-    /// Regions of one size that follow each other: at least one.
-    #[derive(Serialize, Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Alike {
-        bytes: u64,
-        tokens: String,
-    }
-
-    pub(super) fn serialize<S: Serializer>(
-        regions: &[RemoteRegion],
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        let mut groups: Vec<Alike> = Vec::new();
-        for region in regions {
-            match groups.last_mut() {
-                Some(group) if group.bytes == region.bytes => {
-                    group.tokens.push(BETWEEN);
-                    group.tokens.push_str(&region.token);
-                }
-                _ => groups.push(Alike {
-                    bytes: region.bytes,
-                    tokens: region.token.clone(),
-                }),
-            }
-        }
-        groups.serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Vec<RemoteRegion>, D::Error> {
-        let groups = Vec::<Alike>::deserialize(deserializer)?;
-        let regions = groups.iter().flat_map(|group| {
-            let tokens = group.tokens.split(BETWEEN);
-            tokens.map(move |token| RemoteRegion {
-                bytes: group.bytes,
-                token: token.to_owned(),
-            })
-        });
-        Ok(regions.collect())
-    }
+    pub(super) regions: RemoteRegions,
 }
 
 /// A control message.
@@ -186,8 +134,8 @@ impl PieceNote {
     /// Where an encoded one has its checksum's value, of eight bytes.
     pub(super) const CHECKSUM_AT: usize = 16;
 
-    pub(super) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(NOTE_BYTES);
+    pub(super) fn encode(&self) -> Note {
+        let mut out = Note::new();
         out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.extend_from_slice(&self.checksum.value.to_le_bytes());
@@ -258,25 +206,6 @@ mod tests {
         for length in 0..bytes.len() {
             assert!(Message::decode(&bytes[..length]).is_err());
         }
-    }
-
-    #[test]
-    fn regions_survive_in_few_words() {
-        #[derive(Debug, PartialEq, Serialize, Deserialize)]
-        struct Carried(#[serde(with = "regions")] Vec<RemoteRegion>);
-        let region = |(bytes, token): (u64, &str)| RemoteRegion {
-            bytes,
-            token: token.to_owned(),
-        };
-        let mixed = [(64, "0a"), (64, "1b"), (32, ""), (64, "2c")];
-        for count in 0..=mixed.len() {
-            let regions = Carried(mixed[..count].iter().copied().map(region).collect());
-            let text = serde_json::to_string(&regions).unwrap();
-            assert_eq!(serde_json::from_str::<Carried>(&text).unwrap(), regions);
-        }
-        let token = "0123456789abcdef0123456789abcdef";
-        let many = Carried(vec![region((1 << 16, token)); 1000]);
-        assert!(serde_json::to_string(&many).unwrap().len() < 1000 * 33 + 100);
     }
 
     proptest! {

@@ -55,7 +55,7 @@ impl Node {
     }
 
     fn register(&self, page: Page) -> Region {
-        self.transport.register(page).unwrap()
+        self.transport.register(vec![page]).unwrap().remove(0)
     }
 
     fn page_of(&self, region: RegionId) -> Page {
@@ -112,9 +112,9 @@ fn piece(peer: PeerId, transfer: u64, source: &Arc<Page>, target: &RemoteRegion)
         peer,
         transfer: TransferId(transfer),
         source: Arc::clone(source),
-        target: target.clone(),
+        target: *target,
         runs: Runs::whole(source.as_bytes().len()),
-        note: b"note".to_vec(),
+        note: b"note"[..].into(),
         sum_at: None,
     }
 }
@@ -146,7 +146,7 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
                 assert_eq!((peer, landed, fold), (pair.to_writer, region.id, None));
                 let sent = sum_of(source.as_bytes(), std::iter::once(range.clone()));
                 assert!(checksum.is_none_or(|sum| sum == sent));
-                assert!((bytes, of) == (runs, TransferId(transfer)) && note == b"note");
+                assert!((bytes, of) == (runs, TransferId(transfer)) && note[..] == *b"note");
             }
             other => panic!("{other:?}"),
         }
@@ -324,15 +324,10 @@ pub(super) fn a_region_that_is_gone_or_guessed_is_written_nowhere(start: Start) 
         pair.reader.transport.deregister(gone.id),
         Deregistered::Unknown
     ));
-    let mut guessed = kept.remote.clone();
-    let last = if guessed.token.ends_with('0') {
-        "1"
-    } else {
-        "0"
-    };
-    guessed.token.replace_range(guessed.token.len() - 1.., last);
-    let mut nonsense = kept.remote.clone();
-    nonsense.token = "no token".to_owned();
+    let mut guessed = kept.remote;
+    guessed.key ^= 1;
+    let mut nonsense = kept.remote;
+    nonsense.id = u64::MAX;
     for target in [&gone.remote, &guessed, &nonsense] {
         let write = piece(pair.to_reader, 1, &source, target);
         assert_eq!(pair.writer.transport.write(write), Submission::Accepted);
@@ -470,7 +465,8 @@ pub(super) fn a_peer_that_is_not_there_is_lost_with_what_was_meant_for_it(start:
         .unwrap();
     let target = RemoteRegion {
         bytes: 40,
-        token: "0".repeat(32),
+        id: 0,
+        key: 0,
     };
     let submission = node.transport.write(piece(peer, 1, &source, &target));
     let mut open = u32::from(submission == Submission::Accepted);
@@ -532,7 +528,7 @@ pub(super) fn closing_ends_every_connection(start: Start) {
     assert_eq!(pair.reader.lost().0, pair.to_writer);
     assert_eq!(pair.writer.lost().0, pair.to_reader);
     pair.reader.page_of(idle.id);
-    assert!(pair.reader.transport.register(page(10, 0)).is_err());
+    assert!(pair.reader.transport.register(vec![page(10, 0)]).is_err());
     let endpoint = pair.writer.transport.endpoint();
     assert_eq!(
         pair.reader.transport.connect(&endpoint, Instant::now()),

@@ -319,18 +319,14 @@ impl Transport for LinkTransport {
         }
     }
 
-    fn register(&self, page: Page) -> Result<Region, RegisterRefused> {
+    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused> {
         if self.shared.is_closed() {
             return Err(RegisterRefused {
-                page,
+                pages,
                 reason: "the transport is closed".to_owned(),
             });
         }
-        Ok(self.shared.regions.register(page))
-    }
-
-    fn make_room(&self, regions: usize) {
-        self.shared.regions.make_room(regions);
+        Ok(self.shared.regions.register(pages))
     }
 
     fn deregister(&self, region: RegionId) -> Deregistered {

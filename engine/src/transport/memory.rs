@@ -171,14 +171,7 @@ impl Shared {
     }
 
     fn put(&self, write: &Write, remote: &Arc<Self>, there: PeerId) -> WriteOutcome {
-        let Some((region, key)) = write
-            .target
-            .token
-            .split_once(':')
-            .and_then(|(id, key)| Some((RegionId(id.parse().ok()?), key.parse::<u64>().ok()?)))
-        else {
-            return WriteOutcome::Sent;
-        };
+        let (region, key) = (RegionId(write.target.id), write.target.key);
         let source = write.source.as_bytes();
         let mut regions = lock(&remote.regions);
         let Some((_, page)) = regions.get_mut(&region).filter(|(known, _)| *known == key) else {
@@ -310,18 +303,23 @@ impl Transport for MemoryTransport {
         self.shared.hang_up(peer);
     }
 
-    fn register(&self, page: Page) -> Result<Region, RegisterRefused> {
+    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused> {
         if lock(&self.shared.state).closed {
             let reason = "closed".to_owned();
-            return Err(RegisterRefused { page, reason });
+            return Err(RegisterRefused { pages, reason });
         }
-        let (id, key) = (RegionId::fresh(), uuid::Uuid::new_v4().as_u64_pair().0);
-        let remote = RemoteRegion {
-            bytes: page.as_bytes().len() as u64,
-            token: format!("{}:{key}", id.0),
+        let key = uuid::Uuid::new_v4().as_u64_pair().0;
+        let first = RegionId::fresh_row(pages.len());
+        let mut regions = lock(&self.shared.regions);
+        let register = |(id, page): (u64, Page)| {
+            let bytes = page.as_bytes().len() as u64;
+            regions.insert(RegionId(id), (key, page));
+            Region {
+                id: RegionId(id),
+                remote: RemoteRegion { bytes, id, key },
+            }
         };
-        lock(&self.shared.regions).insert(id, (key, page));
-        Ok(Region { id, remote })
+        Ok((first.0..).zip(pages).map(register).collect())
     }
 
     fn deregister(&self, region: RegionId) -> Deregistered {

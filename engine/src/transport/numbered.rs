@@ -5,11 +5,14 @@
 //! Invariant: numbers in a row come to lie in different buckets, and mostly in neighbouring ones: a hand-off goes through
 //! thousands of them in a row while it streams gigabytes through the caches.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 
 /// A map by such numbers.
 pub(crate) type NumberedMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
+
+/// A set of such numbers.
+pub(crate) type NumberedSet<K> = HashSet<K, BuildHasherDefault<NumberHasher>>;
 
 /// Of the golden ratio: multiples of it are far from each other.
 const FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -49,7 +52,6 @@ impl Hasher for NumberHasher {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
     use std::hash::{BuildHasher, Hash};
 
     use super::*;

@@ -116,9 +116,9 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
         peer,
         transfer: TransferId(1),
         source: Arc::clone(source),
-        target: target.clone(),
+        target: *target,
         runs: Runs::whole(PAGE_BYTES),
-        note: Vec::new(),
+        note: Note::new(),
         sum_at: None,
     }
 }
@@ -164,9 +164,11 @@ fn as_a_peer() {
                     writes.reverse();
                 }
                 Wish::Register(count) => {
-                    let pages = blank_pages(&kind).into_iter().take(count);
-                    let regions = pages.map(|page| transport.register(page).unwrap().remote);
-                    let answer = Wish::Registered(regions.collect());
+                    let mut pages = blank_pages(&kind);
+                    pages.truncate(count);
+                    let regions = transport.register(pages).unwrap();
+                    let remotes = regions.iter().map(|region| region.remote);
+                    let answer = Wish::Registered(remotes.collect());
                     let answer = serde_json::to_vec(&answer).unwrap();
                     assert_eq!(transport.notify(peer, answer), Submission::Accepted);
                 }
@@ -272,16 +274,13 @@ enum Step {
 /// Has a child write all pages, which suffers at a step; none when it shall not.
 fn fetch(kind: &str, node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
     let to = connect(node, peer);
-    let regions: Vec<_> = blank_pages(kind)
-        .into_iter()
-        .map(|page| node.transport.register(page).unwrap())
-        .collect();
+    let regions = node.transport.register(blank_pages(kind)).unwrap();
     let suffer_at = |step: Step| match suffers {
         Some((at, signal)) if at == step => peer.suffer(signal),
         _ => {}
     };
     suffer_at(Step::Before);
-    let pages = Wish::Write(regions.iter().map(|r| r.remote.clone()).collect());
+    let pages = Wish::Write(regions.iter().map(|r| r.remote).collect());
     // That a peer is gone before it is asked may be known by then.
     match (wished(node, to, &pages), suffers) {
         (Submission::Accepted, _) | (Submission::Gone, Some((Step::Before, _))) => {}

@@ -360,23 +360,23 @@ impl Share<'_> {
         }
     }
 
-    /// Copies, and sums what was copied while it is at hand.
+    /// Copies, and sums what was copied while it is at hand. Looks whether to go on each time that so many bytes were copied
+    /// `since_look`, in this share and those before it.
     fn carry_out(
         self,
         go_on: &(impl Fn() -> Result<(), FabricError> + Sync),
+        since_look: &mut usize,
     ) -> Result<(), FabricError> {
-        go_on()?;
-        let mut since_look = 0;
         let mut summing = Summing::wanted(self.sum);
         for (source, target) in self.runs.stretches() {
             let mut offset = source.start;
             for part in self.page[target].chunks_mut(CHUNK_BYTES) {
                 self.from.copy(offset, part, &mut summing);
                 offset += part.len();
-                since_look += part.len();
-                if since_look >= CHUNK_BYTES {
+                *since_look += part.len();
+                if *since_look >= CHUNK_BYTES {
                     go_on()?;
-                    since_look = 0;
+                    *since_look = 0;
                 }
             }
         }
@@ -446,13 +446,15 @@ impl FabricPeer for ShmPeer {
         };
         let total: usize = jobs.iter().map(|job| job.runs.total_bytes()).sum();
         let shares = self.shares(jobs)?;
+        go_on()?;
         if total < PARALLEL_BYTES_MIN || self.copy_threads < 2 {
             let mut shares = shares.into_iter().peekable();
+            let mut since_look = 0;
             while let Some(share) = shares.next() {
                 if let Some(next) = shares.peek() {
                     next.announce();
                 }
-                share.carry_out(&go_on)?;
+                share.carry_out(&go_on, &mut since_look)?;
             }
             return Ok(());
         }
@@ -471,8 +473,9 @@ fn copy_together(
     let failed = Mutex::new(None);
     let next = || queue.lock().unwrap_or_else(|e| e.into_inner()).next();
     let work = || {
+        let mut since_look = 0;
         while let Some(share) = next() {
-            if let Err(error) = share.carry_out(go_on) {
+            if let Err(error) = share.carry_out(go_on, &mut since_look) {
                 // Nobody goes on with the rest.
                 queue
                     .lock()

@@ -7,6 +7,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use smallvec::SmallVec;
+
 use super::Desk;
 use super::task::{FetchTask, Landing, Phase, Place, Slot, Source};
 use crate::backend::BlockId;
@@ -17,6 +19,7 @@ use crate::transceiver::checksum::Landed;
 use crate::transceiver::inbox::{Checked, Mismatch};
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
+use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::{OpaqueState, printable};
 use crate::transceiver::timers::Due;
@@ -49,7 +52,7 @@ impl Desk {
             block,
             place: Place::Held(page),
             pieces: 0,
-            landed: Vec::new(),
+            landed: SmallVec::new(),
         });
         let state = planned.state;
         let mut nonce = state.nonce;
@@ -78,7 +81,7 @@ impl Desk {
             sources: planned.senders.into_iter().map(Source::of).collect(),
             way: planned.ways[0].clone(),
             ways: planned.ways,
-            remotes: Vec::new(),
+            remotes: RemoteRegions::default(),
             verified: 0,
             leave_out_checksums: self.terms.leave_out_checksums,
             phase: Phase::Queued,

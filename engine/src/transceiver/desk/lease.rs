@@ -13,10 +13,11 @@ use crate::handoff::LeaseEnd;
 use crate::page::Page;
 use crate::transceiver::checksum::Checksum;
 use crate::transceiver::message::{PieceNote, Taker};
+use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::Piece;
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
-use crate::transport::{PeerId, RemoteRegion, Runs, TransferId};
+use crate::transport::{PeerId, Runs, TransferId};
 
 /// Pages kept for a generation instance.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ pub(super) struct Serving {
     /// The receiver's rank.
     pub(super) rank: usize,
     pub(super) pieces: Vec<Piece>,
-    pub(super) regions: Vec<RemoteRegion>,
+    pub(super) regions: RemoteRegions,
     /// The receiver's page that the first region is.
     pub(super) first_page: usize,
     /// For each piece, where its checksum is.

@@ -456,6 +456,13 @@ impl Desk {
             let Some((checksum, sum_at)) = checksum.filter(|_| has_room) else {
                 return (writes, Turn::Waits);
             };
+            // As many were asked for as there are pages.
+            let target = serving
+                .regions
+                .get(piece.receiver_page - serving.first_page);
+            let Some(target) = target else {
+                return (writes, Turn::Refused);
+            };
             let note = PieceNote {
                 ctx_request_id: id,
                 epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
@@ -467,7 +474,7 @@ impl Desk {
                 peer: serving.peer,
                 transfer: serving.transfer,
                 source: Arc::clone(&lease.pages[piece.sender_page]),
-                target: serving.regions[piece.receiver_page - serving.first_page].clone(),
+                target,
                 runs: piece.runs.clone(),
                 note: note.encode(),
                 sum_at,
@@ -588,11 +595,10 @@ fn fitting(
         ));
     }
     let page_bytes = side.page(rank).bytes() as u64;
-    match request.regions.iter().find(|r| r.bytes != page_bytes) {
+    match request.regions.other_than(page_bytes) {
         None => Ok(first_token),
-        Some(region) => Err(format!(
-            "a region of {} bytes offered for a page of {page_bytes}",
-            region.bytes
+        Some(bytes) => Err(format!(
+            "a region of {bytes} bytes offered for a page of {page_bytes}"
         )),
     }
 }

@@ -46,24 +46,26 @@ impl Desk {
             return Ok(());
         };
         let transport = &self.around.wires.all()[task.way.wire];
-        task.remotes.clear();
-        task.remotes.reserve(task.pages.len());
-        transport.make_room(task.pages.len());
-        for slot in &mut task.pages {
-            let Place::Held(page) = std::mem::replace(&mut slot.place, Place::Gone) else {
-                continue;
-            };
-            match transport.register(page) {
-                Ok(region) => {
-                    slot.place = Place::Registered(region.id);
-                    task.remotes.push(region.remote);
-                }
-                Err(refused) => {
-                    slot.place = Place::Held(refused.page);
-                    return Err(HandoffError::Transport(refused.reason));
-                }
+        // All are here: a way is gone only then.
+        let held = task.pages.iter_mut().filter_map(|slot| {
+            match std::mem::replace(&mut slot.place, Place::Gone) {
+                Place::Held(page) => Some(page),
+                _ => None,
             }
+        });
+        let regions = match transport.register(held.collect()) {
+            Ok(regions) => regions,
+            Err(refused) => {
+                for (slot, page) in task.pages.iter_mut().zip(refused.pages) {
+                    slot.place = Place::Held(page);
+                }
+                return Err(HandoffError::Transport(refused.reason));
+            }
+        };
+        for (slot, region) in task.pages.iter_mut().zip(&regions) {
+            slot.place = Place::Registered(region.id);
         }
+        task.remotes = regions.iter().map(|region| region.remote).collect();
         (0..task.sources.len()).try_for_each(|source| self.ask(transfer, source))
     }
 
@@ -82,13 +84,9 @@ impl Desk {
             layout: self.terms.layout.record.clone(),
             first_token: task.first_token as u64,
             token_count: task.token_count as u64,
-            // Thousands of texts: taken out, and put back when the message is made.
-            regions: std::mem::take(&mut task.remotes),
+            regions: task.remotes.clone(),
         });
         let bytes = request.encode();
-        if let Message::Request(request) = request {
-            task.remotes = request.regions;
-        }
         let server = task.server(source);
         let (wire, endpoint) = (task.way.wire, task.endpoint(source).clone());
         let (mut peer, mut cached) = self.connect(wire, &endpoint)?;

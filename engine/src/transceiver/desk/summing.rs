@@ -26,19 +26,13 @@ impl Desk {
         lease.note_unsummed();
         let mut jobs = Vec::new();
         if let Some(parts) = lease.unsummed.start() {
-            jobs.push(Summing {
-                of: SumsOf::Lease(id),
-                parts,
-                given_up: Arc::clone(&lease.given_up),
-            });
+            let given_up = Arc::clone(&lease.given_up);
+            jobs.push(Summing::new(SumsOf::Lease(id), parts, given_up));
         }
         for serving in &mut lease.servings {
             if let Some(parts) = serving.unsummed.start() {
-                jobs.push(Summing {
-                    of: SumsOf::Transfer(id, serving.peer, serving.transfer),
-                    parts,
-                    given_up: Arc::clone(&serving.given_up),
-                });
+                let of = SumsOf::Transfer(id, serving.peer, serving.transfer);
+                jobs.push(Summing::new(of, parts, Arc::clone(&serving.given_up)));
             }
         }
         lease.hashing += jobs.len();

@@ -4,6 +4,8 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use smallvec::SmallVec;
+
 use crate::backend::BlockId;
 use crate::handoff::HandoffError;
 use crate::page::Page;
@@ -11,11 +13,12 @@ use crate::request::RequestId;
 use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
 use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, PieceNote, Taker};
+use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
 use crate::transceiver::wires::Way;
-use crate::transport::{EndpointRecord, PeerId, RegionId, RemoteRegion, Runs};
+use crate::transport::{EndpointRecord, PeerId, RegionId, Runs};
 
 /// A fetch from the engine's call to its decision.
 #[derive(Debug)]
@@ -37,7 +40,8 @@ pub(super) struct FetchTask {
     pub(super) way: Way,
     /// Ways that are left, best first.
     pub(super) ways: VecDeque<Way>,
-    pub(super) remotes: Vec<RemoteRegion>,
+    /// Where the pages go, in their order.
+    pub(super) remotes: RemoteRegions,
     pub(super) verified: usize,
     /// Whether pieces may come without checksums.
     pub(super) leave_out_checksums: bool,
@@ -60,8 +64,8 @@ pub(super) struct Slot {
     pub(super) place: Place,
     /// Pieces that go into it, once that is known.
     pub(super) pieces: usize,
-    /// Those that have landed.
-    pub(super) landed: Vec<Part>,
+    /// Those that have landed: mostly one, of thousands of pages.
+    pub(super) landed: SmallVec<[Part; 1]>,
 }
 
 /// A piece that has landed.

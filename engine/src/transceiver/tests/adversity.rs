@@ -5,9 +5,11 @@ use std::sync::Mutex;
 use super::*;
 use crate::transceiver::checksum::{Algorithm, Checksum};
 use crate::transceiver::message::{Message, PieceNote, Request, Taker};
+use crate::transceiver::regions::RemoteRegions;
 use crate::transport::memory::into_channel;
 use crate::transport::{
-    EndpointRecord, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink, Write,
+    EndpointRecord, Note, PeerId, Runs, Submission, TransferId, TransportEvent, TransportSink,
+    Write,
 };
 
 fn with_faults(mut params: TransceiverParams, faults: &str) -> TransceiverParams {
@@ -366,7 +368,7 @@ fn a_request_of_another_protocol_is_refused_by_number() {
             layout: state.layout,
             first_token: 0,
             token_count: 0,
-            regions: Vec::new(),
+            regions: RemoteRegions::default(),
         });
         stranger.say(peer, request.encode());
         let TransportEvent::Message { message, .. } = stranger.next() else {
@@ -476,9 +478,9 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
         transfer,
         runs: Runs::whole(SHAPE.bytes() - usize::from(matches!(lie, Lie::PartOfAPage))),
         source,
-        target: request.regions[0].clone(),
+        target: request.regions.get(0).unwrap(),
         note: match lie {
-            Lie::NoNote => Vec::new(),
+            Lie::NoNote => Note::new(),
             _ => note.encode(),
         },
         sum_at: None,

@@ -404,9 +404,11 @@ impl Connection {
         self.say();
     }
 
-    /// Books a write before its descriptor is sent.
-    pub(super) fn take_off(&self, sequence: u64, flying: InFlight) {
-        self.lock().in_flight.insert(sequence, flying);
+    /// Books writes, by sequence number, before their descriptors are sent.
+    pub(super) fn take_off(&self, writes: &mut Vec<(u64, InFlight)>) {
+        if !writes.is_empty() {
+            self.lock().in_flight.extend(writes.drain(..));
+        }
     }
 
     /// Ends writes that the peer has pulled; they end before the first that there is not, which comes with them.

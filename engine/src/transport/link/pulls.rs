@@ -10,7 +10,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
 use crate::transport::vigil::{Bell, Vigil};
-use crate::transport::{Runs, TransferId};
+use crate::transport::{Note, Runs, TransferId};
 
 /// Pulls of one batch at most: while it is read, the peer describes more.
 const PULLS_AT_ONCE_MAX: usize = WRITES_OPEN_MAX / 2;
@@ -44,7 +44,7 @@ pub(super) struct Pull {
     pub(super) transfer: TransferId,
     pub(super) region: u64,
     pub(super) key: u64,
-    pub(super) note: Vec<u8>,
+    pub(super) note: Note,
     pub(super) runs: Runs,
     pub(super) descriptor: Descriptor,
 }
@@ -230,7 +230,7 @@ mod tests {
             transfer: TransferId(1),
             region: 1,
             key: 1,
-            note: Vec::new(),
+            note: Note::new(),
             runs: Runs::whole(bytes),
             descriptor: Descriptor {
                 sequence,

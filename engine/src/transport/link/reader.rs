@@ -21,7 +21,7 @@ use crate::page::Page;
 use crate::transport::checksum::{Summing, WARM_BYTES};
 use crate::transport::runs::RUN_BYTES;
 use crate::transport::vigil::Vigil;
-use crate::transport::{RegionId, Runs, RunsError, TransportSink, WriteOutcome};
+use crate::transport::{Note, RegionId, Runs, RunsError, TransportSink, WriteOutcome};
 
 /// Most that is read, or allocated, before the bytes before it have come.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -242,7 +242,7 @@ impl<'a> Reader<'a> {
     }
 
     fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
-        let note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
+        let note = self.note(header)?;
         let runs = self.runs(header)?;
         let mut descriptor = [0; DESCRIPTOR_BYTES];
         if header.payload_bytes != descriptor.len() as u64 {
@@ -257,6 +257,12 @@ impl<'a> Reader<'a> {
             runs,
             descriptor: Descriptor::decode(&descriptor).ok_or(ReadEnd::Descriptor)?,
         })
+    }
+
+    fn note(&mut self, header: &Header) -> Result<Note, ReadEnd> {
+        let mut note = Note::from_elem(0, usize::from(header.note_bytes));
+        self.fill(&mut note, Patience::Frame)?;
+        Ok(note)
     }
 
     /// The runs of a write: mostly one, which takes no memory.
@@ -278,7 +284,7 @@ impl<'a> Reader<'a> {
         events: &mut Vec<TransportEvent>,
     ) -> Result<(), ReadEnd> {
         let regions = to.regions;
-        let mut note = self.payload(u64::from(header.note_bytes), Patience::Frame)?;
+        let mut note = self.note(header)?;
         let runs = self.runs(header)?;
         if runs.total_bytes() as u64 != header.payload_bytes {
             return Err(ReadEnd::Payload {

@@ -12,9 +12,6 @@ use super::super::{Deregistered, Region, RegionId, RemoteRegion};
 use crate::page::Page;
 use crate::transport::numbered::NumberedMap;
 
-/// Random numbers that are asked for at once.
-const KEYS_AT_ONCE: usize = 512;
-
 #[derive(Debug)]
 enum Holder {
     Slot(Page),
@@ -51,50 +48,27 @@ pub(super) struct Regions {
     slots: Mutex<NumberedMap<u64, Slot>>,
     /// Whether any page of a device was ever registered.
     know_devices: AtomicBool,
-    /// Random numbers that no region has yet.
-    keys: Mutex<Vec<u64>>,
     put_back: Condvar,
 }
 
 impl Regions {
-    pub(super) fn make_room(&self, regions: usize) {
-        self.lock().reserve(regions);
-    }
-
-    pub(super) fn register(&self, page: Page) -> Region {
-        let region = RegionId::fresh();
-        let id = region.0;
-        if page.is_on_device() {
+    pub(super) fn register(&self, pages: Vec<Page>) -> Vec<Region> {
+        if pages.iter().any(Page::is_on_device) {
             self.know_devices.store(true, Ordering::Release);
         }
-        let key = self.fresh_key();
-        let bytes = page.shape().bytes() as u64;
-        let slot = Slot {
-            key,
-            bytes,
-            holder: Holder::Slot(page),
+        let (first, key) = (RegionId::fresh_row(pages.len()), fresh_key());
+        let mut slots = self.lock();
+        slots.reserve(pages.len());
+        let register = |(id, page): (u64, Page)| {
+            let bytes = page.shape().bytes() as u64;
+            let holder = Holder::Slot(page);
+            slots.insert(id, Slot { key, bytes, holder });
+            Region {
+                id: RegionId(id),
+                remote: RemoteRegion { bytes, id, key },
+            }
         };
-        self.lock().insert(id, slot);
-        Region {
-            id: region,
-            remote: RemoteRegion {
-                bytes,
-                token: token(id, key),
-            },
-        }
-    }
-
-    /// A number that nobody can guess. The system is asked for many at once: a request registers thousands of pages.
-    fn fresh_key(&self) -> u64 {
-        let mut keys = self.keys.lock();
-        if let Some(key) = keys.pop() {
-            return key;
-        }
-        let mut bytes = [0; KEYS_AT_ONCE * 8];
-        getrandom::fill(&mut bytes).expect("a system without random numbers starts no server");
-        let (words, _) = bytes.as_chunks::<8>();
-        keys.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
-        keys.pop().unwrap_or_default()
+        (first.0..).zip(pages).map(register).collect()
     }
 
     pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
@@ -118,8 +92,8 @@ impl Regions {
 
     /// Takes a page out to write it up to `end`; waits its turn for at most `patience`.
     pub(super) fn take(&self, id: u64, key: u64, end: usize, patience: Duration) -> Taken {
-        let deadline = Instant::now() + patience;
         let mut slots = self.lock();
+        let mut deadline = None;
         loop {
             let Some(slot) = slots.get_mut(&id).filter(|slot| slot.key == key) else {
                 return Taken::Stale;
@@ -135,7 +109,9 @@ impl Regions {
                     return Taken::Stale;
                 }
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let deadline = *deadline.get_or_insert(now + patience);
+            let left = deadline.saturating_duration_since(now);
             if left.is_zero() {
                 return Taken::Occupied;
             }
@@ -184,26 +160,7 @@ impl Regions {
     }
 }
 
-/// A region's token: 32 hexadecimal digits. By hand, for a request has thousands.
-fn token(id: u64, key: u64) -> String {
-    let digit = |byte: u8| char::from(b"0123456789abcdef"[usize::from(byte & 0xF)]);
-    let bytes = [id.to_be_bytes(), key.to_be_bytes()];
-    let mut token = String::with_capacity(2 * size_of_val(&bytes));
-    for byte in bytes.as_flattened() {
-        token.push(digit(byte >> 4));
-        token.push(digit(*byte));
-    }
-    token
-}
-
-/// Reads a region's token.
-pub(super) fn parse_token(token: &str) -> Option<(u64, u64)> {
-    if token.len() != 32 || !token.is_ascii() {
-        return None;
-    }
-    let (id, key) = token.split_at(16);
-    Some((
-        u64::from_str_radix(id, 16).ok()?,
-        u64::from_str_radix(key, 16).ok()?,
-    ))
+/// A number that nobody can guess.
+fn fresh_key() -> u64 {
+    getrandom::u64().expect("a system without random numbers starts no server")
 }

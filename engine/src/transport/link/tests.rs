@@ -10,7 +10,7 @@ use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
 use crate::transport::conformance::{Node, PATIENCE, page};
 use crate::transport::memory::into_channel;
-use crate::transport::{RemoteRegion, Runs, WriteOutcome, shm, tcp};
+use crate::transport::{Note, RemoteRegion, Runs, WriteOutcome, shm, tcp};
 
 mod pulling;
 mod streaming;
@@ -104,7 +104,7 @@ fn message_header(payload_bytes: u64) -> [u8; HEADER_BYTES] {
 
 /// A write frame for a whole region, up to its payload.
 fn write_header(region: &RemoteRegion, payload_bytes: u64) -> Vec<u8> {
-    let (id, key) = regions::parse_token(&region.token).unwrap();
+    let RemoteRegion { id, key, .. } = *region;
     let runs = Runs::whole(usize::try_from(payload_bytes).unwrap()).encode();
     let header = Header {
         kind: Kind::Write,
@@ -154,7 +154,11 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
     let node = node(brisk(), "");
     let oversize = message_header(MESSAGE_BYTES_MAX as u64 + 1);
     let second_hello = Header::plain(Kind::Hello, 0).encode();
-    let region = node.transport.register(page(100, 0)).unwrap();
+    let region = node
+        .transport
+        .register(vec![page(100, 0)])
+        .unwrap()
+        .remove(0);
     let beyond = write_header(&region.remote, 401);
     let mut no_runs = write_header(&region.remote, 400);
     no_runs[8] += 1;
@@ -220,7 +224,11 @@ fn a_page_under_a_stalled_write_is_quarantined_until_the_peer_is_lost() {
         events,
         transport: Arc::clone(&tcp) as Arc<dyn Transport>,
     };
-    let region = node.transport.register(page(100_000, 0)).unwrap();
+    let region = node
+        .transport
+        .register(vec![page(100_000, 0)])
+        .unwrap()
+        .remove(0);
     let mut stream = greeted(&node);
     stream
         .write_all(&write_header(&region.remote, 400_000))
@@ -291,9 +299,10 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
         source: Arc::clone(&source),
         target: RemoteRegion {
             bytes: 0,
-            token: "0".repeat(32),
+            id: 0,
+            key: 0,
         },
-        note: Vec::new(),
+        note: Note::new(),
         sum_at: None,
     };
     assert_eq!(node.transport.write(write), Submission::Accepted);
@@ -377,14 +386,18 @@ fn send_with(start: Start, faults: &str) -> (TransportEvent, Arc<Page>, Page) {
         .connect(&reader.transport.endpoint(), deadline)
         .unwrap();
     let source = Arc::new(page(50_000, 3));
-    let region = reader.transport.register(page(50_000, 0)).unwrap();
+    let region = reader
+        .transport
+        .register(vec![page(50_000, 0)])
+        .unwrap()
+        .remove(0);
     let write = Write {
         peer,
         transfer: TransferId(1),
         source: Arc::clone(&source),
         target: region.remote,
         runs: Runs::whole(200_000),
-        note: Vec::new(),
+        note: Note::new(),
         sum_at: None,
     };
     assert_eq!(writer.transport.write(write), Submission::Accepted);

@@ -10,7 +10,6 @@
 //! busier side (measured on loopback: 273 + 298 ms of processor time a gigabyte so, 231 + 363 with `sendfile`); and a page
 //! would be in doubt until the peer said that it has read it.
 
-use std::collections::HashSet;
 use std::io::{ErrorKind, IoSlice, Write as _};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -21,10 +20,10 @@ use super::frame::{
     DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, TRAILER_BYTES, Trailer, make_last,
 };
 use super::lender::{Lender, Lent, Together, Way};
-use super::regions::parse_token;
 use super::{LinkTuning, TransportEvent, Write};
 use crate::transport::checksum::{Summing, announce, sum};
 use crate::transport::fault::{Fault, Faults};
+use crate::transport::numbered::NumberedSet;
 use crate::transport::{TransferId, TransportSink, WriteOutcome};
 
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
@@ -90,7 +89,9 @@ pub(super) struct Writer<'a> {
     faults: &'a Faults,
     lender: Option<&'a Lender>,
     /// Arenas that the peer knows.
-    told: HashSet<u64>,
+    told: NumberedSet<u64>,
+    /// Writes of the frames that go out together, by sequence number.
+    booked: Vec<(u64, InFlight)>,
     /// Frames that go out together.
     frames: Vec<u8>,
     /// Where the last of them begins that says that more comes.
@@ -113,7 +114,8 @@ impl<'a> Writer<'a> {
             tuning,
             faults,
             lender,
-            told: HashSet::new(),
+            told: NumberedSet::default(),
+            booked: Vec::new(),
             frames: Vec::new(),
             last_frame: None,
         })
@@ -202,12 +204,12 @@ impl<'a> Writer<'a> {
                     sent = some
                         .try_for_each(|(write, lent)| self.describe(write, lent, connection))
                         // The peer reads one window while the next is gathered.
-                        .and_then(|()| self.flush());
+                        .and_then(|()| self.flush(connection));
                     continue;
                 }
                 Together::Later => {
                     connection.put_back(writes.collect());
-                    return self.flush();
+                    return self.flush(connection);
                 }
                 Together::Failed(error) => {
                     sent = Err(WriteEnd::Device(error));
@@ -220,7 +222,7 @@ impl<'a> Writer<'a> {
             match lender.way(&write, connection) {
                 Way::Later => {
                     connection.put_back(std::iter::once(write).chain(writes).collect());
-                    return self.flush();
+                    return self.flush(connection);
                 }
                 Way::Failed(error) => {
                     // Its completion comes with the end.
@@ -229,12 +231,14 @@ impl<'a> Writer<'a> {
                 }
                 Way::Pull(lent) => sent = self.describe(write, lent, connection),
                 Way::Stream => {
-                    let described = self.flush();
+                    let described = self.flush(connection);
                     sent = described.and_then(|()| self.stream_all(vec![write], connection, sink));
                 }
             }
         }
-        let sent = sent.and_then(|()| self.flush());
+        let sent = sent.and_then(|()| self.flush(connection));
+        // What was described and not sent ends with the connection.
+        connection.take_off(&mut self.booked);
         if writes.len() > 0 {
             connection.put_back(writes.collect());
         }
@@ -338,8 +342,9 @@ impl<'a> Writer<'a> {
         gathered.add(self, trailer)
     }
 
-    /// Sends the frames that were put together.
-    fn flush(&mut self) -> Result<(), WriteEnd> {
+    /// Sends the frames that were put together. What they describe is booked first, as the peer may be quick.
+    fn flush(&mut self, connection: &Connection) -> Result<(), WriteEnd> {
+        connection.take_off(&mut self.booked);
         if let Some(start) = self.last_frame.take() {
             make_last(&mut self.frames[start..]);
         }
@@ -355,8 +360,7 @@ impl<'a> Writer<'a> {
         complete(connection, sink, left.lost, WriteOutcome::Lost);
     }
 
-    /// Describes a write that the peer will pull, with the next [`Writer::flush`]. It is booked first, as the peer may be
-    /// quick; once it is, its end is the acknowledgement or the connection's.
+    /// Describes a write that the peer will pull, with the next [`Writer::flush`].
     fn describe(
         &mut self,
         write: Write,
@@ -379,7 +383,7 @@ impl<'a> Writer<'a> {
         }
         if let Some((_, Fault::Cut | Fault::Stall)) = fault {
             // What comes before it arrives, as it does from a stream.
-            self.flush()?;
+            self.flush(connection)?;
             connection.wait_pulled(self.tuning.stall_timeout);
         }
         if self.told.insert(lent.arena.number) {
@@ -389,23 +393,20 @@ impl<'a> Writer<'a> {
             self.frames.extend_from_slice(key);
         }
         self.last_frame = Some(self.frames.len());
-        head(
-            &mut self.frames,
-            (Kind::Pull, true),
-            &write,
-            DESCRIPTOR_BYTES,
-        );
+        let kind = (Kind::Pull, true);
+        head(&mut self.frames, kind, &write, DESCRIPTOR_BYTES);
         drop(write);
         let descriptor = lent.descriptor.encode();
         let kept = lent.kept;
-        connection.take_off(lent.descriptor.sequence, InFlight { transfer, kept });
+        let flying = InFlight { transfer, kept };
+        self.booked.push((lent.descriptor.sequence, flying));
         match fault {
             Some((_, Fault::Cut)) => {
-                self.flush()?;
+                self.flush(connection)?;
                 Err(WriteEnd::Cut)
             }
             Some((_, Fault::Stall)) => {
-                self.flush()?;
+                self.flush(connection)?;
                 connection.wait_closed();
                 Err(WriteEnd::StalledByPlan)
             }
@@ -577,16 +578,14 @@ fn announce_source(write: &Write) {
 
 /// All of a write's frame but its payload, behind what is there.
 fn head(out: &mut Vec<u8>, (kind, more): (Kind, bool), write: &Write, payload_bytes: usize) {
-    // A token that is not ours names no region of the peer either; it throws the bytes away.
-    let (region, key) = parse_token(&write.target.token).unwrap_or((u64::MAX, 0));
     let header = Header {
         kind,
         more,
         note_bytes: length_of(&write.note),
         payload_bytes: payload_bytes as u64,
         transfer: write.transfer,
-        region,
-        key,
+        region: write.target.id,
+        key: write.target.key,
         extra_bytes: write.runs.encoded_bytes() as u64,
     };
     out.extend_from_slice(&header.encode());

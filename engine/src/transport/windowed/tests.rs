@@ -15,8 +15,8 @@ use crate::transport::link::tests::brisk;
 use crate::transport::link::{self, LinkParams, LinkTransport};
 use crate::transport::memory::into_channel;
 use crate::transport::{
-    Deregistered, Reach, Region, Sides, Submission, TransferId, TransportEvent, TransportSink,
-    Write, WriteOutcome,
+    Deregistered, Note, Reach, Region, Sides, Submission, TransferId, TransportEvent,
+    TransportSink, Write, WriteOutcome,
 };
 
 const CAPABILITY: Capability = Capability {
@@ -191,7 +191,7 @@ impl Side {
     }
 
     fn register(&self, page: Page) -> Region {
-        self.node.transport.register(page).unwrap()
+        self.node.transport.register(vec![page]).unwrap().remove(0)
     }
 
     fn page_of(&self, region: &Region) -> Page {
@@ -244,9 +244,9 @@ fn write_all(writer: &Side, reader: &Side, sources: &[Arc<Page>], runs: &Runs) -
             peer,
             transfer: TransferId(1),
             source: Arc::clone(source),
-            target: region.remote.clone(),
+            target: region.remote,
             runs: runs.clone(),
-            note: Vec::new(),
+            note: Note::new(),
             sum_at: None,
         });
         assert_eq!(submission, Submission::Accepted);

@@ -13,11 +13,10 @@ use crate::transport::checksum::{sum, sum_of};
 use crate::transport::conformance::{PATIENCE, page};
 use crate::transport::link::LinkParams;
 use crate::transport::link::frame::{Header, Kind, Trailer};
-use crate::transport::link::regions::parse_token;
 use crate::transport::memory::into_channel;
 use crate::transport::{
-    PeerId, RemoteRegion, Run, Runs, Submission, TransferId, Transport, TransportEvent, Write, shm,
-    tcp,
+    Note, PeerId, RemoteRegion, Run, Runs, Submission, TransferId, Transport, TransportEvent,
+    Write, shm, tcp,
 };
 
 /// What a peer sends.
@@ -57,7 +56,7 @@ fn payload(bytes: usize, stretches: usize, seed: usize) -> (Vec<u8>, Runs) {
 }
 
 fn write_frame(region: &RemoteRegion, note: &[u8], runs: &Runs, payload: &[u8]) -> Vec<u8> {
-    let (id, key) = parse_token(&region.token).unwrap();
+    let RemoteRegion { id, key, .. } = *region;
     let runs = runs.encode();
     // What the trailer brings is missing in the note.
     let mut sent = note.to_vec();
@@ -95,7 +94,7 @@ proptest! {
             match *sent {
                 Sent::Piece(length, stretches, note) => {
                     let (payload, runs) = payload(length, stretches, seed);
-                    let region = node.transport.register(page(runs.target_end().div_ceil(4) + 1, 0)).unwrap();
+                    let region = node.transport.register(vec![page(runs.target_end().div_ceil(4) + 1, 0)]).unwrap().remove(0);
                     let note = vec![u8::try_from(seed).unwrap(); note];
                     bytes.extend(write_frame(&region.remote, &note, &runs, &payload));
                     expected.push((Some((region.id, payload)), note));
@@ -124,7 +123,7 @@ proptest! {
             match (node.next(), piece) {
                 (TransportEvent::Message { message, .. }, None) => prop_assert_eq!(message, text),
                 (TransportEvent::Landed { region, runs, note, checksum, .. }, Some((id, payload))) => {
-                    prop_assert_eq!((region, note), (id, text));
+                    prop_assert_eq!((region, note.into_vec()), (id, text));
                     prop_assert_eq!(checksum, Some(sum(&payload)));
                     let page = match node.transport.deregister(id) {
                         crate::transport::Deregistered::Now(page) => page,
@@ -149,9 +148,9 @@ fn to_be_summed(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Writ
         peer,
         transfer: TransferId(7),
         source: Arc::clone(source),
-        target: target.clone(),
+        target: *target,
         runs: Runs::new(runs).unwrap(),
-        note: vec![9; 10],
+        note: Note::from_elem(9, 10),
         sum_at: Some(1),
     }
 }
@@ -168,7 +167,11 @@ fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
     // Shorter and longer than what leaves at once, one after the other.
     for (seed, length) in (1..).zip([4_000, 300_000, 70_000, 70_000, 4_000_000, 40_000]) {
         let source = Arc::new(page(length / 4, seed));
-        let region = reader.transport.register(page(length / 4, 0)).unwrap();
+        let region = reader
+            .transport
+            .register(vec![page(length / 4, 0)])
+            .unwrap()
+            .remove(0);
         let write = to_be_summed(peer, &source, &region.remote);
         let expected = sum_of(
             source.as_bytes(),
@@ -177,7 +180,7 @@ fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
         assert_eq!(writer.transport.write(write), Submission::Accepted);
         match reader.next() {
             TransportEvent::Landed { note, checksum, .. } => {
-                assert_eq!(note, [&[9], &expected.to_le_bytes()[..], &[9]].concat());
+                assert_eq!(note[..], [&[9], &expected.to_le_bytes()[..], &[9]].concat());
                 assert_eq!(checksum, Some(expected));
             }
             other => panic!("{other:?}"),
@@ -199,7 +202,11 @@ fn who_does_not_sum_refuses_to() {
         Arc::new(shm::start(params(brisk(), ""), sink).unwrap()),
     ];
     let of = |transport: &dyn Transport| {
-        let target = transport.register(page(1000, 0)).unwrap().remote;
+        let target = transport
+            .register(vec![page(1000, 0)])
+            .unwrap()
+            .remove(0)
+            .remote;
         let deadline = Instant::now() + PATIENCE;
         let peer = transport.connect(&transport.endpoint(), deadline).unwrap();
         to_be_summed(peer, &source, &target)
