@@ -17,7 +17,7 @@ use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::Piece;
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
-use crate::transport::{PeerId, Runs, TransferId};
+use crate::transport::{PeerId, RemoteRegion, Runs, TransferId};
 
 /// Pages kept for a generation instance.
 #[derive(Debug)]
@@ -84,6 +84,14 @@ pub(super) struct Serving {
     pub(super) in_flight: usize,
     /// Not wanted over this wire any more.
     pub(super) released: bool,
+}
+
+impl Serving {
+    /// Where a piece goes. There is such a place: as many regions were asked for as the receiver needs pages.
+    pub(super) fn target(&self, piece: &Piece) -> Option<RemoteRegion> {
+        self.regions
+            .get(piece.receiver_page.checked_sub(self.first_page)?)
+    }
 }
 
 /// What is to be summed, in order: one job of the checksum threads at a time, so that sums come in that order.

@@ -456,11 +456,7 @@ impl Desk {
             let Some((checksum, sum_at)) = checksum.filter(|_| has_room) else {
                 return (writes, Turn::Waits);
             };
-            // As many were asked for as there are pages.
-            let target = serving
-                .regions
-                .get(piece.receiver_page - serving.first_page);
-            let Some(target) = target else {
+            let Some(target) = serving.target(piece) else {
                 return (writes, Turn::Refused);
             };
             let note = PieceNote {
