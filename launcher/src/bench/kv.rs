@@ -10,6 +10,7 @@ mod control;
 mod cpu;
 mod fetch;
 mod hold;
+mod loopback;
 mod message;
 mod node;
 mod pages;
@@ -321,7 +322,7 @@ impl Plan {
         let cases = self.cases(&names);
         let bytes = usize::try_from(self.bytes_max()).unwrap_or(usize::MAX);
         let references = match self.device {
-            Device::Cpu => reference::measure(bytes),
+            Device::Cpu => reference::measure(bytes, names.contains(&"tcp")),
             Device::Cuda => reference::measure_gpus()?,
         };
         say(&report::header())?;
