@@ -101,7 +101,7 @@ async fn rank_zero_never_starts() {
     };
     let config = write_config(&cluster, Shape::new(1, 1, 1), Shape::new(1, 1, 1));
     let script = format!(
-        "[ $SLURM_PROCID != 0 ] || exec sleep 30; exec {} launch -c {config} -t 7",
+        "[ $SLURM_PROCID != 0 ] || exec sleep 300; exec {} launch -c {config} -t 7",
         baton()
     );
     let mut step = cluster.srun(&["-N2", "-n2", "--mpi=pmix", "bash", "-c", &script], &[]);
