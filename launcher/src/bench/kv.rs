@@ -10,7 +10,6 @@ mod control;
 mod cpu;
 mod fetch;
 mod hold;
-mod loopback;
 mod message;
 mod node;
 mod pages;
@@ -322,7 +321,7 @@ impl Plan {
         let cases = self.cases(&names);
         let bytes = usize::try_from(self.bytes_max()).unwrap_or(usize::MAX);
         let references = match self.device {
-            Device::Cpu => reference::measure(bytes, names.contains(&"tcp")),
+            Device::Cpu => reference::measure(bytes),
             Device::Cuda => reference::measure_gpus()?,
         };
         say(&report::header())?;

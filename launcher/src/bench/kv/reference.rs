@@ -5,7 +5,6 @@
 
 use std::fmt::{self, Display};
 use std::hint::black_box;
-use std::io;
 use std::num::NonZero;
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,6 @@ use baton_engine::backend::cuda;
 use baton_engine::transport::checksum::sum;
 use serde::Serialize;
 
-use super::loopback::Loopback;
 use crate::exit::{Outcome, WithOutcome};
 
 /// Beyond the caches of most machines, and quick.
@@ -24,7 +22,7 @@ const ROUNDS: usize = 5;
 /// One figure to compare with.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Reference {
-    /// `memcpy` (bytes copied once, so read and written once), `checksum` (bytes read once), `loopback` or `gpu_copy`.
+    /// `memcpy` (bytes copied once, so read and written once), `checksum` (bytes read once) or `gpu_copy`.
     pub(crate) name: &'static str,
     /// Threads that share the bytes.
     pub(crate) threads: usize,
@@ -47,9 +45,6 @@ impl Display for Reference {
                     self.name
                 );
             }
-            "loopback" => {
-                "sending and receiving, and summing at both ends, over one TCP connection within this host"
-            }
             _ => "summing a buffer",
         };
         let s = if self.threads == 1 { "" } else { "s" };
@@ -64,8 +59,8 @@ impl Display for Reference {
     }
 }
 
-/// Measures all references with buffers of about this size; that of a TCP connection where it is wanted and can be had.
-pub(super) fn measure(bytes: usize, with_loopback: bool) -> Vec<Reference> {
+/// Measures all references with buffers of about this size.
+pub(super) fn measure(bytes: usize) -> Vec<Reference> {
     let bytes = bytes.clamp(1 << 20, BYTES_MAX);
     let source = vec![0x3C_u8; bytes];
     let mut target = vec![0x55_u8; bytes];
@@ -89,30 +84,7 @@ pub(super) fn measure(bytes: usize, with_loopback: bool) -> Vec<Reference> {
             black_box(sum(black_box(&source)));
         }),
     });
-    if with_loopback {
-        let measured = loopback_rate(&source, &mut target);
-        match measured {
-            Ok(gb_per_s) => references.push(Reference {
-                name: "loopback",
-                threads: 2,
-                bytes,
-                gb_per_s,
-            }),
-            Err(error) => tracing::warn!(%error, "no figure of a TCP connection within this host"),
-        }
-    }
     references
-}
-
-fn loopback_rate(source: &[u8], target: &mut [u8]) -> io::Result<f64> {
-    let mut loopback = Loopback::open()?;
-    let mut carried = Ok(());
-    let rate = rate(source.len(), || {
-        if carried.is_ok() {
-            carried = loopback.carry(source, target);
-        }
-    });
-    carried.map(|()| rate)
 }
 
 /// Measures the driver's own copy between the GPUs of the two sides, in one process.
