@@ -54,7 +54,7 @@ impl Node {
         }
     }
 
-    fn register(&self, page: Page) -> Region {
+    pub(super) fn register(&self, page: Page) -> Region {
         self.transport.register(vec![page]).unwrap().remove(0)
     }
 

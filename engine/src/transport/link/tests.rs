@@ -154,11 +154,7 @@ fn a_peer_that_breaks_the_protocol_is_lost_with_the_reason() {
     let node = node(brisk(), "");
     let oversize = message_header(MESSAGE_BYTES_MAX as u64 + 1);
     let second_hello = Header::plain(Kind::Hello, 0).encode();
-    let region = node
-        .transport
-        .register(vec![page(100, 0)])
-        .unwrap()
-        .remove(0);
+    let region = node.register(page(100, 0));
     let beyond = write_header(&region.remote, 401);
     let mut no_runs = write_header(&region.remote, 400);
     no_runs[8] += 1;
@@ -224,11 +220,7 @@ fn a_page_under_a_stalled_write_is_quarantined_until_the_peer_is_lost() {
         events,
         transport: Arc::clone(&tcp) as Arc<dyn Transport>,
     };
-    let region = node
-        .transport
-        .register(vec![page(100_000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = node.register(page(100_000, 0));
     let mut stream = greeted(&node);
     stream
         .write_all(&write_header(&region.remote, 400_000))
@@ -386,11 +378,7 @@ fn send_with(start: Start, faults: &str) -> (TransportEvent, Arc<Page>, Page) {
         .connect(&reader.transport.endpoint(), deadline)
         .unwrap();
     let source = Arc::new(page(50_000, 3));
-    let region = reader
-        .transport
-        .register(vec![page(50_000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = reader.register(page(50_000, 0));
     let write = Write {
         peer,
         transfer: TransferId(1),

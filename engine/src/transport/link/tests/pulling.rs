@@ -260,12 +260,7 @@ fn a_page_under_a_pull_is_quarantined_until_the_read_is_over() {
     let scene = scene(TERMS);
     scene.set(|script| script.hold = true);
     let source = Arc::new(page(1000, 3));
-    let region = scene
-        .reader
-        .transport
-        .register(vec![page(1000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = scene.reader.register(page(1000, 0));
     scene.write(&source, &region, Runs::whole(4000));
     scene.reading();
     assert!(matches!(
@@ -292,12 +287,7 @@ fn the_end_of_a_connection_ends_its_reads_and_frees_both_sides() {
         let scene = scene(TERMS);
         scene.set(|script| script.hold = true);
         let source = Arc::new(page(1000, 3));
-        let region = scene
-            .reader
-            .transport
-            .register(vec![page(1000, 0)])
-            .unwrap()
-            .remove(0);
+        let region = scene.reader.register(page(1000, 0));
         scene.write(&source, &region, Runs::whole(4000));
         scene.reading();
         if by_writer {
@@ -318,12 +308,7 @@ fn a_failed_read_ends_the_connection_with_the_reason() {
     let scene = scene(TERMS);
     scene.set(|script| script.fail = true);
     let source = Arc::new(page(1000, 3));
-    let region = scene
-        .reader
-        .transport
-        .register(vec![page(1000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = scene.reader.register(page(1000, 0));
     scene.write(&source, &region, Runs::whole(4000));
     assert_eq!(lost(&scene.reader), "scripted: read failed: on purpose");
     scene.page_of(region.id);
@@ -336,12 +321,7 @@ fn a_failed_read_ends_the_connection_with_the_reason() {
 fn a_region_that_is_gone_is_not_read_but_acknowledged() {
     let scene = scene(TERMS);
     let source = Arc::new(page(1000, 3));
-    let region = scene
-        .reader
-        .transport
-        .register(vec![page(1000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = scene.reader.register(page(1000, 0));
     scene.page_of(region.id);
     scene.write(&source, &region, Runs::whole(4000));
     assert_eq!(scene.done(), WriteOutcome::Sent);
@@ -354,12 +334,7 @@ fn what_a_fabric_does_not_export_goes_through_the_stream() {
     locked(&scene.lending).refuse_exports = true;
     for (transfer, bytes) in [(0, 0), (1, 4000)] {
         let source = Arc::new(page(1000, 3 + transfer));
-        let region = scene
-            .reader
-            .transport
-            .register(vec![page(1000, 0)])
-            .unwrap()
-            .remove(0);
+        let region = scene.reader.register(page(1000, 0));
         scene.write(&source, &region, Runs::whole(bytes));
         assert_eq!(scene.landed(), (region.id, Runs::whole(bytes)));
         assert_eq!(scene.done(), WriteOutcome::Sent);
@@ -391,12 +366,7 @@ fn short_stretches_and_private_targets_go_through_staging_memory() {
     let cases = [strided(1000, 100), strided(100, 1000), strided(999, 1100)];
     let source = Arc::new(page(1_000_000, 3));
     for (index, runs) in cases.into_iter().enumerate() {
-        let region = scene
-            .reader
-            .transport
-            .register(vec![Page::zeroed(plain_shape(4_000_000))])
-            .unwrap()
-            .remove(0);
+        let region = scene.reader.register(Page::zeroed(plain_shape(4_000_000)));
         scene.write(&source, &region, runs.clone());
         assert_eq!(scene.landed(), (region.id, runs.clone()));
         assert_eq!(scene.done(), WriteOutcome::Sent);
@@ -415,14 +385,7 @@ fn what_waits_is_read_together_but_never_one_region_twice() {
     let scene = scene(TERMS);
     scene.set(|script| script.hold = true);
     let source = Arc::new(page(50_000, 3));
-    let region = || {
-        scene
-            .reader
-            .transport
-            .register(vec![page(50_000, 0)])
-            .unwrap()
-            .remove(0)
-    };
+    let region = || scene.reader.register(page(50_000, 0));
     let first = region();
     scene.write(&source, &first, Runs::whole(200_000));
     scene.reading();
@@ -511,11 +474,7 @@ fn a_lying_peer_makes_nobody_read_beyond_what_was_exported() {
         .insert(exported.id(), Arc::downgrade(exported));
     let key = exported.id().to_le_bytes();
     let end = exported.bytes() as u64;
-    let region = node
-        .transport
-        .register(vec![page(1000, 0)])
-        .unwrap()
-        .remove(0);
+    let region = node.register(page(1000, 0));
     let target = &region.remote;
     let known = arena_frame(5, &key);
     let after = |frame: Vec<u8>| [&known[..], &frame].concat();

@@ -94,7 +94,7 @@ proptest! {
             match *sent {
                 Sent::Piece(length, stretches, note) => {
                     let (payload, runs) = payload(length, stretches, seed);
-                    let region = node.transport.register(vec![page(runs.target_end().div_ceil(4) + 1, 0)]).unwrap().remove(0);
+                    let region = node.register(page(runs.target_end().div_ceil(4) + 1, 0));
                     let note = vec![u8::try_from(seed).unwrap(); note];
                     bytes.extend(write_frame(&region.remote, &note, &runs, &payload));
                     expected.push((Some((region.id, payload)), note));
@@ -167,11 +167,7 @@ fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
     // Shorter and longer than what leaves at once, one after the other.
     for (seed, length) in (1..).zip([4_000, 300_000, 70_000, 70_000, 4_000_000, 40_000]) {
         let source = Arc::new(page(length / 4, seed));
-        let region = reader
-            .transport
-            .register(vec![page(length / 4, 0)])
-            .unwrap()
-            .remove(0);
+        let region = reader.register(page(length / 4, 0));
         let write = to_be_summed(peer, &source, &region.remote);
         let expected = sum_of(
             source.as_bytes(),
