@@ -6,7 +6,7 @@
 //! port. Each has threads with blocking calls: the reader owns the connection and reports its end, the writer drains
 //! its queue, and the puller reads the peer's memory, where there is a fabric. Both ends ping when idle; silence and
 //! stalls end a connection, as do malformed frames and failed reads, with one debug line. It does not encrypt: the
-//! hand-off's tokens and nonces are as private as the network.
+//! hand-off's keys and nonces are as private as the network.
 //!
 //! Nobody remote writes our memory: bytes of a stream are read by us, and so are those of a fabric. So the end of
 //! a quarantine is local knowledge, whatever became of the peer.

@@ -22,7 +22,7 @@ const HELLO_BYTES_MAX: u64 = 1024;
 /// Longest name of a transport.
 const NAME_BYTES_MAX: usize = 64;
 
-/// Longest message: the regions of a million-token request.
+/// Longest message. Requests name their pages in rows and are far shorter.
 pub(super) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
 /// Longest note of a write.
