@@ -165,6 +165,16 @@ pub struct Region {
     pub remote: RemoteRegion,
 }
 
+impl Region {
+    /// The one with this number.
+    pub(crate) const fn numbered(id: u64, key: u64, bytes: u64) -> Self {
+        Self {
+            id: RegionId(id),
+            remote: RemoteRegion { bytes, id, key },
+        }
+    }
+}
+
 /// Pages that could not be registered, given back.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]

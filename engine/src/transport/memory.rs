@@ -314,10 +314,7 @@ impl Transport for MemoryTransport {
         let register = |(id, page): (u64, Page)| {
             let bytes = page.as_bytes().len() as u64;
             regions.insert(RegionId(id), (key, page));
-            Region {
-                id: RegionId(id),
-                remote: RemoteRegion { bytes, id, key },
-            }
+            Region::numbered(id, key, bytes)
         };
         Ok((first.0..).zip(pages).map(register).collect())
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::super::{Deregistered, Region, RegionId, RemoteRegion};
+use super::super::{Deregistered, Region, RegionId};
 use crate::page::Page;
 use crate::transport::numbered::NumberedMap;
 
@@ -63,10 +63,7 @@ impl Regions {
             let bytes = page.shape().bytes() as u64;
             let holder = Holder::Slot(page);
             slots.insert(id, Slot { key, bytes, holder });
-            Region {
-                id: RegionId(id),
-                remote: RemoteRegion { bytes, id, key },
-            }
+            Region::numbered(id, key, bytes)
         };
         (first.0..).zip(pages).map(register).collect()
     }

@@ -191,7 +191,7 @@ impl Side {
     }
 
     fn register(&self, page: Page) -> Region {
-        self.node.transport.register(vec![page]).unwrap().remove(0)
+        self.node.register(page)
     }
 
     fn page_of(&self, region: &Region) -> Page {
