@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use smallvec::SmallVec;
 
-use super::super::{Deregistered, Region, RegionId};
+use super::super::{Deregistered, Region, RegionId, TransportEvent};
 use crate::page::Page;
 use crate::transport::numbered::NumberedMap;
 
@@ -26,19 +27,37 @@ struct Slot {
     holder: Holder,
 }
 
-/// What a reader gets who wants to write a region.
+/// Regions whose numbers follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Row {
+    /// The first one's.
+    pub(super) first: u64,
+    pub(super) count: usize,
+}
+
+impl Row {
+    /// A peer that counts beyond the last number there is names regions that there are not.
+    fn numbers(self) -> impl Iterator<Item = u64> {
+        (0..self.count as u64).map(move |index| self.first.wrapping_add(index))
+    }
+}
+
+/// The pages of a row: mostly one.
+pub(super) type Pages = SmallVec<[Page; 1]>;
+
+/// What a reader gets who wants to write a row of regions.
 #[derive(Debug)]
 pub(super) enum Taken {
-    /// The page; give it back with [`Regions::put_back`].
-    Page(Page),
-    /// No such region any more, or another key: the bytes are to be thrown away.
+    /// All of their pages; give them back with [`Regions::put_back`].
+    Pages(Pages),
+    /// One of them is none any more, or has another key: the bytes are to be thrown away.
     Stale,
-    /// The runs are not within the region: the peer is broken or hostile.
+    /// The runs are not within one of them: the peer is broken or hostile.
     OutOfRange {
-        /// The region's size.
+        /// That region's size.
         bytes: u64,
     },
-    /// Another peer has been writing it all the time that we waited.
+    /// Another peer has been writing one of them all the time that we waited.
     Occupied,
 }
 
@@ -87,24 +106,13 @@ impl Regions {
         }
     }
 
-    /// Takes a page out to write it up to `end`; waits its turn for at most `patience`.
-    pub(super) fn take(&self, id: u64, key: u64, end: usize, patience: Duration) -> Taken {
+    /// Takes pages out to write each up to `end`; waits its turn for at most `patience`.
+    pub(super) fn take(&self, row: Row, key: u64, end: usize, patience: Duration) -> Taken {
         let mut slots = self.lock();
         let mut deadline = None;
         loop {
-            let Some(slot) = slots.get_mut(&id).filter(|slot| slot.key == key) else {
-                return Taken::Stale;
-            };
-            if end as u64 > slot.bytes {
-                return Taken::OutOfRange { bytes: slot.bytes };
-            }
-            match std::mem::replace(&mut slot.holder, Holder::Reader) {
-                Holder::Slot(page) => return Taken::Page(page),
-                Holder::Reader => {}
-                Holder::ReaderOfClosedRegion => {
-                    slot.holder = Holder::ReaderOfClosedRegion;
-                    return Taken::Stale;
-                }
+            if let Some(taken) = take_at_once(&mut slots, row, key, end) {
+                return taken;
             }
             let now = Instant::now();
             let deadline = *deadline.get_or_insert(now + patience);
@@ -126,19 +134,25 @@ impl Regions {
         matches!(holder, Some(Holder::Slot(page)) if page.is_on_device())
     }
 
-    /// Ends a reader's hold. The page comes back when its region was given up meanwhile.
-    pub(super) fn put_back(&self, id: u64, page: Page) -> Option<Page> {
+    /// Ends a reader's hold. Those pages come back, with their regions' numbers, whose regions were given up meanwhile.
+    pub(super) fn put_back(&self, first: u64, pages: Pages) -> Vec<(u64, Page)> {
         let mut slots = self.lock();
-        let released = match slots.get_mut(&id) {
-            Some(slot) if matches!(slot.holder, Holder::Reader) => {
-                slot.holder = Holder::Slot(page);
-                None
-            }
-            _ => {
-                slots.remove(&id);
-                Some(page)
-            }
+        let mut released = Vec::new();
+        let row = Row {
+            first,
+            count: pages.len(),
         };
+        for (id, page) in row.numbers().zip(pages) {
+            match slots.get_mut(&id) {
+                Some(slot) if matches!(slot.holder, Holder::Reader) => {
+                    slot.holder = Holder::Slot(page);
+                }
+                _ => {
+                    slots.remove(&id);
+                    released.push((id, page));
+                }
+            }
+        }
         drop(slots);
         self.put_back.notify_all();
         released
@@ -155,6 +169,48 @@ impl Regions {
     fn lock(&self) -> MutexGuard<'_, NumberedMap<u64, Slot>> {
         self.slots.lock()
     }
+}
+
+/// The pages of a row, or why not; nothing while one of them is being written. Then none of them is taken.
+fn take_at_once(
+    slots: &mut NumberedMap<u64, Slot>,
+    row: Row,
+    key: u64,
+    end: usize,
+) -> Option<Taken> {
+    let mut pages = Pages::new();
+    for id in row.numbers() {
+        let refused = match slots.get_mut(&id).filter(|slot| slot.key == key) {
+            None => Some(Taken::Stale),
+            Some(slot) if end as u64 > slot.bytes => Some(Taken::OutOfRange { bytes: slot.bytes }),
+            Some(slot) => match std::mem::replace(&mut slot.holder, Holder::Reader) {
+                Holder::Slot(page) => {
+                    pages.push(page);
+                    continue;
+                }
+                Holder::Reader => None,
+                Holder::ReaderOfClosedRegion => {
+                    slot.holder = Holder::ReaderOfClosedRegion;
+                    Some(Taken::Stale)
+                }
+            },
+        };
+        for (id, page) in row.numbers().zip(pages) {
+            if let Some(slot) = slots.get_mut(&id) {
+                slot.holder = Holder::Slot(page);
+            }
+        }
+        return refused;
+    }
+    Some(Taken::Pages(pages))
+}
+
+/// What is told of pages that came back from [`Regions::put_back`].
+pub(super) fn pages_released(released: Vec<(u64, Page)>) -> impl Iterator<Item = TransportEvent> {
+    released.into_iter().map(|(id, page)| {
+        let region = RegionId(id);
+        TransportEvent::PageReleased { region, page }
+    })
 }
 
 /// A number that nobody can guess.
