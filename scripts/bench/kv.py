@@ -108,14 +108,14 @@ def server(command):
             child.wait()
 
 
-def ask(command, tries=40):
+def ask(command, tries=40, is_error=lambda text: False):
     """Runs a reference's client, again until its server listens; its output, or none, with a line that says why."""
     for _ in range(tries):
         try:
             ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             return without_result(command, f"nothing in {LIMIT_S} s")
-        if ended.returncode == 0:
+        if ended.returncode == 0 and not is_error(ended.stdout):
             return ended.stdout
         time.sleep(0.1)
     return without_result(command, ended.stdout)
@@ -134,7 +134,8 @@ def iperf3(seconds, tries=3):
         port = str(free_port())
         command = ["iperf3", "-c", "127.0.0.1", "-p", port, "-P", "1", "-t", str(seconds), "-J"]
         with server(["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port]):
-            text = ask(command, tries=10)
+            # With -J its client ends with 0 even where nobody listens yet.
+            text = ask(command, tries=10, is_error=lambda text: '"error":' in text)
         try:
             if text is not None:
                 return json.loads(text)["end"]["sum_received"]["bits_per_second"] / 8e9
