@@ -128,7 +128,7 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
 
 /// What wakes a child.
 enum Woken {
-    Event(TransportEvent),
+    Event(Box<TransportEvent>),
     StdinEnded,
 }
 
@@ -143,7 +143,7 @@ fn as_a_peer() {
     let events = sender.clone();
     let transport = start(
         &kind,
-        one_by_one(move |event| drop(events.send(Woken::Event(event)))),
+        one_by_one(move |event| drop(events.send(Woken::Event(Box::new(event))))),
     );
     std::thread::spawn(move || {
         // Nothing is said; its end is all.
@@ -157,7 +157,7 @@ fn as_a_peer() {
     let sources: Vec<_> = pages(&kind).into_iter().map(Arc::new).collect();
     let mut writes = Vec::new();
     while let Ok(Woken::Event(event)) = woken.recv() {
-        if let TransportEvent::Message { peer, message } = event {
+        if let TransportEvent::Message { peer, message } = *event {
             match serde_json::from_slice(&message).unwrap() {
                 Wish::Write(regions) => {
                     let asked = sources.iter().zip(regions);

@@ -135,7 +135,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn of(part: Part<'_>) -> Self {
+    fn of(part: &Part<'_>) -> Self {
         Self {
             sources: smallvec![Arc::clone(part.source)],
             target: part.target,
@@ -321,7 +321,7 @@ impl Lease {
         let Some(part) = self.part(serving, first, by_transport)? else {
             return Ok(None);
         };
-        let mut row = Row::of(part);
+        let mut row = Row::of(&part);
         let runs = &serving.pieces[first].runs;
         let end = serving
             .pieces

@@ -18,7 +18,7 @@ use smallvec::{SmallVec, smallvec};
 use super::LinkTuning;
 use super::connection::Connection;
 use super::pulls::{Batch, Pull, Share};
-use super::regions::{Pages, Regions, Row, Taken, pages_released};
+use super::regions::{Pages, Regions, Taken, pages_released};
 use crate::page::Page;
 use crate::transport::fabric::{
     Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena,
@@ -384,21 +384,13 @@ impl<'a> Puller<'a> {
         let may_need_slot = fine || abroad || (self.terms.target_in_arena && !between);
         let mut slot = None;
         if may_need_slot && self.parts.staging.fits(pull.total_bytes()) {
-            slot = if first {
-                self.parts.staging.take(Instant::now() + patience)
-            } else {
-                self.parts.staging.try_take()
-            };
+            slot = self.slot(first.then_some(patience));
             if slot.is_none() && !first {
                 return Ok(Some(pull));
             }
         }
         let end = pull.runs.target_end();
-        let row = Row {
-            first: pull.region,
-            count: pull.count(),
-        };
-        let pages = match self.regions.take(row, pull.key, end, patience) {
+        let pages = match self.regions.take(pull.row(), pull.key, end, patience) {
             Taken::Pages(pages) => pages,
             Taken::Stale => {
                 ready.over.push(sequence);
@@ -421,12 +413,15 @@ impl<'a> Puller<'a> {
             }
             None => None,
         };
-        let runs = match (&by, &sources[..]) {
-            (None, _) => Ok(sources),
-            (Some(_), [one]) => Ok(smallvec![one.packed()]),
-            (Some(_), several) => packed(several).map(|all| smallvec![all]),
+        let runs = match &by {
+            None => Ok(sources),
+            Some(_) => packed(&sources).map(|all| smallvec![all]),
         };
-        let landing = |runs| Landing {
+        let (runs, refused) = match runs {
+            Ok(runs) => (runs, None),
+            Err(error) => (SmallVec::new(), Some(error)),
+        };
+        ready.landings.push(Landing {
             pull,
             from,
             pages,
@@ -434,18 +429,20 @@ impl<'a> Puller<'a> {
             runs,
             checksums: Found::new(),
             folds: Found::new(),
-        };
-        match runs {
-            Ok(runs) => {
-                ready.over.push(sequence);
-                ready.landings.push(landing(runs));
-                Ok(None)
-            }
-            Err(error) => {
-                // The pages come back with the others when the connection ends.
-                ready.landings.push(landing(SmallVec::new()));
-                Err(error.into())
-            }
+        });
+        if let Some(error) = refused {
+            // The pages come back with those of the others when the connection ends.
+            return Err(error.into());
+        }
+        ready.over.push(sequence);
+        Ok(None)
+    }
+
+    /// Staging memory, at once or within so long.
+    fn slot(&self, patience: Option<Duration>) -> Option<Slot> {
+        match patience {
+            Some(patience) => self.parts.staging.take(Instant::now() + patience),
+            None => self.parts.staging.try_take(),
         }
     }
 

@@ -9,6 +9,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
+use super::regions::Row;
 use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{Note, Runs, TransferId};
 
@@ -54,6 +55,14 @@ pub(super) struct Pull {
 }
 
 impl Pull {
+    /// Where they go.
+    pub(super) fn row(&self) -> Row {
+        Row {
+            first: self.region,
+            count: self.count(),
+        }
+    }
+
     /// How many pieces.
     pub(super) fn count(&self) -> usize {
         self.descriptor.offsets.len()
