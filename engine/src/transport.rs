@@ -8,6 +8,7 @@
 //! Invariant: a page that a peer may still write is inside the transport and nowhere else.
 
 use std::fmt::{self, Debug, Display};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -196,31 +197,76 @@ pub enum Deregistered {
     Unknown,
 }
 
-/// What a writer tells with a piece. A short one, as there are thousands a second, takes no memory of its own.
+/// What a writer tells with a row of pieces. A short one, as there are thousands a second, takes no memory of its own.
 pub type Note = SmallVec<[u8; NOTE_BYTES_SHORT]>;
 
 /// Of a [`Note`] that takes no memory of its own.
 const NOTE_BYTES_SHORT: usize = 40;
 
-/// One piece on its way: stretches of a shared page, to stretches of a remote region.
+/// Pages of one [`Write`] at most.
+pub const ROW_PAGES_MAX: usize = 16;
+
+/// The pages of a [`Write`]: mostly one, which takes no memory of its own.
+pub type Sources = SmallVec<[Arc<Page>; 1]>;
+
+/// A row of pieces on its way: the same stretches of each of some shared pages, to those of as many remote regions whose numbers
+/// follow each other. Mostly a row of one; but pieces of some kilobytes are so many that each for itself would cost more than its bytes.
 #[derive(Debug, Clone)]
 pub struct Write {
     /// To whom.
     pub peer: PeerId,
     /// Part of which transfer.
     pub transfer: TransferId,
-    /// Read until [`TransportEvent::WriteDone`]; a reference is dropped before that event.
-    pub source: Arc<Page>,
-    /// Where to.
+    /// Read until [`TransportEvent::WriteDone`]; the references are dropped before that event. One, or where the runs carry something up
+    /// to [`ROW_PAGES_MAX`], and all in the host's memory or all on a device.
+    pub sources: Sources,
+    /// Where the first one goes.
     pub target: RemoteRegion,
-    /// Which bytes of the source go where in the target.
+    /// Which bytes of a source go where in its target.
     pub runs: Runs,
     /// Given to the peer with [`TransportEvent::Landed`], once the bytes are in place.
     pub note: Note,
-    /// Where in the note the transport puts the bytes' [`checksum`], of eight bytes, little-endian; only for pages in the host's
+    /// Where in the note the transport puts the pieces' [`checksum`]s, of eight bytes each, little-endian; only for pages in the host's
     /// memory, and where [`Transport::sums_writes`].
     pub sum_at: Option<usize>,
 }
+
+impl Write {
+    /// Bytes of all of its pieces.
+    pub(crate) fn total_bytes(&self) -> usize {
+        self.sources.len().saturating_mul(self.runs.total_bytes())
+    }
+
+    /// Whether its pages are on a device.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.sources.iter().any(|page| page.is_on_device())
+    }
+
+    /// Whether it has as many pages as it may, of one kind of memory, and their stretches lie within them.
+    pub(crate) fn is_sound(&self) -> bool {
+        let on_device = self.is_on_device();
+        let sound = |page: &Arc<Page>| {
+            // How long the target is, the peer says.
+            let fits = self.runs.fits(page.shape().bytes(), usize::MAX);
+            fits && page.is_on_device() == on_device
+        };
+        let pages_max = if self.runs.total_bytes() > 0 {
+            ROW_PAGES_MAX
+        } else {
+            1
+        };
+        (1..=pages_max).contains(&self.sources.len()) && self.sources.iter().all(sound)
+    }
+
+    /// Every stretch of its sources, in order.
+    pub(crate) fn stretches(&self) -> impl Iterator<Item = (&Arc<Page>, Range<usize>)> {
+        let ranges = |page| self.runs.stretches().map(move |(range, _)| (page, range));
+        self.sources.iter().flat_map(ranges)
+    }
+}
+
+/// What was found of each piece of a row; mostly of one.
+pub type Found = SmallVec<[Option<u64>; 1]>;
 
 /// Whether a transport took something over. Back-pressure is a status, not an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,7 +278,7 @@ pub enum Submission {
     Busy,
     /// The peer is not connected. Nothing was kept; its [`TransportEvent::PeerLost`] comes or came.
     Gone,
-    /// The caller broke the contract (runs outside the page, note too long). Nothing was kept.
+    /// The caller broke the contract (no page or too many, runs outside of one, note too long). Nothing was kept.
     Invalid,
 }
 
@@ -261,19 +307,19 @@ pub enum TransportEvent {
     Landed {
         /// Whose write.
         peer: PeerId,
-        /// Into which region.
+        /// Into which region; further pieces into those whose numbers follow.
         region: RegionId,
-        /// Which bytes of the writer's page came to lie where.
+        /// Which bytes of each of the writer's pages came to lie where.
         runs: Runs,
         /// The writer's transfer.
         transfer: TransferId,
         /// The writer's note.
         note: Note,
-        /// [`checksum`] of the piece as it lies here, its stretches in the order of the runs, where the transport has made it
+        /// For each piece, [`checksum`] as it lies here, its stretches in the order of the runs, where the transport has made it
         /// with the bytes at hand; otherwise it is still to be made.
-        checksum: Option<u64>,
-        /// [`crate::page::fold`] of the piece as it lies on its device, where that has made it with the bytes at hand.
-        fold: Option<u64>,
+        checksums: Found,
+        /// For each piece, [`crate::page::fold`] as it lies on its device, where that has made it with the bytes at hand.
+        folds: Found,
     },
     /// A write of ours is over and its source is not referenced any more.
     WriteDone {
@@ -337,7 +383,8 @@ pub enum ConnectError {
 /// - *Pages.* [`register`](Self::register) takes pages in. Each comes out exactly once: at
 ///   [`deregister`](Self::deregister) when no write of it is under way, otherwise in
 ///   [`TransportEvent::PageReleased`], at the latest when the writing peer is lost. A writer whose region is
-///   gone writes nowhere; it is not told. Writes to one region are carried out one after the other.
+///   gone writes nowhere, of a row none of it is told to have landed; it is not told. Writes to one region are carried out one
+///   after the other.
 /// - *Peers.* [`connect`](Self::connect) starts; what is submitted meanwhile waits, bounded. It fails as it
 ///   ends: with exactly one `PeerLost`. A peer that connects to us shows itself by its first event, and its
 ///   [`PeerId`] can be written to and notified: the connecting side brings what the transport needs for that.
@@ -393,10 +440,10 @@ pub trait Transport: Debug + Send + Sync {
     /// Gives a region up.
     fn deregister(&self, region: RegionId) -> Deregistered;
 
-    /// Submits a piece.
+    /// Submits a row of pieces.
     fn write(&self, write: Write) -> Submission;
 
-    /// Submits pieces to one peer, in order, until one is not accepted. Returns how many were, and what became of the last one
+    /// Submits rows of pieces to one peer, in order, until one is not accepted. Returns how many were, and what became of the last one
     /// that was tried.
     fn write_all(&self, _peer: PeerId, writes: Vec<Write>) -> (usize, Submission) {
         let mut accepted = 0;

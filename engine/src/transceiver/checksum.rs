@@ -23,8 +23,12 @@ use crate::page::fold::Fold;
 use crate::transport::checksum::{announce, sum_of};
 use crate::transport::{RegionId, Runs, TransferId};
 
-/// Pieces that a device sums in one call at most.
-const DEVICE_PIECES_MAX: usize = 64;
+/// Pieces that a device sums in one call at most: a tenth of a millisecond's work for who lists them, which is what a call of a few
+/// costs too.
+const DEVICE_PIECES_MAX: usize = 1024;
+
+/// Bytes of those, if there are several: a tenth of a millisecond's work for the device.
+const DEVICE_BYTES_MAX: usize = 256 << 20;
 
 /// Bytes of pieces in the host's memory that are summed at once, if there are several: a fifth of a millisecond's work, so
 /// that what waits for them need not wait long.
@@ -383,12 +387,12 @@ impl Queue {
     fn sum_some(&self, mut offered: Summing, inbox: &Inbox) {
         let of = offered.of;
         let given_up = offered.given_up.load(Ordering::Acquire);
+        let sizes = offered.parts.iter().map(|(_, runs)| runs.total_bytes());
         let count = match offered.parts.front() {
-            Some((page, _)) if page.is_on_device() => DEVICE_PIECES_MAX,
-            Some(_) => {
-                let sizes = offered.parts.iter().map(|(_, runs)| runs.total_bytes());
-                fitting(sizes, offered.host_bytes_max)
+            Some((page, _)) if page.is_on_device() => {
+                fitting(sizes.take(DEVICE_PIECES_MAX), DEVICE_BYTES_MAX)
             }
+            Some(_) => fitting(sizes, offered.host_bytes_max),
             None => 0,
         };
         offered.host_bytes_max = (2 * offered.host_bytes_max).min(HOST_BYTES_GROWN_MAX);
@@ -467,11 +471,14 @@ impl Jobs {
                 .collect();
         };
         let mut pieces = first.parts.len();
+        let mut bytes = first.page.shape().bytes();
         let mut batch = vec![first];
         while pieces < DEVICE_PIECES_MAX
+            && bytes < DEVICE_BYTES_MAX
             && let Some(next) = self.landed.pop_front_if(|next| arena(next) == Some(of))
         {
             pieces += next.parts.len();
+            bytes += next.page.shape().bytes();
             batch.push(next);
         }
         batch

@@ -29,6 +29,7 @@ mod fetching;
 mod lease;
 mod lending;
 mod moving;
+mod pumping;
 mod ranks;
 mod summing;
 mod task;
@@ -254,16 +255,16 @@ impl Desk {
                 runs,
                 transfer,
                 note,
-                checksum,
-                fold,
+                checksums,
+                folds,
             } => {
                 self.around.wires.met(peer, wire);
                 let landing = Landing {
                     region,
                     runs: &runs,
                     note: &note,
-                    checksum,
-                    fold,
+                    checksums: &checksums,
+                    folds: &folds,
                 };
                 self.on_landed((peer, transfer), landing);
             }

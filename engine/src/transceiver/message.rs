@@ -4,8 +4,9 @@
 //! are JSON, bounded by the transport; a piece's note is 33 fixed bytes, as it comes with every piece.
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
-use super::checksum::{Algorithm, Checksum};
+use super::checksum::Algorithm;
 use super::desk::RankEvent;
 use super::info::RankTotals;
 use super::regions::RemoteRegions;
@@ -114,50 +115,55 @@ impl Message {
     }
 }
 
-/// What comes with each piece.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct PieceNote {
+/// What comes with each row of pieces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RowNote {
     pub(super) ctx_request_id: u64,
     pub(super) epoch: u64,
     /// The sender's rank.
     pub(super) rank: u32,
-    /// Index among the pieces that this sender has for this receiver.
+    /// Of the first one, its index among the pieces that this sender has for this receiver; the others follow.
     pub(super) piece: u32,
-    /// Of the payload.
-    pub(super) checksum: Checksum,
+    /// Of all sums.
+    pub(super) algorithm: Algorithm,
+    /// One for each piece.
+    pub(super) sums: SmallVec<[u64; 1]>,
 }
 
-/// Bytes of an encoded note.
-const NOTE_BYTES: usize = 33;
-
-impl PieceNote {
-    /// Where an encoded one has its checksum's value, of eight bytes.
-    pub(super) const CHECKSUM_AT: usize = 16;
+impl RowNote {
+    /// Where an encoded one has its sums, of eight bytes each.
+    pub(super) const SUMS_AT: usize = 25;
 
     pub(super) fn encode(&self) -> Note {
         let mut out = Note::new();
         out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
-        out.extend_from_slice(&self.checksum.value.to_le_bytes());
         out.extend_from_slice(&self.piece.to_le_bytes());
         out.extend_from_slice(&self.rank.to_le_bytes());
-        out.push(self.checksum.algorithm.number());
+        out.push(self.algorithm.number());
+        for sum in &self.sums {
+            out.extend_from_slice(&sum.to_le_bytes());
+        }
         out
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; NOTE_BYTES] = bytes.try_into().ok()?;
-        let (words, algorithm) = bytes.as_chunks::<8>();
-        let (halves, _) = words[3].as_chunks::<4>();
+        let (head, sums) = bytes.split_first_chunk::<{ Self::SUMS_AT }>()?;
+        let (words, algorithm) = head.as_chunks::<8>();
+        let (halves, _) = words[2].as_chunks::<4>();
+        let (sums, []) = sums.as_chunks::<8>() else {
+            return None;
+        };
+        if sums.is_empty() {
+            return None;
+        }
         Some(Self {
             ctx_request_id: u64::from_le_bytes(words[0]),
             epoch: u64::from_le_bytes(words[1]),
-            checksum: Checksum {
-                algorithm: Algorithm::numbered(algorithm[0])?,
-                value: u64::from_le_bytes(words[2]),
-            },
             piece: u32::from_le_bytes(halves[0]),
             rank: u32::from_le_bytes(halves[1]),
+            algorithm: Algorithm::numbered(algorithm[0])?,
+            sums: sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect(),
         })
     }
 }
@@ -165,25 +171,28 @@ impl PieceNote {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::transport::{ROW_PAGES_MAX, link};
     use proptest::prelude::*;
 
     #[test]
     fn a_note_survives_the_wire() {
-        let note = PieceNote {
-            ctx_request_id: 1,
-            epoch: u64::MAX,
-            rank: 3,
-            piece: 7,
-            checksum: Checksum {
+        for count in 1..=ROW_PAGES_MAX as u64 {
+            let note = RowNote {
+                ctx_request_id: 1,
+                epoch: u64::MAX,
+                rank: 3,
+                piece: 7,
                 algorithm: Algorithm::Fold,
-                value: 0xdead_beef,
-            },
-        };
-        let bytes = note.encode();
-        assert_eq!(PieceNote::decode(&bytes), Some(note));
-        let unknown = [&bytes[..bytes.len() - 1], &[9]].concat();
-        assert_eq!(PieceNote::decode(&unknown), None);
-        assert_eq!(PieceNote::decode(&bytes[1..]), None);
+                sums: (0..count).map(|index| 0xdead_beef << index).collect(),
+            };
+            let bytes = note.encode();
+            assert!(bytes.len() <= link::NOTE_BYTES_MAX, "{}", bytes.len());
+            let unknown = [&bytes[..24], &[9], &bytes[25..]].concat();
+            assert_eq!(RowNote::decode(&unknown), None);
+            assert_eq!(RowNote::decode(&bytes[1..]), None);
+            assert_eq!(RowNote::decode(&bytes[..RowNote::SUMS_AT]), None);
+            assert_eq!(RowNote::decode(&bytes), Some(note));
+        }
     }
 
     #[test]
@@ -212,9 +221,9 @@ mod tests {
         #[test]
         fn any_bytes_decode_or_fail(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             prop_assert!(Message::decode(&bytes).is_err());
-            let known = bytes.last().is_some_and(|number| Algorithm::numbered(*number).is_some());
-            let right = bytes.len() == NOTE_BYTES && known;
-            prop_assert_eq!(PieceNote::decode(&bytes).is_some(), right);
+            let known = bytes.get(24).is_some_and(|number| Algorithm::numbered(*number).is_some());
+            let right = bytes.len() >= 33 && bytes.len() % 8 == 1 && known;
+            prop_assert_eq!(RowNote::decode(&bytes).is_some(), right);
         }
     }
 }

@@ -4,8 +4,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
+use smallvec::smallvec;
+
 use super::{checksum::sum_of, memory::one_by_one, *};
 use crate::page::{KvDtype, PageShape};
+use rows::{
+    rows_land_page_by_page, rows_that_are_none_are_refused_and_those_of_lost_regions_go_nowhere,
+    strided_stretches_land_where_they_belong,
+};
+
+mod rows;
 
 /// How long a test waits for an event that must come.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -111,7 +119,7 @@ fn piece(peer: PeerId, transfer: u64, source: &Arc<Page>, target: &RemoteRegion)
     Write {
         peer,
         transfer: TransferId(transfer),
-        source: Arc::clone(source),
+        sources: smallvec![Arc::clone(source)],
         target: *target,
         runs: Runs::whole(source.as_bytes().len()),
         note: b"note"[..].into(),
@@ -140,12 +148,13 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
                 runs: bytes,
                 transfer: of,
                 note,
-                checksum,
-                fold,
+                checksums,
+                folds,
             } => {
-                assert_eq!((peer, landed, fold), (pair.to_writer, region.id, None));
+                assert_eq!((peer, landed), (pair.to_writer, region.id));
                 let sent = sum_of(source.as_bytes(), std::iter::once(range.clone()));
-                assert!(checksum.is_none_or(|sum| sum == sent));
+                assert!(checksums[0].is_none_or(|sum| sum == sent));
+                assert!(folds[..] == [None] && checksums.len() == 1);
                 assert!((bytes, of) == (runs, TransferId(transfer)) && note[..] == *b"note");
             }
             other => panic!("{other:?}"),
@@ -162,46 +171,6 @@ pub(super) fn any_range_of_any_size_lands_where_it_was_sent(start: Start) {
         );
         assert!(landed.as_bytes()[..range.start].iter().all(|b| *b == 0));
         assert!(landed.as_bytes()[range.end..].iter().all(|b| *b == 0));
-    }
-}
-
-pub(super) fn strided_stretches_land_where_they_belong(start: Start) {
-    let pair = pair(start);
-    let source = Arc::new(page(100_000, 3));
-    let run = |source, target, bytes, count| Run {
-        source,
-        target,
-        bytes,
-        count,
-        source_stride: bytes * 3,
-        target_stride: bytes * 2,
-    };
-    let cases = [
-        // One long, one short, one of single bytes, and runs that interleave in the target, against its order.
-        vec![run(5, 7, 20_000, 5)],
-        vec![run(1, 3, 700, 190)],
-        vec![run(0, 0, 1, 3000)],
-        vec![run(1000, 501, 500, 40), run(9, 1, 500, 40)],
-    ];
-    for (transfer, runs) in (0..).zip(cases) {
-        let runs = Runs::new(runs).unwrap();
-        let region = pair.reader.register(page(80_000, 0));
-        let write = Write {
-            runs: runs.clone(),
-            ..piece(pair.to_reader, transfer, &source, &region.remote)
-        };
-        assert_eq!(pair.writer.transport.write(write), Submission::Accepted);
-        match pair.reader.next() {
-            TransportEvent::Landed { runs: landed, .. } => assert_eq!(landed, runs),
-            other => panic!("{other:?}"),
-        }
-        pair.writer.next();
-        let mut expected = page(80_000, 0);
-        for (from, to) in runs.stretches() {
-            expected.as_bytes_mut()[to].copy_from_slice(&source.as_bytes()[from]);
-        }
-        let landed = pair.reader.page_of(region.id);
-        assert!(landed.as_bytes() == expected.as_bytes(), "{runs:?}");
     }
 }
 
@@ -558,6 +527,8 @@ macro_rules! checks {
         $with! { [$($more)*]
             any_range_of_any_size_lands_where_it_was_sent,
             strided_stretches_land_where_they_belong,
+            rows_land_page_by_page,
+            rows_that_are_none_are_refused_and_those_of_lost_regions_go_nowhere,
             messages_go_both_ways_and_too_long_ones_nowhere,
             sixty_four_transfers_fly_at_once,
             private_pages_fly_as_well_as_those_of_an_arena,

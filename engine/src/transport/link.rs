@@ -32,10 +32,12 @@ use crate::page::arena::ForeignAllocator;
 use connection::Rousing;
 use lender::Lender;
 use puller::PullerParts;
+pub(in crate::transport) use pulls::PIECES_AT_ONCE_MAX;
 use shared::{Pulling, Shared, join};
 
 mod connection;
 mod frame;
+mod gather;
 mod lender;
 mod puller;
 mod pulls;
@@ -247,10 +249,11 @@ impl LinkTransport {
         })
     }
 
-    /// Whether what a write asks for can be done: nothing, or a sum of bytes that pass through this process, with room for it.
+    /// Whether what a write asks for can be done: nothing, or sums of bytes that pass through this process, with room for them.
     fn can_sum(&self, write: &Write) -> bool {
-        let sums = self.sums_writes && !write.source.is_on_device();
-        let has_room = |at: usize| at.saturating_add(8) <= write.note.len();
+        let sums = self.sums_writes && !write.is_on_device();
+        let sums_bytes = 8 * write.sources.len();
+        let has_room = |at: usize| at.saturating_add(sums_bytes) <= write.note.len();
         write.sum_at.is_none_or(|at| sums && has_room(at))
     }
 }

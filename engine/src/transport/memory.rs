@@ -10,6 +10,8 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use smallvec::smallvec;
+
 use super::*;
 
 const QUEUE_MAX: usize = 32;
@@ -24,7 +26,7 @@ const CAPABILITY: Capability = Capability {
     reach: Reach::SameHost,
     bandwidth_estimate: 5_000_000_000,
     message_bytes_max: 1 << 20,
-    note_bytes_max: 64,
+    note_bytes_max: 256,
 };
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -171,30 +173,38 @@ impl Shared {
     }
 
     fn put(&self, write: &Write, remote: &Arc<Self>, there: PeerId) -> WriteOutcome {
-        let (region, key) = (RegionId(write.target.id), write.target.key);
-        let source = write.source.as_bytes();
+        let (first, key) = (write.target.id, write.target.key);
+        let ids = (0..).map(|index| first.wrapping_add(index));
+        let row = ids.zip(&write.sources);
         let mut regions = lock(&remote.regions);
-        let Some((_, page)) = regions.get_mut(&region).filter(|(known, _)| *known == key) else {
-            return WriteOutcome::Sent;
-        };
-        if !write.runs.fits(source.len(), page.as_bytes().len()) {
-            drop(regions);
-            remote.unlink(there, "write outside the region");
-            self.unlink(write.peer, "write outside the region");
-            return WriteOutcome::Lost;
+        for (id, _) in row.clone() {
+            let known = regions.get(&RegionId(id));
+            let Some((_, page)) = known.filter(|(known, _)| *known == key) else {
+                return WriteOutcome::Sent;
+            };
+            if !write.runs.fits(usize::MAX, page.as_bytes().len()) {
+                drop(regions);
+                remote.unlink(there, "write outside the region");
+                self.unlink(write.peer, "write outside the region");
+                return WriteOutcome::Lost;
+            }
         }
-        for (from, to) in write.runs.stretches() {
-            page.as_bytes_mut()[to].copy_from_slice(&source[from]);
+        for (id, source) in row {
+            let (_, page) = regions.get_mut(&RegionId(id)).expect("looked for above");
+            for (from, to) in write.runs.stretches() {
+                page.as_bytes_mut()[to].copy_from_slice(&source.as_bytes()[from]);
+            }
         }
         drop(regions);
+        let unknown: Found = smallvec![None; write.sources.len()];
         (remote.sink)(vec![TransportEvent::Landed {
             peer: there,
-            region,
+            region: RegionId(first),
             runs: write.runs.clone(),
             transfer: write.transfer,
             note: write.note.clone(),
-            checksum: None,
-            fold: None,
+            checksums: unknown.clone(),
+            folds: unknown,
         }]);
         WriteOutcome::Sent
     }
@@ -327,8 +337,7 @@ impl Transport for MemoryTransport {
     }
 
     fn write(&self, write: Write) -> Submission {
-        let page_bytes = write.source.as_bytes().len();
-        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > 64 {
+        if !write.is_sound() || write.note.len() > CAPABILITY.note_bytes_max {
             return Submission::Invalid;
         }
         let mut state = lock(&self.shared.state);

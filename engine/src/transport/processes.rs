@@ -13,6 +13,7 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
+use smallvec::smallvec;
 
 use super::conformance::{Node, PATIENCE};
 use super::link::tests::brisk;
@@ -115,7 +116,7 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
     Write {
         peer,
         transfer: TransferId(1),
-        source: Arc::clone(source),
+        sources: smallvec![Arc::clone(source)],
         target: *target,
         runs: Runs::whole(PAGE_BYTES),
         note: Note::new(),
@@ -127,7 +128,7 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
 
 /// What wakes a child.
 enum Woken {
-    Event(TransportEvent),
+    Event(Box<TransportEvent>),
     StdinEnded,
 }
 
@@ -142,7 +143,7 @@ fn as_a_peer() {
     let events = sender.clone();
     let transport = start(
         &kind,
-        one_by_one(move |event| drop(events.send(Woken::Event(event)))),
+        one_by_one(move |event| drop(events.send(Woken::Event(Box::new(event))))),
     );
     std::thread::spawn(move || {
         // Nothing is said; its end is all.
@@ -156,7 +157,7 @@ fn as_a_peer() {
     let sources: Vec<_> = pages(&kind).into_iter().map(Arc::new).collect();
     let mut writes = Vec::new();
     while let Ok(Woken::Event(event)) = woken.recv() {
-        if let TransportEvent::Message { peer, message } = event {
+        if let TransportEvent::Message { peer, message } = *event {
             match serde_json::from_slice(&message).unwrap() {
                 Wish::Write(regions) => {
                     let asked = sources.iter().zip(regions);

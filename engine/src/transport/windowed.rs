@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::fabric::{ArenaKey, Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena};
+use super::link::PIECES_AT_ONCE_MAX;
 use super::staging::{Slot, Staging, StagingSize, plain_shape};
 use super::{Capability, MemoryKind, Run, Runs};
 use crate::backend::cuda::{device_pages, keep_device};
@@ -35,8 +36,8 @@ const WINDOWS: usize = 4;
 /// Pieces begin at multiples of this in a window: the kernels take whole vectors.
 pub(crate) const PIECE_ALIGN_BYTES: usize = 64;
 
-/// What pieces of a batch may have between them: it has fewer than a thousand.
-const GAPS_BYTES: usize = 1000 * PIECE_ALIGN_BYTES;
+/// What pieces of a batch may have between them.
+const GAPS_BYTES: usize = PIECES_AT_ONCE_MAX * PIECE_ALIGN_BYTES;
 
 /// What an address begins with that names windows.
 const MAGIC: &[u8; 8] = b"BTNwind1";

@@ -36,6 +36,20 @@ struct Planned {
     senders: Vec<usize>,
 }
 
+/// Why a row that landed fails its fetch.
+enum Unfit {
+    /// What the server sent.
+    Sent(String),
+    /// A piece of this page, by its index, is not what was sent.
+    Mismatch(usize, Mismatch),
+}
+
+impl From<String> for Unfit {
+    fn from(what: String) -> Self {
+        Self::Sent(what)
+    }
+}
+
 impl Desk {
     pub(super) fn on_fetch(&mut self, fetch: Fetch) {
         let began = Instant::now();
@@ -232,52 +246,61 @@ impl Desk {
         (peer, transfer): (PeerId, TransferId),
         landing: Landing<'_>,
     ) {
-        let Some((task, source)) = self.heard(peer, transfer) else {
+        let Some((_, source)) = self.heard(peer, transfer) else {
             return;
         };
-        let region = landing.region;
-        let landed = match task.land(source, landing) {
-            Ok(landed) => landed,
-            Err(what) => {
-                let text = format!("{} sent {what}", task.server(source));
+        match self.land_row(transfer, source, &landing) {
+            Ok(()) => self.complete_if_all_came(transfer),
+            Err(Unfit::Mismatch(page, mismatch)) => self.mismatched(transfer, page, mismatch),
+            Err(Unfit::Sent(what)) => {
+                let server = self.fetches.get(&transfer).map(|task| task.server(source));
+                let text = format!("{} sent {what}", server.unwrap_or_default());
                 self.fail(transfer, HandoffError::Transport(text));
-                return;
             }
-        };
-        let index = landed.page;
-        if let Some(mismatch) = landed.mismatch {
-            self.mismatched(transfer, index, mismatch);
-            return;
         }
-        if !landed.is_last {
-            return;
-        }
-        task.pages[index].place = Place::Checking(region);
-        let parts = task.unsummed(index);
-        let wire = task.way.wire;
-        let deregistered = self.around.wires.all()[wire].deregister(region);
+    }
+
+    /// Takes note of the pieces of a row, and of the pages that are whole with them.
+    fn land_row(
+        &mut self,
+        transfer: TransferId,
+        source: usize,
+        landing: &Landing<'_>,
+    ) -> Result<(), Unfit> {
         let Some(task) = self.fetches.get_mut(&transfer) else {
-            return;
+            return Ok(());
         };
-        match deregistered {
-            Deregistered::Now(page) if parts.is_empty() => {
-                task.pages[index].place = Place::Verified(page);
-                task.verified += 1;
-                self.complete_if_all_came(transfer);
+        let transport = &self.around.wires.all()[task.way.wire];
+        let note = task.row(source, landing)?;
+        for in_row in 0..landing.checksums.len() {
+            let landed = task.land(source, (landing, &note), in_row)?;
+            let (index, region) = (landed.page, landed.region);
+            if let Some(mismatch) = landed.mismatch {
+                return Err(Unfit::Mismatch(index, mismatch));
             }
-            Deregistered::Now(page) => self.around.checksums.check(Landed {
-                transfer,
-                region,
-                index,
-                page,
-                parts,
-            }),
-            Deregistered::Later | Deregistered::Unknown => {
-                let server = task.server(source);
-                let text = format!("{server} sent a piece of page {index} twice");
-                self.fail(transfer, HandoffError::Transport(text));
+            if !landed.is_last {
+                continue;
+            }
+            task.pages[index].place = Place::Checking(region);
+            let parts = task.unsummed(index);
+            match transport.deregister(region) {
+                Deregistered::Now(page) if parts.is_empty() => {
+                    task.pages[index].place = Place::Verified(page);
+                    task.verified += 1;
+                }
+                Deregistered::Now(page) => self.around.checksums.check(Landed {
+                    transfer,
+                    region,
+                    index,
+                    page,
+                    parts,
+                }),
+                Deregistered::Later | Deregistered::Unknown => {
+                    return Err(Unfit::Sent(format!("a piece of page {index} twice")));
+                }
             }
         }
+        Ok(())
     }
 
     pub(super) fn on_checked(&mut self, checked: Checked) {

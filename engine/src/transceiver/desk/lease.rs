@@ -9,15 +9,21 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::handoff::LeaseEnd;
 use crate::page::Page;
-use crate::transceiver::checksum::Checksum;
-use crate::transceiver::message::{PieceNote, Taker};
+use crate::transceiver::checksum::{Algorithm, Checksum};
+use crate::transceiver::message::Taker;
 use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::Piece;
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
-use crate::transport::{PeerId, RemoteRegion, Runs, TransferId};
+use crate::transport::{PeerId, ROW_PAGES_MAX, RemoteRegion, Runs, Sources, TransferId};
+
+/// Bytes of a row, if it has more than one piece: so many that what a row costs is little beside them, and so few that a cancel,
+/// which reaches whole rows, comes soon.
+const ROW_BYTES_MAX: usize = 1 << 20;
 
 /// Pages kept for a generation instance.
 #[derive(Debug)]
@@ -80,10 +86,103 @@ pub(super) struct Serving {
     pub(super) given_up: Arc<AtomicBool>,
     /// The next piece to submit.
     pub(super) next: usize,
-    /// Writes that the transport holds.
-    pub(super) in_flight: usize,
+    pub(super) in_flight: InFlight,
     /// Not wanted over this wire any more.
     pub(super) released: bool,
+}
+
+/// The rows that the transport holds, by how many pieces they have, in the order in which they end.
+#[derive(Debug, Default)]
+pub(super) struct InFlight {
+    rows: VecDeque<usize>,
+    pieces: usize,
+}
+
+impl InFlight {
+    /// The transport has taken a row.
+    pub(super) fn add(&mut self, pieces: usize) {
+        self.rows.push_back(pieces);
+        self.pieces += pieces;
+    }
+
+    /// It has let go of so many.
+    pub(super) fn end(&mut self, rows: usize) {
+        for pieces in self.rows.drain(..rows) {
+            self.pieces -= pieces;
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Of all rows.
+    pub(super) const fn pieces(&self) -> usize {
+        self.pieces
+    }
+}
+
+/// Pieces that are submitted together, as one write.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) sources: Sources,
+    /// Of the first one.
+    pub(super) target: RemoteRegion,
+    pub(super) algorithm: Algorithm,
+    pub(super) sums: SmallVec<[u64; 1]>,
+    /// Whether the transport makes the sums.
+    pub(super) summed_on_the_way: bool,
+}
+
+impl Row {
+    fn of(part: &Part<'_>) -> Self {
+        Self {
+            sources: smallvec![Arc::clone(part.source)],
+            target: part.target,
+            algorithm: part.checksum.algorithm,
+            sums: smallvec![part.checksum.value],
+            summed_on_the_way: part.summed_on_the_way,
+        }
+    }
+
+    /// Takes one more in; false when it does not follow.
+    fn take(&mut self, part: &Part<'_>) -> bool {
+        let next = RemoteRegion {
+            id: self.target.id.wrapping_add(self.sources.len() as u64),
+            ..self.target
+        };
+        let arena = |page: &Arc<Page>| page.arena().map(|(arena, _)| arena.id());
+        let follows = part.target == next
+            && part.checksum.algorithm == self.algorithm
+            && part.summed_on_the_way == self.summed_on_the_way
+            && arena(part.source) == arena(&self.sources[0]);
+        if follows {
+            self.sources.push(Arc::clone(part.source));
+            self.sums.push(part.checksum.value);
+        }
+        follows
+    }
+}
+
+/// One piece of a row.
+#[derive(Debug)]
+struct Part<'a> {
+    source: &'a Arc<Page>,
+    target: RemoteRegion,
+    checksum: Checksum,
+    summed_on_the_way: bool,
+}
+
+/// There is no place for a piece.
+#[derive(Debug)]
+pub(super) struct NoTarget;
+
+/// How many pieces like this one may go together.
+fn together(runs: &Runs) -> usize {
+    match runs.as_slice() {
+        [_] => (ROW_BYTES_MAX / runs.total_bytes()).clamp(1, ROW_PAGES_MAX),
+        _ => 1,
+    }
 }
 
 impl Serving {
@@ -157,7 +256,11 @@ impl Lease {
 
     /// Whether somebody still holds its pages.
     pub(super) fn is_held(&self) -> bool {
-        self.hashing > 0 || self.servings.iter().any(|serving| serving.in_flight > 0)
+        self.hashing > 0
+            || self
+                .servings
+                .iter()
+                .any(|serving| !serving.in_flight.is_empty())
     }
 
     /// For each of some pieces, where its checksum is or will be.
@@ -208,24 +311,62 @@ impl Lease {
         }
     }
 
-    /// A piece's checksum, once it is made; else, where the transport makes it, the place in the note where that puts it, once
-    /// the page is there.
-    pub(super) fn checksum(
+    /// The row that begins with this piece, of up to so many; nothing while its page or checksum is missing.
+    pub(super) fn row(
         &self,
         serving: &Serving,
-        piece: usize,
+        (first, pieces_max): (usize, usize),
         by_transport: bool,
-    ) -> Option<(Checksum, Option<usize>)> {
-        let made = match serving.sums[piece] {
+    ) -> Result<Option<Row>, NoTarget> {
+        let Some(part) = self.part(serving, first, by_transport)? else {
+            return Ok(None);
+        };
+        let mut row = Row::of(&part);
+        let runs = &serving.pieces[first].runs;
+        let end = serving
+            .pieces
+            .len()
+            .min(first + together(runs).min(pieces_max));
+        for index in first + 1..end {
+            if serving.pieces[index].runs != *runs {
+                break;
+            }
+            match self.part(serving, index, by_transport)? {
+                Some(part) if row.take(&part) => {}
+                Some(_) | None => break,
+            }
+        }
+        Ok(Some(row))
+    }
+
+    /// A piece, once its page is there, and its checksum made, unless that is left to the transport.
+    fn part(
+        &self,
+        serving: &Serving,
+        index: usize,
+        by_transport: bool,
+    ) -> Result<Option<Part<'_>>, NoTarget> {
+        let piece = &serving.pieces[index];
+        let Some(source) = self.pages.get(piece.sender_page) else {
+            return Ok(None);
+        };
+        let made = match serving.sums[index] {
             Sum::Page(page) => self.checksums.get(page),
             Sum::Own(index) => serving.own_sums.get(index),
         };
-        if let Some(made) = made {
-            return Some((*made, None));
-        }
-        let page = self.pages.get(serving.pieces[piece].sender_page)?;
-        let makes = by_transport && !page.is_on_device();
-        makes.then(|| (Checksum::to_be_made(page), Some(PieceNote::CHECKSUM_AT)))
+        let makes = by_transport && !source.is_on_device();
+        let (checksum, summed_on_the_way) = match made {
+            Some(made) => (*made, false),
+            None if makes => (Checksum::to_be_made(source), true),
+            None => return Ok(None),
+        };
+        let target = serving.target(piece).ok_or(NoTarget)?;
+        Ok(Some(Part {
+            source,
+            target,
+            checksum,
+            summed_on_the_way,
+        }))
     }
 }
 

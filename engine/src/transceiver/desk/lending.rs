@@ -4,36 +4,21 @@
 //! holds its pages. A peer lost on the way opens it again until its own deadline, so that another generation
 //! instance can have it. It is delivered when every rank of the taker that needs something of this rank said so.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::Desk;
-use super::lease::{Lease, Serving, Taking, Unsummed};
+use super::lease::{InFlight, Lease, Serving, Taking, Unsummed};
 use crate::handoff::{LeaseEnd, Offer};
 use crate::page::Page;
 use crate::transceiver::info::{Count, Held};
-use crate::transceiver::message::{Claim, Message, PieceNote, Request, Taker};
+use crate::transceiver::message::{Claim, Message, Request, Taker};
 use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::{Nonce, PROTOCOL_VERSION, printable};
 use crate::transceiver::timers::Due;
-use crate::transport::{PeerId, Submission, TransferId, Write, WriteOutcome};
-
-/// Bytes that a transfer submits in its turn, but for a longer piece: some dozen short ones, so that little is to be looked up
-/// for each, and so few that all transfers to a peer advance together.
-const TURN_BYTES: usize = 1 << 20;
-
-/// What a transfer did with its turn.
-enum Turn {
-    Submitted,
-    /// It cannot go on now: pages, checksums or its window are missing.
-    Waits,
-    Finished,
-    PeerBusy,
-    /// The transport will never take the next piece.
-    Refused,
-}
+use crate::transport::{PeerId, TransferId, WriteOutcome};
 
 /// What a request may have.
 struct Admitted {
@@ -158,7 +143,7 @@ impl Desk {
             unsummed: Unsummed::default(),
             given_up: Arc::new(AtomicBool::new(false)),
             next: 0,
-            in_flight: 0,
+            in_flight: InFlight::default(),
             released: false,
         });
         lease.taking.get_or_insert_with(|| Taking {
@@ -324,19 +309,12 @@ impl Desk {
         };
         let lease = self.leases.get_mut(&id);
         if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-            serving.in_flight -= count;
+            serving.in_flight.end(count);
         }
         self.finish_transfer(id, peer, transfer);
         self.finish_lease(id);
         // What has come free may be what another peer waits for, where peers share a transport's queue or staging.
         self.ready.extend(self.turns.keys());
-    }
-
-    /// Submits pieces to all peers that may take some, once for all that has happened.
-    pub(super) fn pump_ready(&mut self) {
-        for peer in std::mem::take(&mut self.ready) {
-            self.pump(peer);
-        }
     }
 
     /// Takes the transfers to a lost peer out. A lease that nobody else takes is open again.
@@ -359,7 +337,7 @@ impl Desk {
     fn finish_transfer(&mut self, id: u64, peer: PeerId, transfer: TransferId) {
         let lease = self.leases.get(&id);
         let serving = lease.and_then(|lease| lease.serving(peer, transfer));
-        if serving.is_some_and(|serving| serving.released && serving.in_flight == 0) {
+        if serving.is_some_and(|serving| serving.released && serving.in_flight.is_empty()) {
             self.drop_transfer(id, peer, transfer);
         }
     }
@@ -378,128 +356,8 @@ impl Desk {
         }
     }
 
-    /// Submits pieces to a peer, its transfers in turn, until it takes no more.
-    pub(super) fn pump(&mut self, peer: PeerId) {
-        let Some(mut turns) = self.turns.remove(&peer) else {
-            return;
-        };
-        let mut waits = VecDeque::new();
-        while let Some(transfer) = turns.pop_front() {
-            match self.take_turn(peer, transfer) {
-                Turn::Submitted => turns.push_back(transfer),
-                Turn::Waits => waits.push_back(transfer),
-                Turn::Finished | Turn::Refused => {}
-                Turn::PeerBusy => {
-                    turns.push_front(transfer);
-                    break;
-                }
-            }
-        }
-        turns.append(&mut waits);
-        if !turns.is_empty() {
-            self.turns.insert(peer, turns);
-        }
-    }
-
-    fn take_turn(&mut self, peer: PeerId, transfer: TransferId) -> Turn {
-        let Some(&id) = self.sending.get(&(peer, transfer)) else {
-            return Turn::Finished;
-        };
-        let (turn, submitted) = self.submit(id, (peer, transfer));
-        if submitted.0 > 0 {
-            self.note_submitted(id, (peer, transfer), submitted);
-        }
-        if matches!(turn, Turn::Refused) {
-            self.end_lease(id, LeaseEnd::Cancelled, "the transport refused a piece");
-        }
-        turn
-    }
-
-    /// Submits a transfer's next pieces, and counts them and their bytes.
-    fn submit(&mut self, id: u64, (peer, transfer): (PeerId, TransferId)) -> (Turn, (usize, u64)) {
-        let Some(lease) = self.leases.get(&id).filter(|lease| lease.end.is_none()) else {
-            return (Turn::Finished, (0, 0));
-        };
-        let Some(serving) = lease.serving(peer, transfer).filter(|s| !s.released) else {
-            return (Turn::Finished, (0, 0));
-        };
-        if serving.next == serving.pieces.len() {
-            let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
-            let done = Message::Done {
-                transfer,
-                bytes: bytes.sum(),
-                pieces: serving.pieces.len() as u64,
-            };
-            self.tell_in_passing(peer, &done);
-            return (Turn::Finished, (0, 0));
-        }
-        let (writes, turn) = self.next_writes(id, lease, serving);
-        let (accepted, submission) = self.around.wires.write_all(peer, writes);
-        let sent = &serving.pieces[serving.next..][..accepted];
-        let bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
-        let turn = match submission {
-            Submission::Accepted => turn,
-            // Gone: the loss of the peer is on its way and opens the lease again.
-            Submission::Busy | Submission::Gone => Turn::PeerBusy,
-            Submission::Invalid => Turn::Refused,
-        };
-        (turn, (accepted, bytes))
-    }
-
-    /// What a transfer may submit in its turn, and what becomes of the turn when that is accepted.
-    fn next_writes(&self, id: u64, lease: &Lease, serving: &Serving) -> (Vec<Write>, Turn) {
-        let sums_writes = self.around.wires.sums_writes(serving.peer);
-        let (mut writes, mut bytes) = (Vec::new(), 0);
-        for (index, piece) in serving.pieces.iter().enumerate().skip(serving.next) {
-            let checksum = lease.checksum(serving, index, sums_writes);
-            let has_room = serving.in_flight + writes.len() < self.terms.window;
-            let Some((checksum, sum_at)) = checksum.filter(|_| has_room) else {
-                return (writes, Turn::Waits);
-            };
-            let Some(target) = serving.target(piece) else {
-                return (writes, Turn::Refused);
-            };
-            let note = PieceNote {
-                ctx_request_id: id,
-                epoch: self.terms.epoch ^ u64::from(self.terms.stale_epoch),
-                rank: u32::try_from(self.terms.rank).unwrap_or(u32::MAX),
-                piece: u32::try_from(index).unwrap_or(u32::MAX),
-                checksum,
-            };
-            writes.push(Write {
-                peer: serving.peer,
-                transfer: serving.transfer,
-                source: Arc::clone(&lease.pages[piece.sender_page]),
-                target,
-                runs: piece.runs.clone(),
-                note: note.encode(),
-                sum_at,
-            });
-            bytes += piece.runs.total_bytes();
-            if bytes >= TURN_BYTES {
-                break;
-            }
-        }
-        (writes, Turn::Submitted)
-    }
-
-    fn note_submitted(
-        &mut self,
-        id: u64,
-        (peer, transfer): (PeerId, TransferId),
-        (count, bytes): (usize, u64),
-    ) {
-        let lease = self.leases.get_mut(&id);
-        if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-            serving.next += count;
-            serving.in_flight += count;
-        }
-        let wire = self.around.wires.wire_of(peer);
-        self.around.info.sent(wire, bytes);
-    }
-
     /// Ends a lease and tells the peers that it is being served to.
-    fn end_lease(&mut self, id: u64, end: LeaseEnd, reason: &str) {
+    pub(super) fn end_lease(&mut self, id: u64, end: LeaseEnd, reason: &str) {
         let Some(lease) = self.leases.get(&id) else {
             return;
         };

@@ -12,7 +12,7 @@ use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
 use crate::transceiver::inbox::Mismatch;
-use crate::transceiver::message::{Claim, PieceNote, Taker};
+use crate::transceiver::message::{Claim, RowNote, Taker};
 use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::printable;
@@ -80,16 +80,17 @@ pub(super) struct Part {
     pub(super) found: Option<u64>,
 }
 
-/// A piece as the transport reports it.
+/// A row of pieces as the transport reports it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Landing<'a> {
+    /// Of the first one.
     pub(super) region: RegionId,
     pub(super) runs: &'a Runs,
     pub(super) note: &'a [u8],
-    /// [`crate::transport::checksum`], where the transport has made it.
-    pub(super) checksum: Option<u64>,
-    /// [`crate::page::fold`], where the page's device has made it.
-    pub(super) fold: Option<u64>,
+    /// For each piece, [`crate::transport::checksum`], where the transport has made it.
+    pub(super) checksums: &'a [Option<u64>],
+    /// For each piece, [`crate::page::fold`], where the page's device has made it.
+    pub(super) folds: &'a [Option<u64>],
 }
 
 /// What a piece that landed means for its page.
@@ -97,6 +98,7 @@ pub(super) struct Landing<'a> {
 pub(super) struct Landed {
     /// Index among the fetch's pages.
     pub(super) page: usize,
+    pub(super) region: RegionId,
     /// It was the last one of it.
     pub(super) is_last: bool,
     pub(super) mismatch: Option<Mismatch>,
@@ -236,9 +238,9 @@ impl FetchTask {
         format!("no kv from {server}: waited {waited:.1} s for {what}")
     }
 
-    /// Takes note of a piece that landed; an error says why it cannot be one.
-    pub(super) fn land(&mut self, source: usize, landing: Landing<'_>) -> Result<Landed, String> {
-        let note = PieceNote::decode(landing.note).ok_or("a piece without a proper note")?;
+    /// What a row that landed says of itself; an error says why it cannot be one of this source's.
+    pub(super) fn row(&self, source: usize, landing: &Landing<'_>) -> Result<RowNote, String> {
+        let note = RowNote::decode(landing.note).ok_or("a piece without a proper note")?;
         if note.epoch != self.claim.epoch {
             return Err(format!(
                 "a piece of epoch {:016x} instead of {:016x}",
@@ -251,25 +253,43 @@ impl FetchTask {
                 note.ctx_request_id, self.claim.ctx_request_id
             ));
         }
-        let found = match note.checksum.algorithm {
-            // What a transport has summed as it came, if it is that.
-            Algorithm::Stripes => landing.checksum,
-            Algorithm::Fold => landing.fold,
-            Algorithm::Absent if self.leave_out_checksums => Some(note.checksum.value),
-            Algorithm::Absent => return Err("a piece without a checksum".to_owned()),
-        };
-        let from = &mut self.sources[source];
-        if note.rank as usize != from.rank {
+        if note.algorithm == Algorithm::Absent && !self.leave_out_checksums {
+            return Err("a piece without a checksum".to_owned());
+        }
+        if note.rank as usize != self.sources[source].rank {
             return Err(format!("a piece of rank {}", note.rank));
         }
-        let index = usize::try_from(note.piece).unwrap_or(usize::MAX);
-        let misplaced = || format!("piece {} where it does not belong", note.piece);
+        let (pieces, sums) = (landing.checksums.len(), note.sums.len());
+        if pieces != sums {
+            return Err(format!("{pieces} pieces with {sums} checksums"));
+        }
+        Ok(note)
+    }
+
+    /// Takes note of one piece of a row that landed; an error says why it cannot be one.
+    pub(super) fn land(
+        &mut self,
+        source: usize,
+        (landing, note): (&Landing<'_>, &RowNote),
+        in_row: usize,
+    ) -> Result<Landed, String> {
+        let sent = note.sums[in_row];
+        let found = match note.algorithm {
+            // What a transport has summed as it came, if it is that.
+            Algorithm::Stripes => landing.checksums[in_row],
+            Algorithm::Fold => landing.folds[in_row],
+            Algorithm::Absent => Some(sent),
+        };
+        let first = usize::try_from(note.piece).unwrap_or(usize::MAX);
+        let index = first.saturating_add(in_row);
+        let misplaced = || format!("piece {index} where it does not belong");
+        let from = &mut self.sources[source];
         let expected = from.expected.get_mut(index).ok_or_else(misplaced)?;
         let slot = &mut self.pages[expected.page];
-        match slot.place {
-            Place::Registered(known) if known == landing.region => {}
+        let region = match slot.place {
+            Place::Registered(known) if known.0 == landing.region.0 + in_row as u64 => known,
             _ => return Err(misplaced()),
-        }
+        };
         if expected.landed || expected.runs != *landing.runs {
             return Err(misplaced());
         }
@@ -278,16 +298,20 @@ impl FetchTask {
         slot.landed.push(Part {
             source,
             piece: index,
-            checksum: note.checksum,
+            checksum: Checksum {
+                algorithm: note.algorithm,
+                value: sent,
+            },
             found,
         });
-        let differs = found.filter(|found| *found != note.checksum.value);
+        let differs = found.filter(|found| *found != sent);
         Ok(Landed {
             page: expected.page,
+            region,
             is_last: slot.landed.len() == slot.pieces,
             mismatch: differs.map(|found| Mismatch {
                 part: slot.landed.len() - 1,
-                expected: note.checksum.value,
+                expected: sent,
                 found,
             }),
         })

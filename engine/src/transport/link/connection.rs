@@ -16,15 +16,14 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::super::numbered::NumberedMap;
 use super::super::staging::Slot;
-use super::super::{PeerId, Submission, TransferId, Write};
+use super::super::{PeerId, Sources, Submission, TransferId, Write};
 use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
 use super::pulls::Pulls;
 use crate::page::Page;
 use crate::transport::vigil::{Bell, Vigil};
 
 /// Writes that wait for the wire, or for the peer to pull them, at most; more is [`Submission::Busy`]. Of an 8B model's
-/// pages a quarter of it is a gigabyte, which one device reads from another in 3 ms; of pieces of 64 KiB half of it is two
-/// windows of NIXL's. Less would leave a reader waiting for descriptors.
+/// pages a quarter of it is a gigabyte, which one device reads from another in 3 ms, and so are as many rows of pieces of 64 KiB.
 pub(super) const WRITES_OPEN_MAX: usize = 1024;
 /// Bytes of those that wait for the wire where they follow in the stream; the first write is always taken. What is only
 /// described takes no room.
@@ -67,8 +66,8 @@ pub(super) enum Rousing {
 #[expect(dead_code, reason = "held until the peer is done, never looked at")]
 #[derive(Debug)]
 pub(super) enum Kept {
-    /// The source itself.
-    Source(Arc<Page>),
+    /// The sources themselves.
+    Sources(Sources),
     /// A gathered copy.
     Slot(Slot),
     /// A window of a device's memory, with the copies of other writes.
@@ -124,15 +123,13 @@ impl Queue {
     }
 
     fn submit(&mut self, write: Write, bytes_max: usize) -> Submission {
-        let page_bytes = write.source.shape().bytes();
-        // How long the target is, the peer says.
-        if !write.runs.fits(page_bytes, usize::MAX) || write.note.len() > NOTE_BYTES_MAX {
+        if !write.is_sound() || write.note.len() > NOTE_BYTES_MAX {
             return Submission::Invalid;
         }
         if !self.takes_more() {
             return Submission::Gone;
         }
-        let bytes = self.write_bytes.saturating_add(write.runs.total_bytes());
+        let bytes = self.write_bytes.saturating_add(write.total_bytes());
         let open = self.writes.len() + self.in_flight.len();
         let full = open >= WRITES_OPEN_MAX || bytes > bytes_max;
         if full && open > 0 {
@@ -287,7 +284,7 @@ impl Connection {
         if !queue.waits_for_slot && !queue.writes.is_empty() {
             let mut bytes = 0_usize;
             let fitting = queue.writes.iter().take(writes_max).take_while(|write| {
-                bytes = bytes.saturating_add(write.runs.total_bytes());
+                bytes = bytes.saturating_add(write.total_bytes());
                 bytes <= bytes_max
             });
             let count = fitting.count().max(1);
@@ -450,7 +447,7 @@ impl Connection {
         let kept = queue.in_flight.values().map(|flying| &flying.kept);
         let windows = kept.filter_map(|kept| match kept {
             Kept::Window(slot) => Some(Arc::as_ptr(slot)),
-            Kept::Source(_) | Kept::Slot(_) | Kept::Spoilt(_) => None,
+            Kept::Sources(_) | Kept::Slot(_) | Kept::Spoilt(_) => None,
         });
         windows.collect::<HashSet<_>>().len()
     }
@@ -493,6 +490,6 @@ impl Connection {
 }
 
 fn bytes_of<'a>(writes: impl IntoIterator<Item = &'a Write>) -> usize {
-    let bytes = writes.into_iter().map(|write| write.runs.total_bytes());
+    let bytes = writes.into_iter().map(Write::total_bytes);
     bytes.sum()
 }

@@ -4,14 +4,16 @@
 //! extra. The kind's highest bit says that another frame comes at once, so that what both mean can be handled together. Note, extra and payload follow, in this order; what they are depends on the kind. Lengths are checked here
 //! against what each kind may have, so that no later step trusts a peer's number.
 
+use smallvec::SmallVec;
+
 use super::super::fabric::{ADDRESS_BYTES_MAX, KEY_BYTES_MAX};
-use super::super::{TransferId, runs};
+use super::super::{ROW_PAGES_MAX, TransferId, runs};
 
 /// `BKVT`, so that a connection from anything else is told apart by its first bytes.
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 6;
+pub(super) const VERSION: u8 = 7;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;
@@ -45,13 +47,13 @@ pub(super) enum Kind {
     Hello,
     /// A message for the transceiver.
     Message,
-    /// Bytes for a region. Extra: the runs. Payload: their stretches.
+    /// Bytes for a row of regions. Extra: the runs. Payload: their stretches, once for each region.
     Write,
     /// Nothing: the sender lives.
     Ping,
     /// An arena that descriptors will name by the number in `region`. Payload: the fabric's key.
     Arena,
-    /// Bytes for a region that the receiver is to read by itself. Extra: the runs. Payload: a [`Descriptor`].
+    /// Bytes for a row of regions that the receiver is to read by itself. Extra: the runs. Payload: a [`Descriptor`].
     Pull,
     /// As [`Kind::Write`], with a [`Trailer`] behind the payload.
     Summed,
@@ -171,7 +173,12 @@ impl Header {
             3 => (Kind::Write, u64::MAX, NOTE_BYTES_MAX, runs),
             4 => (Kind::Ping, 0, 0, 0),
             5 => (Kind::Arena, KEY_BYTES_MAX as u64, 0, 0),
-            6 => (Kind::Pull, DESCRIPTOR_BYTES as u64, NOTE_BYTES_MAX, runs),
+            6 => (
+                Kind::Pull,
+                DESCRIPTOR_BYTES_MAX as u64,
+                NOTE_BYTES_MAX,
+                runs,
+            ),
             9 => (Kind::Summed, u64::MAX, NOTE_BYTES_MAX, runs),
             7 => (Kind::Pulled, (8 * PULLED_AT_ONCE_MAX) as u64, 0, 0),
             8 => (Kind::Rouse, 0, 0, 0),
@@ -222,89 +229,105 @@ pub(super) fn make_last(header: &mut [u8]) {
     header[KIND_AT] &= !MORE;
 }
 
-/// Bytes of an encoded trailer.
-pub(super) const TRAILER_BYTES: usize = 10;
-
 /// What a sender has made of a payload on the way, and where in the note it belongs: so it need not read all of it before the
 /// first byte leaves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Trailer {
     pub(super) sum_at: u16,
-    pub(super) sum: u64,
+    /// One for each region.
+    pub(super) sums: SmallVec<[u64; 1]>,
 }
 
 impl Trailer {
     /// For a note that has room there.
-    pub(super) fn of(sum_at: usize, sum: u64) -> Self {
+    pub(super) fn of(sum_at: usize, sums: SmallVec<[u64; 1]>) -> Self {
         // What lies outside of every note was refused when it was submitted.
         let sum_at = u16::try_from(sum_at).unwrap_or(u16::MAX);
-        Self { sum_at, sum }
+        Self { sum_at, sums }
     }
 
-    pub(super) fn encode(&self) -> [u8; TRAILER_BYTES] {
-        let mut out = [0; TRAILER_BYTES];
-        out[..2].copy_from_slice(&self.sum_at.to_le_bytes());
-        out[2..].copy_from_slice(&self.sum.to_le_bytes());
-        out
+    /// Bytes of an encoded one.
+    pub(super) const fn bytes(regions: usize) -> usize {
+        2 + 8 * regions
     }
 
-    /// Puts the sum of an encoded one into a note. False when it has no room there.
-    pub(super) fn complete(bytes: [u8; TRAILER_BYTES], note: &mut [u8]) -> bool {
-        let (at, sum) = bytes.split_at(2);
-        let at = usize::from(u16::from_le_bytes([at[0], at[1]]));
-        let Some(place) = note.get_mut(at..at + sum.len()) else {
+    /// Into as many bytes as it has.
+    pub(super) fn encode_to(&self, out: &mut [u8]) {
+        let (at, sums) = out.split_at_mut(2);
+        at.copy_from_slice(&self.sum_at.to_le_bytes());
+        for (place, sum) in sums.chunks_exact_mut(8).zip(&self.sums) {
+            place.copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+
+    /// Puts the sums of an encoded one into a note. False when it has no room there.
+    pub(super) fn complete(bytes: &[u8], note: &mut [u8]) -> bool {
+        let Some((at, sums)) = bytes.split_at_checked(2) else {
             return false;
         };
-        place.copy_from_slice(sum);
+        let at = usize::from(u16::from_le_bytes([at[0], at[1]]));
+        let Some(place) = note.get_mut(at..at + sums.len()) else {
+            return false;
+        };
+        place.copy_from_slice(sums);
         true
     }
 }
 
-/// Bytes of an encoded descriptor.
-pub(super) const DESCRIPTOR_BYTES: usize = 32;
+/// Where the sources of a row begin in an arena, in bytes.
+pub(super) type Offsets = SmallVec<[u64; 1]>;
+
+/// Bytes of an encoded descriptor of one source.
+const DESCRIPTOR_BYTES: usize = 32;
+
+/// Of the longest one.
+const DESCRIPTOR_BYTES_MAX: usize = DESCRIPTOR_BYTES + 8 * (ROW_PAGES_MAX - 1);
 
 /// Where the receiver of a [`Kind::Pull`] finds the bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Descriptor {
     /// Comes back with [`Kind::Pulled`].
     pub(super) sequence: u64,
     /// The number of a [`Kind::Arena`] that came before.
     pub(super) arena: u64,
-    /// Where in the arena the runs' source begins, in bytes.
-    pub(super) offset: u64,
+    /// Where in the arena each of the runs' sources begins: one for each region, at least one.
+    pub(super) offsets: Offsets,
     /// Whether the stretches lie one after the other there, instead of where the runs' source offsets say.
     pub(super) gathered: bool,
 }
 
 impl Descriptor {
-    pub(super) fn encode(&self) -> [u8; DESCRIPTOR_BYTES] {
-        let words = [
-            self.sequence,
-            self.arena,
-            self.offset,
-            u64::from(self.gathered),
-        ];
-        let mut out = [0; DESCRIPTOR_BYTES];
-        for (slot, word) in out.chunks_exact_mut(8).zip(words) {
-            slot.copy_from_slice(&word.to_le_bytes());
+    /// Bytes of an encoded one.
+    pub(super) fn encoded_bytes(&self) -> usize {
+        8 * (3 + self.offsets.len())
+    }
+
+    /// Behind what is there.
+    pub(super) fn encode_to(&self, out: &mut Vec<u8>) {
+        let words = [self.sequence, self.arena, u64::from(self.gathered)];
+        for word in words.iter().chain(&self.offsets) {
+            out.extend_from_slice(&word.to_le_bytes());
         }
-        out
     }
 
     /// `None` when the length or a value is none of a descriptor's.
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let (&[sequence, arena, offset, gathered], []) = bytes.as_chunks::<8>() else {
+        let (words, []) = bytes.as_chunks::<8>() else {
             return None;
         };
+        let (&[sequence, arena, gathered], offsets) = words.split_first_chunk()?;
         let gathered = match u64::from_le_bytes(gathered) {
             0 => false,
             1 => true,
             _ => return None,
         };
+        if !(1..=ROW_PAGES_MAX).contains(&offsets.len()) {
+            return None;
+        }
         Some(Self {
             sequence: u64::from_le_bytes(sequence),
             arena: u64::from_le_bytes(arena),
-            offset: u64::from_le_bytes(offset),
+            offsets: offsets.iter().map(|at| u64::from_le_bytes(*at)).collect(),
             gathered,
         })
     }
@@ -343,39 +366,50 @@ mod tests {
 
     #[test]
     fn a_descriptor_survives_the_wire() {
-        let descriptor = Descriptor {
-            sequence: 1,
-            arena: u64::MAX,
-            offset: 4096,
-            gathered: true,
-        };
-        let bytes = descriptor.encode();
-        assert_eq!(Descriptor::decode(&bytes), Some(descriptor));
-        assert_eq!(Descriptor::decode(&bytes[..31]), None);
-        assert_eq!(Descriptor::decode(&[&bytes[..], &[0; 8]].concat()), None);
-        let mut odd = bytes;
-        odd[24] = 2;
-        assert_eq!(Descriptor::decode(&odd), None);
+        for count in 1..=ROW_PAGES_MAX as u64 {
+            let descriptor = Descriptor {
+                sequence: 1,
+                arena: u64::MAX,
+                offsets: (0..count).map(|index| 4096 * index).collect(),
+                gathered: true,
+            };
+            let mut bytes = Vec::new();
+            descriptor.encode_to(&mut bytes);
+            assert_eq!(bytes.len(), descriptor.encoded_bytes());
+            assert!(bytes.len() <= DESCRIPTOR_BYTES_MAX);
+            assert_eq!(Descriptor::decode(&bytes), Some(descriptor));
+            assert_eq!(Descriptor::decode(&bytes[..bytes.len() - 1]), None);
+            bytes[16] = 2;
+            assert_eq!(Descriptor::decode(&bytes), None);
+        }
+        for regions in [0, ROW_PAGES_MAX + 1] {
+            assert_eq!(Descriptor::decode(&vec![0; 24 + 8 * regions]), None);
+        }
     }
 
     #[test]
     fn a_trailer_completes_a_note_or_does_not_fit() {
-        let trailer = |sum_at| {
-            Trailer {
-                sum_at,
-                sum: u64::from_le_bytes(*b"checksum"),
-            }
-            .encode()
+        let trailer = |sum_at, sums: &[&[u8; 8]]| {
+            let sums = sums.iter().map(|sum| u64::from_le_bytes(**sum));
+            let mut bytes = vec![0; Trailer::bytes(sums.len())];
+            Trailer::of(sum_at, sums.collect()).encode_to(&mut bytes);
+            bytes
         };
         let mut note = *b"of ........ bytes";
-        assert!(Trailer::complete(trailer(3), &mut note));
+        let one = |sum_at| trailer(sum_at, &[b"checksum"]);
+        assert!(Trailer::complete(&one(3), &mut note));
         assert_eq!(&note, b"of checksum bytes");
         let mut short = *b"........";
-        for at in [1, 8, u16::MAX] {
-            assert!(!Trailer::complete(trailer(at), &mut short));
+        for at in [1, 8, usize::from(u16::MAX)] {
+            assert!(!Trailer::complete(&one(at), &mut short));
         }
+        let two = trailer(0, &[b"checksum", b"and more"]);
+        assert!(!Trailer::complete(&two, &mut short) && !Trailer::complete(&[0], &mut short));
         assert_eq!(&short, b"........");
-        assert!(Trailer::complete(trailer(0), &mut short));
+        assert!(Trailer::complete(&one(0), &mut short));
+        let mut both = [0; 16];
+        assert!(Trailer::complete(&two, &mut both));
+        assert_eq!(&both, b"checksumand more");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::connection::{Connection, Kept};
-use super::frame::Descriptor;
+use super::frame::{Descriptor, Offsets};
 use crate::page::Page;
 use crate::page::arena::Arena;
 use crate::page::device::{Course, Exchange, Span};
@@ -89,16 +89,16 @@ impl Lender {
 
     /// Decides, and gathers where that is needed.
     pub(super) fn way(&self, write: &Write, connection: &Arc<Connection>) -> Way {
-        let bytes = write.runs.total_bytes();
+        let bytes = write.total_bytes();
         if bytes == 0 {
             return Way::Stream;
         }
         // What was too long for a window of a device goes as if the fabric did not take its memory.
-        let where_it_lies = !(write.source.is_on_device() && self.fabric.windows().is_some());
-        let arena = write.source.arena().filter(|_| where_it_lies);
-        let in_place = arena.and_then(|(arena, offset)| {
-            let kept = Kept::Source(Arc::clone(&write.source));
-            Some(self.lent(self.export(arena)?, offset, false, kept))
+        let where_it_lies = !(write.is_on_device() && self.fabric.windows().is_some());
+        let places = arena_of(write).filter(|_| where_it_lies);
+        let in_place = places.and_then(|(arena, offsets)| {
+            let kept = Kept::Sources(write.sources.clone());
+            Some(self.lent(self.export(arena)?, offsets, false, kept))
         });
         let coarse = write.runs.is_coarse(self.fabric.terms().stretch_bytes_min);
         match in_place {
@@ -127,7 +127,10 @@ impl Lender {
             Some((exported, offset))
         });
         match placed {
-            Some((arena, offset)) => Way::Pull(self.lent(arena, offset, true, Kept::Slot(slot))),
+            Some((arena, offset)) => {
+                let offsets = row(write, offset, write.runs.total_bytes());
+                Way::Pull(self.lent(arena, offsets, true, Kept::Slot(slot)))
+            }
             None => Way::Stream,
         }
     }
@@ -161,9 +164,10 @@ impl Lender {
             return Together::Failed(error);
         }
         let slot = Arc::new(slot);
-        let lent = places.iter().map(|at| {
+        let lent = writes.iter().zip(&places).map(|(write, at)| {
             let kept = Kept::Window(Arc::clone(&slot));
-            self.lent(exported.clone(), base + at, true, kept)
+            let offsets = row(write, base + at, stride_of(write));
+            self.lent(exported.clone(), offsets, true, kept)
         });
         Together::Pull(lent.collect())
     }
@@ -175,10 +179,10 @@ impl Lender {
         at: usize,
         connection: &Connection,
     ) -> io::Result<Lent> {
-        let bytes = write.runs.total_bytes();
-        let source = write.source.arena().map(|(arena, _)| arena);
+        let bytes = write.total_bytes();
+        let source = arena_of(write).map(|(arena, _)| arena);
         // Of the kind that the peer reads.
-        let lies_as_read = !write.source.is_on_device()
+        let lies_as_read = !write.is_on_device()
             || self.fabric.windows().is_none()
             || connection.window_bytes().is_some();
         let source = source.filter(|arena| lies_as_read && self.takes(arena));
@@ -192,7 +196,8 @@ impl Lender {
             Some((exported, offset))
         });
         let (arena, offset) = placed.ok_or(io::ErrorKind::Unsupported)?;
-        Ok(self.lent(arena, offset, true, Kept::Spoilt(page)))
+        let offsets = row(write, offset, write.runs.total_bytes());
+        Ok(self.lent(arena, offsets, true, Kept::Spoilt(page)))
     }
 
     /// Whether the fabric takes memory of this kind.
@@ -204,11 +209,11 @@ impl Lender {
         self.fabric.capability().memory.contains(&kind)
     }
 
-    fn lent(&self, arena: Exported, offset: usize, gathered: bool, kept: Kept) -> Lent {
+    fn lent(&self, arena: Exported, offsets: Offsets, gathered: bool, kept: Kept) -> Lent {
         let descriptor = Descriptor {
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
             arena: arena.number,
-            offset: offset as u64,
+            offsets,
             gathered,
         };
         Lent {
@@ -259,14 +264,38 @@ fn slot_of(
     Some(slot)
 }
 
+/// The arena that all pages of a write lie in, and where in it; none when there is no such arena.
+fn arena_of(write: &Write) -> Option<(&Arc<Arena>, Offsets)> {
+    let (arena, _) = write.sources.first()?.arena()?;
+    let offset = |source: &Arc<Page>| {
+        let (of, offset) = source.arena()?;
+        (of.id() == arena.id()).then_some(offset as u64)
+    };
+    let offsets: Option<Offsets> = write.sources.iter().map(offset).collect();
+    Some((arena, offsets?))
+}
+
+/// So many bytes apart from each other.
+fn row(write: &Write, first: usize, stride: usize) -> Offsets {
+    let count = write.sources.len();
+    (0..count)
+        .map(|index| (first + index * stride) as u64)
+        .collect()
+}
+
+/// From one piece of a write to the next, in a window.
+fn stride_of(write: &Write) -> usize {
+    write.runs.total_bytes().next_multiple_of(PIECE_ALIGN_BYTES)
+}
+
 /// Where in a window of so many bytes the first of these writes go: as many as fit, and are of a device's memory.
 fn places(writes: &[Write], window_bytes: usize) -> Vec<usize> {
     let mut end = 0_usize;
     let places = writes.iter().map_while(|write| {
-        let bytes = write.runs.total_bytes();
         let at = end.next_multiple_of(PIECE_ALIGN_BYTES);
+        let bytes = stride_of(write).checked_mul(write.sources.len())?;
         end = at.checked_add(bytes)?;
-        let fits = bytes > 0 && end <= window_bytes && write.source.is_on_device();
+        let fits = bytes > 0 && end <= window_bytes && write.is_on_device();
         fits.then_some(at)
     });
     places.collect()
@@ -279,11 +308,16 @@ fn gather_into_window(
     (window, base): (&Arc<Arena>, usize),
 ) -> io::Result<()> {
     let none = || io::Error::other("a page that is on no device");
-    let exchanges = writes.iter().zip(places).map(|(write, at)| {
-        let (arena, offset) = write.source.arena().ok_or_else(none)?;
-        let sources = write.runs.stretches().map(|(source, _)| source);
+    let pieces = writes.iter().zip(places).flat_map(|(write, at)| {
+        let places = (base + at..).step_by(stride_of(write));
+        let sources = write.sources.iter().zip(places);
+        sources.map(|(source, at)| (&write.runs, source, at))
+    });
+    let exchanges = pieces.map(|(runs, source, at)| {
+        let (arena, offset) = source.arena().ok_or_else(none)?;
+        let stretches = runs.stretches().map(|(source, _)| source);
         Ok(Exchange {
-            spans: Span::packed(base + at, offset, sources),
+            spans: Span::packed(at, offset, stretches),
             other: arena.device().ok_or_else(none)?,
         })
     });
@@ -295,7 +329,7 @@ fn gather_into_window(
 /// Copies the stretches of a write one after the other.
 fn gather(write: &Write, page: &mut Page) -> io::Result<()> {
     if page.is_on_device() {
-        let mut bytes = vec![0; write.runs.total_bytes()];
+        let mut bytes = vec![0; write.total_bytes()];
         gather_into(write, &mut bytes)?;
         return page.write(0, &bytes);
     }
@@ -303,9 +337,9 @@ fn gather(write: &Write, page: &mut Page) -> io::Result<()> {
 }
 
 fn gather_into(write: &Write, mut rest: &mut [u8]) -> io::Result<()> {
-    for (range, _) in write.runs.stretches() {
+    for (source, range) in write.stretches() {
         let (now, later) = rest.split_at_mut(range.len());
-        write.source.read(range.start, now)?;
+        source.read(range.start, now)?;
         rest = later;
     }
     Ok(())

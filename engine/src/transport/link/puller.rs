@@ -13,16 +13,20 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use smallvec::{SmallVec, smallvec};
+
 use super::LinkTuning;
 use super::connection::Connection;
 use super::pulls::{Batch, Pull, Share};
-use super::regions::{Regions, Taken};
+use super::regions::{Pages, Regions, Taken, pages_released};
 use crate::page::Page;
 use crate::transport::fabric::{
     Fabric, FabricError, FabricPeer, FabricTerms, ReadJob, RemoteArena,
 };
 use crate::transport::staging::{Slot, Staging, plain_shape};
-use crate::transport::{MemoryKind, RegionId, Runs, RunsError, TransportEvent, TransportSink};
+use crate::transport::{
+    Found, MemoryKind, RegionId, Run, Runs, RunsError, TransportEvent, TransportSink,
+};
 
 /// Arenas of one peer at most.
 const ARENAS_MAX: usize = 1024;
@@ -76,20 +80,20 @@ pub(super) struct Puller<'a> {
     flying: Option<Ready>,
 }
 
-/// A pull whose page was taken out.
+/// A pull whose pages were taken out.
 #[derive(Debug)]
 struct Landing {
     pull: Pull,
     from: RemoteArena,
-    page: Page,
+    pages: Pages,
     /// Where the bytes go first, when their targets do not suit the fabric.
     by: Option<Detour>,
-    /// From the arena to the page or the slot.
-    runs: Runs,
-    /// Where the fabric made it.
-    checksum: Option<u64>,
-    /// Where the page's device made it.
-    fold: Option<u64>,
+    /// From the arena to each of the pages, or all to where they go first.
+    runs: SmallVec<[Runs; 1]>,
+    /// Where the fabric made them, one for each of the runs.
+    checksums: Found,
+    /// Where the pages' device made them, likewise.
+    folds: Found,
 }
 
 /// Memory of the host's on the way to a page.
@@ -102,16 +106,19 @@ enum Detour {
 }
 
 impl Landing {
-    fn job(&mut self, sum: bool) -> ReadJob<'_> {
-        let page = match &mut self.by {
-            Some(Detour::Slot(slot)) => slot.page_mut(),
-            Some(Detour::Own(page)) => page,
-            None => &mut self.page,
+    /// One for each of the runs.
+    fn jobs(&mut self, sum: bool) -> impl Iterator<Item = ReadJob<'_>> {
+        let pages = match &mut self.by {
+            Some(Detour::Slot(slot)) => std::slice::from_mut(slot.page_mut()),
+            Some(Detour::Own(page)) => std::slice::from_mut(page),
+            None => &mut self.pages[..],
         };
-        ReadJob {
+        let from = self.from;
+        let jobs = self.runs.iter().zip(pages);
+        jobs.map(move |(runs, page)| ReadJob {
             sum,
-            ..ReadJob::new(self.from, &self.runs, page)
-        }
+            ..ReadJob::new(from, runs, page)
+        })
     }
 
     /// Moves what went by a detour to where it belongs.
@@ -122,12 +129,23 @@ impl Landing {
             Some(Detour::Slot(slot)) => slot.page().as_bytes(),
             Some(Detour::Own(page)) => page.as_bytes(),
         };
-        for (_, target) in self.pull.runs.stretches() {
-            let (now, later) = rest.split_at(target.len());
-            self.page.write(target.start, now)?;
-            rest = later;
+        for page in &mut self.pages {
+            for (_, target) in self.pull.runs.stretches() {
+                let (now, later) = rest.split_at(target.len());
+                page.write(target.start, now)?;
+                rest = later;
+            }
         }
         Ok(())
+    }
+}
+
+/// What was found of so many pieces: of each, or of something else.
+fn found_of_each(found: Found, count: usize) -> Found {
+    if found.len() == count {
+        found
+    } else {
+        smallvec![None; count]
     }
 }
 
@@ -268,7 +286,8 @@ impl<'a> Puller<'a> {
         let mut folds = folds.into_iter();
         let mut events = Vec::with_capacity(ready.landings.len());
         for mut landing in ready.landings {
-            landing.fold = folds.next().flatten();
+            let folds = landing.runs.iter().map(|_| folds.next().flatten());
+            landing.folds = folds.collect();
             let scattered = self.let_go(landing, read.is_ok(), &mut events);
             read = read.and(scattered);
         }
@@ -286,12 +305,14 @@ impl<'a> Puller<'a> {
         let (connection, sum) = (self.connection, self.parts.sum);
         let mut jobs: Vec<_> = landings
             .iter_mut()
-            .map(|landing| landing.job(sum))
+            .flat_map(|landing| landing.jobs(sum))
             .collect();
         self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
         let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
-        for (landing, checksum) in landings.iter_mut().zip(checksums) {
-            landing.checksum = checksum;
+        let mut checksums = checksums.into_iter();
+        for landing in landings {
+            let sums = checksums.by_ref().take(landing.runs.len());
+            landing.checksums = sums.collect();
         }
         Ok(())
     }
@@ -306,23 +327,24 @@ impl<'a> Puller<'a> {
         read &= scattered.is_ok();
         let Landing {
             pull,
-            page,
-            checksum,
-            fold,
+            pages,
+            checksums,
+            folds,
             ..
         } = landing;
-        let region = RegionId(pull.region);
-        if let Some(page) = self.regions.put_back(pull.region, page) {
-            events.push(TransportEvent::PageReleased { region, page });
+        let released = self.regions.put_back(pull.region, pages);
+        if !released.is_empty() {
+            events.extend(pages_released(released));
         } else if read {
+            let count = pull.count();
             events.push(TransportEvent::Landed {
                 peer: self.connection.id,
-                region,
+                region: RegionId(pull.region),
                 runs: pull.runs,
                 transfer: pull.transfer,
                 note: pull.note,
-                checksum,
-                fold,
+                checksums: found_of_each(checksums, count),
+                folds: found_of_each(folds, count),
             });
         }
         Ok(scattered?)
@@ -341,15 +363,16 @@ impl<'a> Puller<'a> {
         Ok(())
     }
 
-    /// Takes one page; gives the pull back when it has to wait for those before it.
+    /// Takes the pages of one pull; gives it back when it has to wait for those before it.
     fn take_one(&self, pull: Pull, ready: &mut Ready) -> Result<Option<Pull>, PullEnd> {
         let sequence = pull.descriptor.sequence;
         // Only who holds nothing may wait.
         let first = ready.landings.is_empty() && self.flying.is_none();
-        let (from, source) = self.source(&pull)?;
+        let (from, sources) = self.sources(&pull)?;
         // Between devices the fabric takes any stretches.
         let between = from.on_device;
-        let fine = !between && !source.is_coarse(self.terms.stretch_bytes_min);
+        let stretch_bytes_min = self.terms.stretch_bytes_min;
+        let fine = !between && !sources.iter().all(|runs| runs.is_coarse(stretch_bytes_min));
         let patience = if first {
             self.tuning.stall_timeout
         } else {
@@ -360,19 +383,15 @@ impl<'a> Puller<'a> {
         let abroad = host_only && self.regions.is_on_device(pull.region);
         let may_need_slot = fine || abroad || (self.terms.target_in_arena && !between);
         let mut slot = None;
-        if may_need_slot && self.parts.staging.fits(source.total_bytes()) {
-            slot = if first {
-                self.parts.staging.take(Instant::now() + patience)
-            } else {
-                self.parts.staging.try_take()
-            };
+        if may_need_slot && self.parts.staging.fits(pull.total_bytes()) {
+            slot = self.slot(first.then_some(patience));
             if slot.is_none() && !first {
                 return Ok(Some(pull));
             }
         }
         let end = pull.runs.target_end();
-        let page = match self.regions.take(pull.region, pull.key, end, patience) {
-            Taken::Page(page) => page,
+        let pages = match self.regions.take(pull.row(), pull.key, end, patience) {
+            Taken::Pages(pages) => pages,
             Taken::Stale => {
                 ready.over.push(sequence);
                 return Ok(None);
@@ -382,53 +401,85 @@ impl<'a> Puller<'a> {
             Taken::Occupied => return Ok(Some(pull)),
             Taken::OutOfRange { bytes } => return Err(PullEnd::OutOfRange { end, bytes }),
         };
-        let abroad = host_only && page.is_on_device();
-        if !fine && !abroad && page.arena().is_some() {
+        let abroad = host_only && pages.iter().any(Page::is_on_device);
+        if !fine && !abroad && pages.iter().all(|page| page.arena().is_some()) {
             slot = None;
         }
         let by = match slot {
             Some(slot) => Some(Detour::Slot(slot)),
             None if abroad => {
-                let shape = plain_shape(source.total_bytes());
+                let shape = plain_shape(pull.total_bytes());
                 Some(Detour::Own(Page::zeroed(shape)))
             }
             None => None,
         };
-        let runs = match by {
-            Some(_) => source.packed(),
-            None => source,
+        let runs = match &by {
+            None => Ok(sources),
+            Some(_) => packed(&sources).map(|all| smallvec![all]),
         };
-        ready.over.push(sequence);
+        let (runs, refused) = match runs {
+            Ok(runs) => (runs, None),
+            Err(error) => (SmallVec::new(), Some(error)),
+        };
         ready.landings.push(Landing {
             pull,
             from,
-            page,
+            pages,
             by,
             runs,
-            checksum: None,
-            fold: None,
+            checksums: Found::new(),
+            folds: Found::new(),
         });
+        if let Some(error) = refused {
+            // The pages come back with those of the others when the connection ends.
+            return Err(error.into());
+        }
+        ready.over.push(sequence);
         Ok(None)
     }
 
-    /// Where the bytes lie, with offsets within the arena.
-    fn source(&self, pull: &Pull) -> Result<(RemoteArena, Runs), PullEnd> {
+    /// Staging memory, at once or within so long.
+    fn slot(&self, patience: Option<Duration>) -> Option<Slot> {
+        match patience {
+            Some(patience) => self.parts.staging.take(Instant::now() + patience),
+            None => self.parts.staging.try_take(),
+        }
+    }
+
+    /// Where the bytes of each page lie, with offsets within the arena.
+    fn sources(&self, pull: &Pull) -> Result<(RemoteArena, SmallVec<[Runs; 1]>), PullEnd> {
         let number = pull.descriptor.arena;
         let arena = self.arenas.get(&number).copied();
         let arena = arena.ok_or(PullEnd::UnknownArena(number))?;
-        let offset = usize::try_from(pull.descriptor.offset).unwrap_or(usize::MAX);
-        let runs = if pull.descriptor.gathered {
-            pull.runs.gathered().shifted(offset)?
-        } else {
-            pull.runs.shifted(offset)?
-        };
-        let end = runs.source_end();
-        if end as u64 > arena.bytes {
-            let bytes = arena.bytes;
-            return Err(PullEnd::OutOfArena { end, bytes });
-        }
-        Ok((arena, runs))
+        let gathered = pull.descriptor.gathered.then(|| pull.runs.gathered());
+        let runs = gathered.as_ref().unwrap_or(&pull.runs);
+        let shifted = pull.descriptor.offsets.iter().map(|offset| {
+            let shifted = runs.shifted(usize::try_from(*offset).unwrap_or(usize::MAX))?;
+            let end = shifted.source_end();
+            if end as u64 > arena.bytes {
+                let bytes = arena.bytes;
+                return Err(PullEnd::OutOfArena { end, bytes });
+            }
+            Ok(shifted)
+        });
+        Ok((arena, shifted.collect::<Result<_, _>>()?))
     }
+}
+
+/// The same sources one behind the other, into a target in which all their stretches lie one after the other.
+fn packed(sources: &[Runs]) -> Result<Runs, RunsError> {
+    let mut at = 0;
+    let runs = sources.iter().flat_map(|source| {
+        let base = at;
+        at += source.total_bytes();
+        let packed = source.packed();
+        let moved = packed.as_slice().iter().map(move |run| Run {
+            target: base + run.target,
+            ..*run
+        });
+        moved.collect::<Vec<_>>()
+    });
+    Runs::new(runs)
 }
 
 fn report(events: Vec<TransportEvent>, sink: &TransportSink) {

@@ -9,11 +9,15 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::connection::WRITES_OPEN_MAX;
 use super::frame::Descriptor;
+use super::regions::Row;
 use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{Note, Runs, TransferId};
 
 /// Pulls of one batch at most: while it is read, the peer describes more.
 const PULLS_AT_ONCE_MAX: usize = WRITES_OPEN_MAX / 2;
+
+/// Pieces of one batch at most, if it has more than one pull.
+pub(in crate::transport) const PIECES_AT_ONCE_MAX: usize = 2048;
 
 /// What a batch that tapers may have, in shares of what one may have at most: no less, and no more than half of what waits. So there
 /// are few batches, and the last is short.
@@ -22,7 +26,7 @@ const SHORT_SHARE: usize = 8;
 /// How much of what waits a batch is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
-    /// If it is more than one piece.
+    /// If it is more than one pull.
     pub(super) bytes_max: usize,
     /// Whether it is shorter where little waits.
     pub(super) tapers: bool,
@@ -38,15 +42,36 @@ impl Share {
     }
 }
 
-/// One piece to read.
+/// A row of pieces to read.
 #[derive(Debug)]
 pub(super) struct Pull {
     pub(super) transfer: TransferId,
+    /// Of the first one.
     pub(super) region: u64,
     pub(super) key: u64,
     pub(super) note: Note,
     pub(super) runs: Runs,
     pub(super) descriptor: Descriptor,
+}
+
+impl Pull {
+    /// Where they go.
+    pub(super) fn row(&self) -> Row {
+        Row {
+            first: self.region,
+            count: self.count(),
+        }
+    }
+
+    /// How many pieces.
+    pub(super) fn count(&self) -> usize {
+        self.descriptor.offsets.len()
+    }
+
+    /// Of all of them.
+    pub(super) fn total_bytes(&self) -> usize {
+        self.count().saturating_mul(self.runs.total_bytes())
+    }
 }
 
 /// What the puller does next.
@@ -62,7 +87,7 @@ impl Order {
     fn bytes(&self) -> usize {
         match self {
             Self::Arena { .. } => 0,
-            Self::Pull(pull) => pull.runs.total_bytes(),
+            Self::Pull(pull) => pull.total_bytes(),
         }
     }
 }
@@ -177,7 +202,7 @@ impl Pulls {
         }
         let bytes = share.of(state.bytes);
         let mut pulls: Vec<Pull> = Vec::new();
-        let mut total = 0_usize;
+        let (mut total, mut pieces) = (0_usize, 0);
         while let Some(order) = state.take() {
             match order {
                 Order::Arena { number, key } if pulls.is_empty() => {
@@ -186,9 +211,11 @@ impl Pulls {
                 Order::Pull(pull)
                     if pulls.is_empty()
                         || pulls.len() < PULLS_AT_ONCE_MAX
-                            && total.saturating_add(pull.runs.total_bytes()) <= bytes =>
+                            && pieces + pull.count() <= PIECES_AT_ONCE_MAX
+                            && total.saturating_add(pull.total_bytes()) <= bytes =>
                 {
-                    total = total.saturating_add(pull.runs.total_bytes());
+                    total = total.saturating_add(pull.total_bytes());
+                    pieces += pull.count();
                     pulls.push(pull);
                 }
                 later => {
@@ -218,6 +245,8 @@ impl Pulls {
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
+
     use super::*;
 
     const UP_TO_100: Share = Share {
@@ -235,7 +264,7 @@ mod tests {
             descriptor: Descriptor {
                 sequence,
                 arena: 1,
-                offset: 0,
+                offsets: smallvec![0],
                 gathered: false,
             },
         }

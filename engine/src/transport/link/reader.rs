@@ -10,18 +10,20 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use smallvec::smallvec;
+
 use super::connection::{Connection, Rousing};
-use super::frame::{
-    DESCRIPTOR_BYTES, Descriptor, FrameError, HEADER_BYTES, Header, Kind, TRAILER_BYTES, Trailer,
-};
+use super::frame::{Descriptor, FrameError, HEADER_BYTES, Header, Kind, Trailer};
 use super::pulls::{Order, Pull};
-use super::regions::{Regions, Taken};
+use super::regions::{Regions, Row, Taken, pages_released};
 use super::{LinkTuning, TransportEvent, socket};
 use crate::page::Page;
 use crate::transport::checksum::{Summing, WARM_BYTES};
 use crate::transport::runs::RUN_BYTES;
 use crate::transport::vigil::Vigil;
-use crate::transport::{Note, RegionId, Runs, RunsError, TransportSink, WriteOutcome};
+use crate::transport::{
+    Found, Note, ROW_PAGES_MAX, RegionId, Runs, RunsError, TransportSink, WriteOutcome,
+};
 
 /// Most that is read, or allocated, before the bytes before it have come.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -244,11 +246,7 @@ impl<'a> Reader<'a> {
     fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.note(header)?;
         let runs = self.runs(header)?;
-        let mut descriptor = [0; DESCRIPTOR_BYTES];
-        if header.payload_bytes != descriptor.len() as u64 {
-            return Err(ReadEnd::Descriptor);
-        }
-        self.fill(&mut descriptor, Patience::Frame)?;
+        let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
         Ok(Pull {
             transfer: header.transfer,
             region: header.region,
@@ -286,14 +284,9 @@ impl<'a> Reader<'a> {
         let regions = to.regions;
         let mut note = self.note(header)?;
         let runs = self.runs(header)?;
-        if runs.total_bytes() as u64 != header.payload_bytes {
-            return Err(ReadEnd::Payload {
-                runs: runs.total_bytes(),
-                payload: header.payload_bytes,
-            });
-        }
+        let row = row_of(header, &runs)?;
         let trailer_bytes = match header.kind {
-            Kind::Summed => TRAILER_BYTES,
+            Kind::Summed => Trailer::bytes(row.count),
             _ => 0,
         };
         if !to.pulls {
@@ -302,8 +295,8 @@ impl<'a> Reader<'a> {
         }
         let patience = self.tuning.stall_timeout;
         let end = runs.target_end();
-        let mut page = match regions.take(header.region, header.key, end, patience) {
-            Taken::Page(page) => page,
+        let mut pages = match regions.take(row, header.key, end, patience) {
+            Taken::Pages(pages) => pages,
             Taken::Stale => {
                 let bytes = header.payload_bytes.saturating_add(trailer_bytes as u64);
                 return self.discard(bytes);
@@ -311,25 +304,27 @@ impl<'a> Reader<'a> {
             Taken::Occupied => return Err(ReadEnd::Occupied(patience)),
             Taken::OutOfRange { bytes } => return Err(ReadEnd::OutOfRange { end, bytes }),
         };
-        let filled = self
-            .scatter(&runs, &mut page, Summing::wanted(to.sum))
-            .and_then(|sum| self.complete(&mut note, trailer_bytes).map(|()| sum));
-        let checksum = filled.as_ref().ok().copied().flatten();
-        let released = regions.put_back(header.region, page);
-        let region = RegionId(header.region);
-        if let Some(page) = released {
-            events.push(TransportEvent::PageReleased { region, page });
+        let last = pages.len() - 1;
+        let scattered = pages.iter_mut().enumerate().map(|(index, page)| {
+            let ahead_bytes = if index == last { self.ahead_bytes } else { 0 };
+            self.scatter((&runs, ahead_bytes), page, Summing::wanted(to.sum))
+        });
+        let checksums: Result<Found, _> = scattered.collect();
+        let filled =
+            checksums.and_then(|sums| self.complete(&mut note, trailer_bytes).map(|()| sums));
+        let released = regions.put_back(header.region, pages);
+        if !released.is_empty() {
+            events.extend(pages_released(released));
             return filled.map(drop);
         }
-        filled?;
         events.push(TransportEvent::Landed {
             peer: to.connection.id,
-            region,
+            region: RegionId(header.region),
             runs,
             transfer: header.transfer,
             note,
-            checksum,
-            fold: None,
+            folds: smallvec![None; row.count],
+            checksums: filled?,
         });
         Ok(())
     }
@@ -338,7 +333,7 @@ impl<'a> Reader<'a> {
     /// the payload's checksum.
     fn scatter(
         &mut self,
-        runs: &Runs,
+        (runs, ahead_bytes): (&Runs, usize),
         page: &mut Page,
         mut summing: Summing,
     ) -> Result<Option<u64>, ReadEnd> {
@@ -347,7 +342,7 @@ impl<'a> Reader<'a> {
         }
         let bytes = page.as_bytes_mut();
         if runs.is_coarse(COARSE_BYTES) {
-            return self.scatter_coarse(runs, bytes, summing);
+            return self.scatter_coarse((runs, ahead_bytes), bytes, summing);
         }
         let mut buffer = vec![0; CHUNK_BYTES.min(runs.total_bytes())];
         let mut unread = runs.total_bytes();
@@ -371,10 +366,10 @@ impl<'a> Reader<'a> {
         Ok(summing.made())
     }
 
-    /// Each stretch by itself; with the end of the last one comes the next frame's beginning.
+    /// Each stretch by itself; with the end of the last one may come as much of what follows.
     fn scatter_coarse(
         &mut self,
-        runs: &Runs,
+        (runs, ahead_bytes): (&Runs, usize),
         page: &mut [u8],
         mut summing: Summing,
     ) -> Result<Option<u64>, ReadEnd> {
@@ -382,7 +377,7 @@ impl<'a> Reader<'a> {
         for (_, target) in runs.stretches() {
             for part in page[target].chunks_mut(WARM_BYTES) {
                 left -= part.len();
-                let beyond = if left == 0 { self.ahead_bytes } else { 0 };
+                let beyond = if left == 0 { ahead_bytes } else { 0 };
                 self.fill_and_beyond(part, beyond, Patience::Frame)?;
                 summing.update(part);
             }
@@ -415,8 +410,9 @@ impl<'a> Reader<'a> {
         if trailer_bytes == 0 {
             return Ok(());
         }
-        let mut trailer = [0; TRAILER_BYTES];
-        self.fill(&mut trailer, Patience::Frame)?;
+        let mut trailer = [0; Trailer::bytes(ROW_PAGES_MAX)];
+        let trailer = &mut trailer[..trailer_bytes];
+        self.fill(trailer, Patience::Frame)?;
         let complete = Trailer::complete(trailer, note);
         complete.then_some(()).ok_or(ReadEnd::Trailer)
     }
@@ -542,6 +538,23 @@ impl<'a> Reader<'a> {
             _ => Ok(()),
         }
     }
+}
+
+/// The regions that a write is for: as many as its payload has the runs' bytes.
+fn row_of(header: &Header, runs: &Runs) -> Result<Row, ReadEnd> {
+    let (runs, payload) = (runs.total_bytes(), header.payload_bytes);
+    let count = match payload.checked_div(runs as u64) {
+        None => 1,
+        Some(count) => usize::try_from(count).unwrap_or(usize::MAX),
+    };
+    let whole = runs
+        .checked_mul(count)
+        .is_some_and(|bytes| bytes as u64 == payload);
+    if !whole || !(1..=ROW_PAGES_MAX).contains(&count) {
+        return Err(ReadEnd::Payload { runs, payload });
+    }
+    let first = header.region;
+    Ok(Row { first, count })
 }
 
 /// Something comes soon: whoever will have to do with it may wake up already.

@@ -3,49 +3,71 @@
 //! A page is in its slot, or with the one reader thread that fills it, or gone: so a region that is given up
 //! while it is being written comes back when that reader lets go, and never before.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use smallvec::SmallVec;
 
-use super::super::{Deregistered, Region, RegionId};
+use super::super::{Deregistered, Region, RegionId, TransportEvent};
 use crate::page::Page;
-use crate::transport::numbered::NumberedMap;
 
+/// Where a region's page is.
 #[derive(Debug)]
 enum Holder {
     Slot(Page),
     Reader,
     ReaderOfClosedRegion,
+    /// With whoever gave the region up: there is no such region any more.
+    Owner,
 }
 
+/// Regions that were registered together, by their numbers, which follow each other: a request's thousands of pages are looked up, and
+/// lie in memory, as the row that they are written in.
 #[derive(Debug)]
-struct Slot {
+struct Registered {
     key: u64,
-    bytes: u64,
-    holder: Holder,
+    holders: Vec<Holder>,
+    /// Holders that are not their owner.
+    left: usize,
 }
 
-/// What a reader gets who wants to write a region.
+/// All of them, by the first one's number.
+type Registrations = BTreeMap<u64, Registered>;
+
+/// Regions whose numbers follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Row {
+    /// The first one's.
+    pub(super) first: u64,
+    pub(super) count: usize,
+}
+
+/// The pages of a row: mostly one.
+pub(super) type Pages = SmallVec<[Page; 1]>;
+
+/// What a reader gets who wants to write a row of regions.
 #[derive(Debug)]
 pub(super) enum Taken {
-    /// The page; give it back with [`Regions::put_back`].
-    Page(Page),
-    /// No such region any more, or another key: the bytes are to be thrown away.
+    /// All of their pages; give them back with [`Regions::put_back`].
+    Pages(Pages),
+    /// One of them is none any more, or has another key: the bytes are to be thrown away.
     Stale,
-    /// The runs are not within the region: the peer is broken or hostile.
+    /// The runs are not within one of them: the peer is broken or hostile.
     OutOfRange {
-        /// The region's size.
+        /// That region's size.
         bytes: u64,
     },
-    /// Another peer has been writing it all the time that we waited.
+    /// Another peer has been writing one of them all the time that we waited.
     Occupied,
 }
 
 /// All regions of a transport.
 #[derive(Debug, Default)]
 pub(super) struct Regions {
-    slots: Mutex<NumberedMap<u64, Slot>>,
+    registrations: Mutex<Registrations>,
     /// Whether any page of a device was ever registered.
     know_devices: AtomicBool,
     put_back: Condvar,
@@ -56,55 +78,50 @@ impl Regions {
         if pages.iter().any(Page::is_on_device) {
             self.know_devices.store(true, Ordering::Release);
         }
-        let (first, key) = (RegionId::fresh_row(pages.len()), fresh_key());
-        let mut slots = self.lock();
-        slots.reserve(pages.len());
-        let register = |(id, page): (u64, Page)| {
-            let bytes = page.shape().bytes() as u64;
-            let holder = Holder::Slot(page);
-            slots.insert(id, Slot { key, bytes, holder });
-            Region::numbered(id, key, bytes)
+        let (RegionId(first), key) = (RegionId::fresh_row(pages.len()), fresh_key());
+        let numbered = (first..).zip(&pages);
+        let regions = numbered.map(|(id, page)| Region::numbered(id, key, bytes_of(page)));
+        let regions = regions.collect();
+        let registered = Registered {
+            key,
+            left: pages.len(),
+            holders: pages.into_iter().map(Holder::Slot).collect(),
         };
-        (first.0..).zip(pages).map(register).collect()
+        if registered.left > 0 {
+            self.lock().insert(first, registered);
+        }
+        regions
     }
 
     pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
-        let mut slots = self.lock();
-        let Some(slot) = slots.remove(&region.0) else {
+        let mut registrations = self.lock();
+        let Some((first, registered, index)) = find(&mut registrations, region.0) else {
             return Deregistered::Unknown;
         };
-        match slot.holder {
-            Holder::Slot(page) => Deregistered::Now(page),
+        let holder = &mut registered.holders[index];
+        match std::mem::replace(holder, Holder::Owner) {
+            Holder::Slot(page) => {
+                let_one_go(&mut registrations, first);
+                Deregistered::Now(page)
+            }
             Holder::Reader => {
-                let holder = Holder::ReaderOfClosedRegion;
-                slots.insert(region.0, Slot { holder, ..slot });
+                *holder = Holder::ReaderOfClosedRegion;
                 Deregistered::Later
             }
-            Holder::ReaderOfClosedRegion => {
-                slots.insert(region.0, slot);
+            closed @ (Holder::ReaderOfClosedRegion | Holder::Owner) => {
+                *holder = closed;
                 Deregistered::Unknown
             }
         }
     }
 
-    /// Takes a page out to write it up to `end`; waits its turn for at most `patience`.
-    pub(super) fn take(&self, id: u64, key: u64, end: usize, patience: Duration) -> Taken {
-        let mut slots = self.lock();
+    /// Takes pages out to write each up to `end`; waits its turn for at most `patience`.
+    pub(super) fn take(&self, row: Row, key: u64, end: usize, patience: Duration) -> Taken {
+        let mut registrations = self.lock();
         let mut deadline = None;
         loop {
-            let Some(slot) = slots.get_mut(&id).filter(|slot| slot.key == key) else {
-                return Taken::Stale;
-            };
-            if end as u64 > slot.bytes {
-                return Taken::OutOfRange { bytes: slot.bytes };
-            }
-            match std::mem::replace(&mut slot.holder, Holder::Reader) {
-                Holder::Slot(page) => return Taken::Page(page),
-                Holder::Reader => {}
-                Holder::ReaderOfClosedRegion => {
-                    slot.holder = Holder::ReaderOfClosedRegion;
-                    return Taken::Stale;
-                }
+            if let Some(taken) = take_at_once(&mut registrations, row, key, end) {
+                return taken;
             }
             let now = Instant::now();
             let deadline = *deadline.get_or_insert(now + patience);
@@ -112,7 +129,7 @@ impl Regions {
             if left.is_zero() {
                 return Taken::Occupied;
             }
-            self.put_back.wait_for(&mut slots, left);
+            self.put_back.wait_for(&mut registrations, left);
         }
     }
 
@@ -121,25 +138,32 @@ impl Regions {
         if !self.know_devices.load(Ordering::Acquire) {
             return false;
         }
-        let slots = self.lock();
-        let holder = slots.get(&id).map(|slot| &slot.holder);
+        let mut registrations = self.lock();
+        let holder = find(&mut registrations, id).map(|(_, of, index)| &of.holders[index]);
         matches!(holder, Some(Holder::Slot(page)) if page.is_on_device())
     }
 
-    /// Ends a reader's hold. The page comes back when its region was given up meanwhile.
-    pub(super) fn put_back(&self, id: u64, page: Page) -> Option<Page> {
-        let mut slots = self.lock();
-        let released = match slots.get_mut(&id) {
-            Some(slot) if matches!(slot.holder, Holder::Reader) => {
-                slot.holder = Holder::Slot(page);
-                None
+    /// Ends a reader's hold of pages that were taken together. Those come back, with their regions' numbers, whose regions were given up
+    /// meanwhile.
+    pub(super) fn put_back(&self, first: u64, pages: Pages) -> Vec<(u64, Page)> {
+        let mut registrations = self.lock();
+        let mut released = Vec::new();
+        if let Some((start, registered, index)) = find(&mut registrations, first) {
+            let holders = registered.holders[index..].iter_mut();
+            for ((id, page), holder) in (first..).zip(pages).zip(holders) {
+                match holder {
+                    Holder::Reader => *holder = Holder::Slot(page),
+                    _ => {
+                        *holder = Holder::Owner;
+                        released.push((id, page));
+                    }
+                }
             }
-            _ => {
-                slots.remove(&id);
-                Some(page)
+            for _ in &released {
+                let_one_go(&mut registrations, start);
             }
-        };
-        drop(slots);
+        }
+        drop(registrations);
         self.put_back.notify_all();
         released
     }
@@ -147,14 +171,76 @@ impl Regions {
     /// Whether a reader has the page at this moment; for tests that wait for a write to begin.
     #[cfg(test)]
     pub(super) fn is_being_written(&self, region: RegionId) -> bool {
-        self.lock()
-            .get(&region.0)
-            .is_some_and(|slot| !matches!(slot.holder, Holder::Slot(_)))
+        let mut registrations = self.lock();
+        let holder = find(&mut registrations, region.0).map(|(_, of, index)| &of.holders[index]);
+        matches!(holder, Some(Holder::Reader | Holder::ReaderOfClosedRegion))
     }
 
-    fn lock(&self) -> MutexGuard<'_, NumberedMap<u64, Slot>> {
-        self.slots.lock()
+    fn lock(&self) -> MutexGuard<'_, Registrations> {
+        self.registrations.lock()
     }
+}
+
+fn bytes_of(page: &Page) -> u64 {
+    page.shape().bytes() as u64
+}
+
+/// The registration that a number is of, by its first one, and where in it.
+fn find(registrations: &mut Registrations, id: u64) -> Option<(u64, &mut Registered, usize)> {
+    let (first, registered) = registrations.range_mut(..=id).next_back()?;
+    let index = usize::try_from(id - first).ok()?;
+    (index < registered.holders.len()).then_some((*first, registered, index))
+}
+
+/// One more page has gone back to its owner; with the last one the registration ends.
+fn let_one_go(registrations: &mut Registrations, first: u64) {
+    if let Entry::Occupied(mut registered) = registrations.entry(first) {
+        registered.get_mut().left -= 1;
+        if registered.get().left == 0 {
+            registered.remove();
+        }
+    }
+}
+
+/// The pages of a row, or why not; nothing while one of them is being written. Then none of them is taken.
+fn take_at_once(
+    registrations: &mut Registrations,
+    row: Row,
+    key: u64,
+    end: usize,
+) -> Option<Taken> {
+    let found = find(registrations, row.first).filter(|(_, of, _)| of.key == key);
+    let holders = found.and_then(|(_, of, index)| of.holders[index..].get_mut(..row.count));
+    let Some(holders) = holders else {
+        return Some(Taken::Stale);
+    };
+    for holder in holders.iter() {
+        match holder {
+            Holder::Slot(page) if end as u64 > bytes_of(page) => {
+                let bytes = bytes_of(page);
+                return Some(Taken::OutOfRange { bytes });
+            }
+            Holder::Slot(_) => {}
+            Holder::Reader => return None,
+            Holder::ReaderOfClosedRegion | Holder::Owner => return Some(Taken::Stale),
+        }
+    }
+    let pages =
+        holders
+            .iter_mut()
+            .filter_map(|holder| match std::mem::replace(holder, Holder::Reader) {
+                Holder::Slot(page) => Some(page),
+                _ => None,
+            });
+    Some(Taken::Pages(pages.collect()))
+}
+
+/// What is told of pages that came back from [`Regions::put_back`].
+pub(super) fn pages_released(released: Vec<(u64, Page)>) -> impl Iterator<Item = TransportEvent> {
+    released.into_iter().map(|(id, page)| {
+        let region = RegionId(id);
+        TransportEvent::PageReleased { region, page }
+    })
 }
 
 /// A number that nobody can guess.

@@ -16,18 +16,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, InFlight, Outgoing, Rousing};
-use super::frame::{
-    DESCRIPTOR_BYTES, Header, Kind, PULLED_AT_ONCE_MAX, TRAILER_BYTES, Trailer, make_last,
-};
+use super::frame::{Header, Kind, PULLED_AT_ONCE_MAX, Trailer, make_last};
+use super::gather::trailer_bytes;
 use super::lender::{Lender, Lent, Together, Way};
 use super::{LinkTuning, TransportEvent, Write};
-use crate::transport::checksum::{Summing, announce, sum};
+use crate::transport::checksum::sum;
 use crate::transport::fault::{Fault, Faults};
 use crate::transport::numbered::NumberedSet;
 use crate::transport::{TransferId, TransportSink, WriteOutcome};
 
 /// Slices that one system call takes at most (`IOV_MAX` of Linux).
-const SLICES_MAX: usize = 1024;
+pub(super) const SLICES_MAX: usize = 1024;
 
 /// Writes that are described to the peer, or sent, in one go at most.
 const AT_ONCE_MAX: usize = 64;
@@ -35,10 +34,6 @@ const AT_ONCE_MAX: usize = 64;
 /// Bytes that are sent in one go at most, but for a longer write: a cancel reaches what is still queued, so what takes its
 /// time on the wire must not leave the queue early.
 const STREAM_BYTES_AT_ONCE_MAX: usize = 2 << 20;
-
-/// Bytes that are summed, and then sent in one system call, but for a longer write: what a core's second cache still holds when
-/// the kernel copies it.
-const SUMMED_BYTES_AT_ONCE_MAX: usize = 256 << 10;
 
 /// Bytes that are copied from a device at once.
 const ABROAD_BYTES: usize = 1 << 20;
@@ -259,8 +254,8 @@ impl<'a> Writer<'a> {
             let Some(write) = writes.next() else {
                 return self.stream(plain, Self::pieces, connection, sink);
             };
-            let fault = self.faults.next(write.transfer, write.runs.total_bytes());
-            if fault.is_none() && !write.source.is_on_device() {
+            let fault = self.faults.next(write.transfer, write.total_bytes());
+            if fault.is_none() && !write.is_on_device() {
                 plain.push(write);
                 continue;
             }
@@ -295,53 +290,6 @@ impl<'a> Writer<'a> {
         sent
     }
 
-    /// Pieces of pages in the host's memory, in as few system calls as they take; what is summed here leaves before it has left
-    /// the cache.
-    fn pieces(&self, writes: &[Write]) -> Result<(), WriteEnd> {
-        let mut heads = Vec::new();
-        let heads_end = writes.iter().enumerate().map(|(index, write)| {
-            let more = index + 1 < writes.len();
-            let bytes = write.runs.total_bytes();
-            head(&mut heads, (kind_of(write), more), write, bytes);
-            heads.len()
-        });
-        let ends: Vec<usize> = heads_end.collect();
-        let starts = std::iter::once(0).chain(ends.iter().copied());
-        let heads = starts.zip(&ends).map(|(start, end)| &heads[start..*end]);
-        let mut trailers = vec![[0; TRAILER_BYTES]; writes.len()];
-        let mut gathered = Gathered::default();
-        for (index, (head, trailer)) in heads.zip(&mut trailers).enumerate() {
-            if let Some(next) = writes.get(index + 1) {
-                announce_source(next);
-            }
-            gathered.add(self, head)?;
-            self.payload(&writes[index], trailer, &mut gathered)?;
-        }
-        gathered.leave(self)
-    }
-
-    /// The stretches of a page in the host's memory, and the trailer where there is one.
-    fn payload<'b>(
-        &self,
-        write: &'b Write,
-        trailer: &'b mut [u8; TRAILER_BYTES],
-        gathered: &mut Gathered<'b>,
-    ) -> Result<(), WriteEnd> {
-        let source = write.source.as_bytes();
-        let mut stretches = write.runs.stretches().map(|(range, _)| &source[range]);
-        let Some(at) = write.sum_at else {
-            return stretches.try_for_each(|stretch| gathered.add(self, stretch));
-        };
-        let mut summing = Summing::default();
-        for part in stretches.flat_map(|stretch| stretch.chunks(SUMMED_BYTES_AT_ONCE_MAX)) {
-            gathered.make_room(self, part.len())?;
-            summing.update(part);
-            gathered.add(self, part)?;
-        }
-        *trailer = Trailer::of(at, summing.finish()).encode();
-        gathered.add(self, trailer)
-    }
-
     /// Sends the frames that were put together. What they describe is booked first, as the peer may be quick.
     fn flush(&mut self, connection: &Connection) -> Result<(), WriteEnd> {
         connection.take_off(&mut self.booked);
@@ -367,7 +315,7 @@ impl<'a> Writer<'a> {
         mut lent: Lent,
         connection: &Connection,
     ) -> Result<(), WriteEnd> {
-        let (transfer, bytes) = (write.transfer, write.runs.total_bytes());
+        let (transfer, bytes) = (write.transfer, write.total_bytes());
         let fault = self.faults.next(transfer, bytes);
         if let Some((at, fault)) = fault {
             tracing::warn!(%transfer, ?fault, "transport fault of a test plan");
@@ -394,12 +342,13 @@ impl<'a> Writer<'a> {
         }
         self.last_frame = Some(self.frames.len());
         let kind = (Kind::Pull, true);
-        head(&mut self.frames, kind, &write, DESCRIPTOR_BYTES);
+        let Lent {
+            descriptor, kept, ..
+        } = lent;
+        head(&mut self.frames, kind, &write, descriptor.encoded_bytes());
         drop(write);
-        let descriptor = lent.descriptor.encode();
-        let kept = lent.kept;
         let flying = InFlight { transfer, kept };
-        self.booked.push((lent.descriptor.sequence, flying));
+        self.booked.push((descriptor.sequence, flying));
         match fault {
             Some((_, Fault::Cut)) => {
                 self.flush(connection)?;
@@ -411,13 +360,13 @@ impl<'a> Writer<'a> {
                 Err(WriteEnd::StalledByPlan)
             }
             Some((_, Fault::Flip)) | None => {
-                self.frames.extend_from_slice(&descriptor);
+                descriptor.encode_to(&mut self.frames);
                 Ok(())
             }
         }
     }
 
-    /// A piece of a page of a device, or one with a fault at some byte of it.
+    /// Pieces of pages of a device, or some with a fault at a byte of them.
     fn piece(
         &self,
         write: &Write,
@@ -429,34 +378,39 @@ impl<'a> Writer<'a> {
             &mut frame,
             (kind_of(write), false),
             write,
-            write.runs.total_bytes(),
+            write.total_bytes(),
         );
         let Some((offset, fault)) = fault else {
             self.send([&frame[..]])?;
             return self.send_from_abroad(write);
         };
         // Rare and only in tests: the payload in one piece is simplest to spoil.
-        let source = write.source.to_host().map_err(WriteEnd::Device)?;
-        let payload = write.runs.stretches().map(|(range, _)| &source[range]);
-        let payload: Vec<u8> = payload.flatten().copied().collect();
+        let mut payload = vec![0; write.total_bytes()];
+        let mut rest = &mut payload[..];
+        for (source, range) in write.stretches() {
+            let (now, later) = rest.split_at_mut(range.len());
+            source.read(range.start, now).map_err(WriteEnd::Device)?;
+            rest = later;
+        }
         let (before, after) = payload.split_at(offset);
-        let trailer = write
-            .sum_at
-            .map(|at| Trailer::of(at, sum(&payload)).encode());
         self.send([&frame[..], before])?;
         self.fault(fault, write.transfer, after, connection)?;
-        self.send(trailer.iter().map(|trailer| &trailer[..]))
+        let mut trailer = vec![0; trailer_bytes(write)];
+        if let Some(at) = write.sum_at {
+            let sums = payload.chunks(write.runs.total_bytes()).map(sum);
+            Trailer::of(at, sums.collect()).encode_to(&mut trailer);
+        }
+        self.send([&trailer[..]])
     }
 
-    /// The stretches of a page that lies on a device, through a buffer of the host's.
+    /// The stretches of pages that lie on a device, through a buffer of the host's.
     fn send_from_abroad(&self, write: &Write) -> Result<(), WriteEnd> {
         let longest = write.runs.as_slice().iter().map(|run| run.bytes).max();
         let mut buffer = vec![0; ABROAD_BYTES.min(longest.unwrap_or(0))];
-        for (range, _) in write.runs.stretches() {
+        for (source, range) in write.stretches() {
             for start in range.clone().step_by(ABROAD_BYTES) {
                 let part = &mut buffer[..ABROAD_BYTES.min(range.end - start)];
-                let read = write.source.read(start, part);
-                read.map_err(WriteEnd::Device)?;
+                source.read(start, part).map_err(WriteEnd::Device)?;
                 self.send([&part[..]])?;
             }
         }
@@ -497,7 +451,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    fn send_some(&self, mut left: &mut [IoSlice<'_>]) -> Result<(), WriteEnd> {
+    pub(super) fn send_some(&self, mut left: &mut [IoSlice<'_>]) -> Result<(), WriteEnd> {
         let mut last_byte = Instant::now();
         while !left.is_empty() {
             let mut stream = self.stream;
@@ -522,62 +476,21 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Slices that leave in the next system call.
-#[derive(Debug, Default)]
-struct Gathered<'b> {
-    slices: Vec<IoSlice<'b>>,
-    /// Bytes of them that were summed.
-    summed: usize,
-}
-
-impl<'b> Gathered<'b> {
-    fn add(&mut self, to: &Writer<'_>, slice: &'b [u8]) -> Result<(), WriteEnd> {
-        if self.slices.len() == SLICES_MAX {
-            self.leave(to)?;
-        }
-        if !slice.is_empty() {
-            self.slices.push(IoSlice::new(slice));
-        }
-        Ok(())
-    }
-
-    /// Has what was summed leave, where so many bytes more would be too many for the cache.
-    fn make_room(&mut self, to: &Writer<'_>, bytes: usize) -> Result<(), WriteEnd> {
-        if self.summed > 0 && self.summed + bytes > SUMMED_BYTES_AT_ONCE_MAX {
-            self.leave(to)?;
-        }
-        self.summed += bytes;
-        Ok(())
-    }
-
-    fn leave(&mut self, to: &Writer<'_>) -> Result<(), WriteEnd> {
-        to.send_some(&mut self.slices)?;
-        self.slices.clear();
-        self.summed = 0;
-        Ok(())
-    }
-}
-
 /// What the frame is whose payload follows in the stream.
-const fn kind_of(write: &Write) -> Kind {
+pub(super) const fn kind_of(write: &Write) -> Kind {
     match write.sum_at {
         Some(_) => Kind::Summed,
         None => Kind::Write,
     }
 }
 
-/// Has the beginning of what is summed next fetched.
-fn announce_source(write: &Write) {
-    if write.sum_at.is_some()
-        && let Some((first, _)) = write.runs.stretches().next()
-    {
-        let bytes = &write.source.as_bytes()[first];
-        announce(bytes.as_ptr(), bytes.len());
-    }
-}
-
 /// All of a write's frame but its payload, behind what is there.
-fn head(out: &mut Vec<u8>, (kind, more): (Kind, bool), write: &Write, payload_bytes: usize) {
+pub(super) fn head(
+    out: &mut Vec<u8>,
+    (kind, more): (Kind, bool),
+    write: &Write,
+    payload_bytes: usize,
+) {
     let header = Header {
         kind,
         more,

@@ -15,8 +15,8 @@ use crate::transport::link::tests::brisk;
 use crate::transport::link::{self, LinkParams, LinkTransport};
 use crate::transport::memory::into_channel;
 use crate::transport::{
-    Deregistered, Note, Reach, Region, Sides, Submission, TransferId, TransportEvent,
-    TransportSink, Write, WriteOutcome,
+    Deregistered, Note, ROW_PAGES_MAX, Reach, Region, Sides, Submission, TransferId,
+    TransportEvent, TransportSink, Write, WriteOutcome,
 };
 
 const CAPABILITY: Capability = Capability {
@@ -190,10 +190,6 @@ impl Side {
         }
     }
 
-    fn register(&self, page: Page) -> Region {
-        self.node.register(page)
-    }
-
     fn page_of(&self, region: &Region) -> Page {
         match self.node.transport.deregister(region.id) {
             Deregistered::Now(page) => page,
@@ -230,21 +226,28 @@ fn sources(count: usize) -> Vec<Arc<Page>> {
 
 /// Writes all sources to pages of the reader, as fast as the transport takes them; the regions.
 fn write_all(writer: &Side, reader: &Side, sources: &[Arc<Page>], runs: &Runs) -> Vec<Region> {
+    write_rows(writer, reader, (sources, 1), runs)
+}
+
+/// The same, so many in a row.
+fn write_rows(
+    writer: &Side,
+    reader: &Side,
+    (sources, in_row): (&[Arc<Page>], usize),
+    runs: &Runs,
+) -> Vec<Region> {
     let targets = pool(plain_shape(2 * PIECE_BYTES), sources.len());
-    let regions: Vec<_> = targets
-        .into_iter()
-        .map(|page| reader.register(page))
-        .collect();
+    let regions = reader.node.transport.register(targets).unwrap();
     let deadline = Instant::now() + PATIENCE;
     let endpoint = reader.node.transport.endpoint();
     assert!(writer.node.transport.reaches(&endpoint));
     let peer = writer.node.transport.connect(&endpoint, deadline).unwrap();
-    for (source, region) in sources.iter().zip(&regions) {
+    for (sources, regions) in sources.chunks(in_row).zip(regions.chunks(in_row)) {
         let submission = writer.node.transport.write(Write {
             peer,
             transfer: TransferId(1),
-            source: Arc::clone(source),
-            target: region.remote,
+            sources: sources.into(),
+            target: regions[0].remote,
             runs: runs.clone(),
             note: Note::new(),
             sum_at: None,
@@ -266,6 +269,13 @@ fn swapped() -> Runs {
         target_stride: 1024,
     };
     Runs::new([strided(half, 0), strided(0, PIECE_BYTES)]).unwrap()
+}
+
+/// The sum of a page's stretches in their order.
+fn swapped_fold(index: usize) -> u64 {
+    let content = content(index);
+    let (first, second) = content.split_at(PIECE_BYTES / 2);
+    fold(&[second, first].concat())
 }
 
 fn assert_swapped(page: &Page, index: usize) {
@@ -311,15 +321,9 @@ fn many_pieces_are_read_in_one_each_window_and_summed_on_the_way() {
     let regions = write_all(&writer, &reader, &sources, &swapped());
     for _ in &sources {
         match reader.node.next() {
-            TransportEvent::Landed {
-                region, fold: sum, ..
-            } => {
+            TransportEvent::Landed { region, folds, .. } => {
                 let index = regions.iter().position(|known| known.id == region).unwrap();
-                let (second, first) = (
-                    &content(index)[PIECE_BYTES / 2..],
-                    &content(index)[..PIECE_BYTES / 2],
-                );
-                assert_eq!(sum, Some(fold(&[second, first].concat())), "page {index}");
+                assert_eq!(folds[..], [Some(swapped_fold(index))], "page {index}");
             }
             other => panic!("{other:?}"),
         }
@@ -354,6 +358,36 @@ fn many_pieces_are_read_in_one_each_window_and_summed_on_the_way() {
 }
 
 #[test]
+fn rows_lie_in_windows_or_go_by_way_of_the_host_where_they_are_longer() {
+    for (in_row, in_windows) in [(2, true), (ROW_PAGES_MAX, false)] {
+        let (writer, reader) = (
+            Side::start(Some(windows()), false),
+            Side::start(Some(windows()), false),
+        );
+        let sources = sources(2 * ROW_PAGES_MAX);
+        let regions = write_rows(&writer, &reader, (&sources, in_row), &swapped());
+        for _ in sources.chunks(in_row) {
+            match reader.node.next() {
+                TransportEvent::Landed { region, folds, .. } => {
+                    let first = regions.iter().position(|known| known.id == region);
+                    let rows = (first.unwrap()..).take(in_row);
+                    let sums = rows.map(|index| in_windows.then(|| swapped_fold(index)));
+                    assert!(folds.iter().copied().eq(sums), "{folds:?}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        for (index, region) in regions.iter().enumerate() {
+            assert_swapped(&reader.page_of(region), index);
+        }
+        // The first is that of the peer's windows when it was opened.
+        let reads = reader.reads.lock().unwrap().clone();
+        assert_eq!(reads.len() > 1, in_windows, "{reads:?}");
+        assert_eq!(writer.free(), (WINDOWS, WINDOWS));
+    }
+}
+
+#[test]
 fn who_has_no_windows_gets_what_the_host_can_carry() {
     let cases = [(None, false), (Some(windows()), true)];
     for (windows_there, host_only) in cases {
@@ -364,7 +398,7 @@ fn who_has_no_windows_gets_what_the_host_can_carry() {
         for _ in &sources {
             let landed = reader.node.next();
             assert!(
-                matches!(landed, TransportEvent::Landed { fold: None, .. }),
+                matches!(&landed, TransportEvent::Landed { folds, .. } if folds[..] == [None]),
                 "{landed:?}"
             );
         }

@@ -5,6 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, LazyLock, Mutex, Weak};
 
+use smallvec::smallvec;
+
 use super::*;
 use crate::page::arena::Arena;
 use crate::transport::fabric::{ArenaKey, FabricPeer, FabricTerms, ReadJob, RemoteArena};
@@ -209,7 +211,7 @@ impl Scene {
         let write = Write {
             peer: self.to_reader,
             transfer: TransferId(1),
-            source: Arc::clone(source),
+            sources: smallvec![Arc::clone(source)],
             target: region.remote,
             runs,
             note: Note::new(),
@@ -447,20 +449,22 @@ fn pull_frame(region: &RemoteRegion, bytes: usize, offset: u64) -> Vec<u8> {
     let descriptor = frame::Descriptor {
         sequence: 1,
         arena: 5,
-        offset,
+        offsets: smallvec![offset],
         gathered: false,
     };
+    let mut payload = Vec::new();
+    descriptor.encode_to(&mut payload);
     let header = Header {
         kind: Kind::Pull,
         more: false,
         note_bytes: 0,
-        payload_bytes: frame::DESCRIPTOR_BYTES as u64,
+        payload_bytes: payload.len() as u64,
         transfer: TransferId(1),
         region: id,
         key,
         extra_bytes: runs.len() as u64,
     };
-    [&header.encode()[..], &runs, &descriptor.encode()].concat()
+    [&header.encode()[..], &runs, &payload].concat()
 }
 
 #[test]
@@ -479,8 +483,8 @@ fn a_lying_peer_makes_nobody_read_beyond_what_was_exported() {
     let known = arena_frame(5, &key);
     let after = |frame: Vec<u8>| [&known[..], &frame].concat();
     let mut odd = pull_frame(target, 4000, 0);
-    let last_word = odd.len() - 8;
-    odd[last_word] = 7;
+    let gathered = odd.len() - 16;
+    odd[gathered] = 7;
     let cases = [
         (
             pull_frame(target, 4000, 0),

@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use proptest::prelude::*;
+use smallvec::smallvec;
 
 use super::{brisk, greeted, node, params};
 use crate::page::Page;
@@ -62,10 +63,12 @@ fn write_frame(region: &RemoteRegion, note: &[u8], runs: &Runs, payload: &[u8]) 
     let mut sent = note.to_vec();
     let trailer = note.first_chunk().map(|whole| {
         sent[..whole.len()].fill(0);
-        Trailer::of(0, u64::from_le_bytes(*whole)).encode()
+        let mut trailer = vec![0; Trailer::bytes(1)];
+        Trailer::of(0, smallvec![u64::from_le_bytes(*whole)]).encode_to(&mut trailer);
+        trailer
     });
     let header = Header {
-        kind: trailer.map_or(Kind::Write, |_| Kind::Summed),
+        kind: trailer.as_ref().map_or(Kind::Write, |_| Kind::Summed),
         more: payload.len().is_multiple_of(2),
         note_bytes: u16::try_from(note.len()).unwrap(),
         payload_bytes: payload.len() as u64,
@@ -122,9 +125,9 @@ proptest! {
         for (piece, text) in expected {
             match (node.next(), piece) {
                 (TransportEvent::Message { message, .. }, None) => prop_assert_eq!(message, text),
-                (TransportEvent::Landed { region, runs, note, checksum, .. }, Some((id, payload))) => {
+                (TransportEvent::Landed { region, runs, note, checksums, .. }, Some((id, payload))) => {
                     prop_assert_eq!((region, note.into_vec()), (id, text));
-                    prop_assert_eq!(checksum, Some(sum(&payload)));
+                    prop_assert_eq!(&checksums[..], &[Some(sum(&payload))]);
                     let page = match node.transport.deregister(id) {
                         crate::transport::Deregistered::Now(page) => page,
                         other => panic!("{other:?}"),
@@ -140,17 +143,17 @@ proptest! {
     }
 }
 
-/// A write of a page in three stretches, to a region of that size, whose sum belongs behind the first byte of its note.
-fn to_be_summed(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
-    let each = source.as_bytes().len() / 4;
+/// A write of pages in three stretches each, to regions of that size, whose sums belong behind the first byte of its note.
+fn to_be_summed(peer: PeerId, sources: &[Arc<Page>], first: &RemoteRegion) -> Write {
+    let each = sources[0].as_bytes().len() / 4;
     let runs = [Run::once(3, 0, each), Run::once(2 * each, each, 2 * each)];
     Write {
         peer,
         transfer: TransferId(7),
-        source: Arc::clone(source),
-        target: *target,
+        sources: sources.into(),
+        target: *first,
         runs: Runs::new(runs).unwrap(),
-        note: Note::from_elem(9, 10),
+        note: Note::from_elem(9, 2 + 8 * sources.len()),
         sum_at: Some(1),
     }
 }
@@ -164,20 +167,28 @@ fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
         .transport
         .connect(&reader.transport.endpoint(), deadline)
         .unwrap();
-    // Shorter and longer than what leaves at once, one after the other.
-    for (seed, length) in (1..).zip([4_000, 300_000, 70_000, 70_000, 4_000_000, 40_000]) {
-        let source = Arc::new(page(length / 4, seed));
-        let region = reader.register(page(length / 4, 0));
-        let write = to_be_summed(peer, &source, &region.remote);
-        let expected = sum_of(
-            source.as_bytes(),
-            write.runs.stretches().map(|(from, _)| from),
-        );
+    // Shorter and longer than what leaves at once, one after the other, and several together.
+    let lengths = [4_000, 300_000, 70_000, 70_000, 4_000_000, 40_000, 100_000];
+    for (seed, (length, count)) in (1..).zip(lengths.into_iter().zip([1, 1, 16, 1, 1, 3, 5])) {
+        let source = |index: usize| Arc::new(page(length / 4, seed + 10 * index));
+        let sources: Vec<_> = (0..count).map(source).collect();
+        let targets = (0..count).map(|_| page(length / 4, 0)).collect();
+        let regions = reader.transport.register(targets).unwrap();
+        let write = to_be_summed(peer, &sources, &regions[0].remote);
+        let sum_of = |source: &Arc<Page>| {
+            let stretches = write.runs.stretches().map(|(from, _)| from);
+            sum_of(source.as_bytes(), stretches)
+        };
+        let expected: Vec<u64> = sources.iter().map(sum_of).collect();
         assert_eq!(writer.transport.write(write), Submission::Accepted);
         match reader.next() {
-            TransportEvent::Landed { note, checksum, .. } => {
-                assert_eq!(note[..], [&[9], &expected.to_le_bytes()[..], &[9]].concat());
-                assert_eq!(checksum, Some(expected));
+            TransportEvent::Landed {
+                note, checksums, ..
+            } => {
+                let sums = expected.iter().flat_map(|sum| sum.to_le_bytes());
+                assert!(note[1..note.len() - 1].iter().copied().eq(sums));
+                assert_eq!((note[0], note[note.len() - 1]), (9, 9));
+                assert!(checksums.iter().copied().eq(expected.into_iter().map(Some)));
             }
             other => panic!("{other:?}"),
         }
@@ -205,7 +216,7 @@ fn who_does_not_sum_refuses_to() {
             .remote;
         let deadline = Instant::now() + PATIENCE;
         let peer = transport.connect(&transport.endpoint(), deadline).unwrap();
-        to_be_summed(peer, &source, &target)
+        to_be_summed(peer, std::slice::from_ref(&source), &target)
     };
     for transport in others {
         assert!(!transport.sums_writes());
