@@ -1,7 +1,7 @@
 //! What the two transceivers say to each other, over any transport's messages and notes.
 //!
 //! Generation to context: hello, request, acknowledge, release, cancel. Context to generation: refuse, extended, done, abort. Messages
-//! are JSON, bounded by the transport; a piece's note is 33 fixed bytes, as it comes with every piece.
+//! are JSON, bounded by the transport; the note of a row of pieces is 25 bytes and 8 a piece, as it comes with every row.
 
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
