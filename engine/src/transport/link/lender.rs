@@ -186,7 +186,7 @@ impl Lender {
             || self.fabric.windows().is_none()
             || connection.window_bytes().is_some();
         let source = source.filter(|arena| lies_as_read && self.takes(arena));
-        let mut page = blank(source, bytes)?;
+        let mut page = self.blank(source, bytes)?;
         gather(write, &mut page)?;
         let mut spoilt = [0];
         page.read(at, &mut spoilt)?;
@@ -198,6 +198,17 @@ impl Lender {
         let (arena, offset) = placed.ok_or(io::ErrorKind::Unsupported)?;
         let offsets = row(write, offset, write.runs.total_bytes());
         Ok(self.lent(arena, offsets, true, Kept::Spoilt(page)))
+    }
+
+    /// A page for so many bytes in an arena of its own, of the same kind of memory as this one, or of what the fabric reads best:
+    /// another transport's library may be where this process has its memory from.
+    fn blank(&self, like: Option<&Arc<Arena>>, bytes: usize) -> io::Result<Page> {
+        let shape = plain_shape(bytes);
+        let mut pages = match like.and_then(|arena| arena.device()) {
+            Some(device) => Page::pool_on(device.another(Page::arena_bytes(shape, 1)?)?, shape, 1)?,
+            None => Page::pool_of(self.fabric.allocator(), shape, 1)?,
+        };
+        pages.pop().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
     }
 
     /// Whether the fabric takes memory of this kind.
@@ -343,14 +354,4 @@ fn gather_into(write: &Write, mut rest: &mut [u8]) -> io::Result<()> {
         rest = later;
     }
     Ok(())
-}
-
-/// A page for so many bytes in an arena of its own, of the same kind of memory as this one.
-fn blank(like: Option<&Arc<Arena>>, bytes: usize) -> io::Result<Page> {
-    let shape = plain_shape(bytes);
-    let mut pages = match like.and_then(|arena| arena.device()) {
-        Some(device) => Page::pool_on(device.another(Page::arena_bytes(shape, 1)?)?, shape, 1)?,
-        None => Page::pool(shape, 1)?,
-    };
-    pages.pop().ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
