@@ -277,11 +277,8 @@ impl Trailer {
 /// Where the sources of a row begin in an arena, in bytes.
 pub(super) type Offsets = SmallVec<[u64; 1]>;
 
-/// Bytes of an encoded descriptor of one source.
-const DESCRIPTOR_BYTES: usize = 32;
-
-/// Of the longest one.
-const DESCRIPTOR_BYTES_MAX: usize = DESCRIPTOR_BYTES + 8 * (ROW_PAGES_MAX - 1);
+/// Bytes of the longest encoded descriptor.
+pub(super) const DESCRIPTOR_BYTES_MAX: usize = Descriptor::bytes(ROW_PAGES_MAX);
 
 /// Where the receiver of a [`Kind::Pull`] finds the bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -297,9 +294,14 @@ pub(super) struct Descriptor {
 }
 
 impl Descriptor {
-    /// Bytes of an encoded one.
+    /// Bytes of an encoded one of so many sources.
+    pub(super) const fn bytes(sources: usize) -> usize {
+        8 * (3 + sources)
+    }
+
+    /// Bytes of this one, encoded.
     pub(super) fn encoded_bytes(&self) -> usize {
-        8 * (3 + self.offsets.len())
+        Self::bytes(self.offsets.len())
     }
 
     /// Behind what is there.

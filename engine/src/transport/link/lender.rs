@@ -347,7 +347,8 @@ fn gather(write: &Write, page: &mut Page) -> io::Result<()> {
     gather_into(write, page.as_bytes_mut())
 }
 
-fn gather_into(write: &Write, mut rest: &mut [u8]) -> io::Result<()> {
+/// The same, into memory of the host's that is as long at least.
+pub(super) fn gather_into(write: &Write, mut rest: &mut [u8]) -> io::Result<()> {
     for (source, range) in write.stretches() {
         let (now, later) = rest.split_at_mut(range.len());
         source.read(range.start, now)?;

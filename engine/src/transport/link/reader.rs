@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use smallvec::smallvec;
 
 use super::connection::{Connection, Rousing};
-use super::frame::{Descriptor, FrameError, HEADER_BYTES, Header, Kind, Trailer};
+use super::frame::{
+    DESCRIPTOR_BYTES_MAX, Descriptor, FrameError, HEADER_BYTES, Header, Kind, Trailer,
+};
 use super::pulls::{Order, Pull};
 use super::regions::{Regions, Row, Taken, pages_released};
 use super::{LinkTuning, TransportEvent, socket};
@@ -246,14 +248,17 @@ impl<'a> Reader<'a> {
     fn pull(&mut self, header: &Header) -> Result<Pull, ReadEnd> {
         let note = self.note(header)?;
         let runs = self.runs(header)?;
-        let descriptor = self.payload(header.payload_bytes, Patience::Frame)?;
+        let mut descriptor = [0; DESCRIPTOR_BYTES_MAX];
+        let length = usize::try_from(header.payload_bytes).unwrap_or(usize::MAX);
+        let descriptor = descriptor.get_mut(..length).ok_or(ReadEnd::Descriptor)?;
+        self.fill(descriptor, Patience::Frame)?;
         Ok(Pull {
             transfer: header.transfer,
             region: header.region,
             key: header.key,
             note,
             runs,
-            descriptor: Descriptor::decode(&descriptor).ok_or(ReadEnd::Descriptor)?,
+            descriptor: Descriptor::decode(descriptor).ok_or(ReadEnd::Descriptor)?,
         })
     }
 

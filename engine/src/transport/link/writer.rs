@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use super::connection::{Connection, InFlight, Outgoing, Rousing};
 use super::frame::{Header, Kind, PULLED_AT_ONCE_MAX, Trailer, make_last};
 use super::gather::trailer_bytes;
-use super::lender::{Lender, Lent, Together, Way};
+use super::lender::{Lender, Lent, Together, Way, gather_into};
 use super::{LinkTuning, TransportEvent, Write};
 use crate::transport::checksum::sum;
 use crate::transport::fault::{Fault, Faults};
@@ -386,12 +386,7 @@ impl<'a> Writer<'a> {
         };
         // Rare and only in tests: the payload in one piece is simplest to spoil.
         let mut payload = vec![0; write.total_bytes()];
-        let mut rest = &mut payload[..];
-        for (source, range) in write.stretches() {
-            let (now, later) = rest.split_at_mut(range.len());
-            source.read(range.start, now).map_err(WriteEnd::Device)?;
-            rest = later;
-        }
+        gather_into(write, &mut payload).map_err(WriteEnd::Device)?;
         let (before, after) = payload.split_at(offset);
         self.send([&frame[..], before])?;
         self.fault(fault, write.transfer, after, connection)?;
