@@ -12,6 +12,10 @@ use std::ops::Range;
 use crate::model::shard::{Grid, KvPart, kv_obstacle};
 use crate::page::PageShape;
 use crate::transport::runs::{RUNS_MAX, Run, Runs};
+use pieces::PieceRow;
+pub(super) use pieces::{Piece, Pieces};
+
+mod pieces;
 
 /// Most of anything in a layout; far above any model, and no more than there may be runs in a piece.
 const SIZE_MAX: usize = RUNS_MAX;
@@ -120,29 +124,18 @@ fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
     a.start.max(b.start)..a.end.min(b.end)
 }
 
-/// What goes from one page of a sender to one page of a receiver.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Piece {
-    /// Index of the sender's page, counted from token 0.
-    pub(super) sender_page: usize,
-    /// Index of the receiver's page, counted from token 0.
-    pub(super) receiver_page: usize,
-    /// Which bytes.
-    pub(super) runs: Runs,
-}
-
 /// All pieces that take `tokens` from a rank of the sender to a rank of the receiver, in the order of the tokens.
 pub(super) fn pieces(
     sender: (&Side, usize),
     receiver: (&Side, usize),
     tokens: Range<usize>,
-) -> Vec<Piece> {
+) -> Pieces {
     let pair = Pair::new(sender, receiver);
     let (from, to) = (
         sender.0.whole.tokens_per_block,
         receiver.0.whole.tokens_per_block,
     );
-    let mut pieces: Vec<Piece> = Vec::new();
+    let mut pieces = Pieces::default();
     // Pieces repeat: the runs of the last one of each kind serve the next.
     let mut known: Vec<(Span, Runs)> = Vec::new();
     let mut token = tokens.start;
@@ -165,12 +158,18 @@ pub(super) fn pieces(
                 runs
             }
         };
-        pieces.push(Piece {
+        // Whole pages of one size are all alike.
+        let count = match span.tokens == from && from == to {
+            true => (tokens.end - token) / from,
+            false => 1,
+        };
+        pieces.push(PieceRow {
             sender_page,
             receiver_page,
+            count,
             runs,
         });
-        token = end;
+        token = end + (count - 1) * from;
     }
     pieces
 }

@@ -16,7 +16,7 @@ use crate::page::Page;
 use crate::transceiver::checksum::{Algorithm, Checksum};
 use crate::transceiver::message::Taker;
 use crate::transceiver::regions::RemoteRegions;
-use crate::transceiver::reshard::Piece;
+use crate::transceiver::reshard::{Piece, Pieces};
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
 use crate::transport::{PeerId, ROW_PAGES_MAX, RemoteRegion, Runs, Sources, TransferId};
@@ -36,7 +36,7 @@ pub(super) struct Lease {
     pub(super) deadline: Instant,
     pub(super) timer: TimerKey,
     /// What is held of each page, as this rank would send it to its like.
-    pub(super) held: Vec<Runs>,
+    pub(super) held: Pieces,
     /// Of what is held of the first pages, as far as they are summed.
     pub(super) checksums: Vec<Checksum>,
     pub(super) unsummed: Unsummed,
@@ -74,7 +74,7 @@ pub(super) struct Serving {
     pub(super) transfer: TransferId,
     /// The receiver's rank.
     pub(super) rank: usize,
-    pub(super) pieces: Vec<Piece>,
+    pub(super) pieces: Pieces,
     pub(super) regions: RemoteRegions,
     /// The receiver's page that the first region is.
     pub(super) first_page: usize,
@@ -187,7 +187,7 @@ fn together(runs: &Runs) -> usize {
 
 impl Serving {
     /// Where a piece goes. There is such a place: as many regions were asked for as the receiver needs pages.
-    pub(super) fn target(&self, piece: &Piece) -> Option<RemoteRegion> {
+    pub(super) fn target(&self, piece: Piece<'_>) -> Option<RemoteRegion> {
         self.regions
             .get(piece.receiver_page.checked_sub(self.first_page)?)
     }
@@ -264,11 +264,12 @@ impl Lease {
     }
 
     /// For each of some pieces, where its checksum is or will be.
-    pub(super) fn sums(&self, pieces: &[Piece]) -> Vec<Sum> {
+    pub(super) fn sums(&self, pieces: &Pieces) -> Vec<Sum> {
         let mut own = 0..;
         let sums = pieces.iter().map(|piece| {
             let page = piece.sender_page;
-            if same_source(&self.held[page], &piece.runs) {
+            let held = self.held.get(page);
+            if held.is_some_and(|held| same_source(held.runs, piece.runs)) {
                 return Sum::Page(page);
             }
             Sum::Own(own.next().unwrap_or(usize::MAX))
@@ -292,7 +293,7 @@ impl Lease {
             ..
         } = self;
         let new = pages.iter().zip(held.iter()).skip(unsummed.seen);
-        let new = new.map(|(page, held)| (Arc::clone(page), held.clone()));
+        let new = new.map(|(page, held)| (Arc::clone(page), held.runs.clone()));
         unsummed.parts.extend(new);
         unsummed.seen = pages.len();
         for serving in servings {
@@ -322,15 +323,11 @@ impl Lease {
             return Ok(None);
         };
         let mut row = Row::of(&part);
-        let runs = &serving.pieces[first].runs;
-        let end = serving
-            .pieces
-            .len()
-            .min(first + together(runs).min(pieces_max));
-        for index in first + 1..end {
-            if serving.pieces[index].runs != *runs {
-                break;
-            }
+        let Some((piece, alike)) = serving.pieces.alike(first) else {
+            return Ok(Some(row));
+        };
+        let count = alike.min(together(piece.runs)).min(pieces_max);
+        for index in first + 1..first + count {
             match self.part(serving, index, by_transport)? {
                 Some(part) if row.take(&part) => {}
                 Some(_) | None => break,
@@ -346,7 +343,7 @@ impl Lease {
         index: usize,
         by_transport: bool,
     ) -> Result<Option<Part<'_>>, NoTarget> {
-        let piece = &serving.pieces[index];
+        let piece = serving.pieces.get(index).ok_or(NoTarget)?;
         let Some(source) = self.pages.get(piece.sender_page) else {
             return Ok(None);
         };

@@ -44,7 +44,6 @@ impl Desk {
         let given_up = Arc::new(AtomicBool::new(false));
         let own = (&self.terms.layout.side, self.terms.rank);
         let held = reshard::pieces(own, own, 0..offer.token_count);
-        let held: Vec<_> = held.into_iter().map(|piece| piece.runs).collect();
         let lease = Lease {
             token_count: offer.token_count,
             nonce,

@@ -88,21 +88,23 @@ impl Desk {
             return (Turn::Finished, nothing);
         };
         if serving.next == serving.pieces.len() {
-            let bytes = serving.pieces.iter().map(|p| p.runs.total_bytes() as u64);
             let done = Message::Done {
                 transfer,
-                bytes: bytes.sum(),
+                bytes: serving.pieces.total_bytes(),
                 pieces: serving.pieces.len() as u64,
             };
             self.tell_in_passing(peer, &done);
             return (Turn::Finished, nothing);
         }
         let (writes, turn) = self.next_writes(id, lease, serving);
-        let mut rows: Rows = writes.iter().map(|write| write.sources.len()).collect();
+        let sizes = writes
+            .iter()
+            .map(|write| (write.sources.len(), write.total_bytes() as u64));
+        let sizes: SmallVec<[_; 4]> = sizes.collect();
         let (accepted, submission) = self.around.wires.write_all(peer, writes);
-        rows.truncate(accepted);
-        let sent = &serving.pieces[serving.next..][..rows.iter().sum()];
-        let bytes = sent.iter().map(|p| p.runs.total_bytes() as u64).sum();
+        let taken = &sizes[..accepted];
+        let rows = taken.iter().map(|(pieces, _)| *pieces).collect();
+        let bytes = taken.iter().map(|(_, bytes)| bytes).sum();
         let turn = match submission {
             Submission::Accepted => turn,
             // Gone: the loss of the peer is on its way and opens the lease again.
@@ -117,7 +119,9 @@ impl Desk {
         let sums_writes = self.around.wires.sums_writes(serving.peer);
         let (mut writes, mut bytes) = (Vec::new(), 0);
         let mut next = serving.next;
-        while next < serving.pieces.len() && bytes < TURN_BYTES {
+        while let Some(piece) = serving.pieces.get(next)
+            && bytes < TURN_BYTES
+        {
             let in_flight = serving.in_flight.pieces() + next - serving.next;
             let room = self.terms.window.saturating_sub(in_flight);
             if room == 0 {
@@ -141,7 +145,7 @@ impl Desk {
                 transfer: serving.transfer,
                 sources: row.sources,
                 target: row.target,
-                runs: serving.pieces[next].runs.clone(),
+                runs: piece.runs.clone(),
                 note: note.encode(),
                 sum_at: row.summed_on_the_way.then_some(RowNote::SUMS_AT),
             };

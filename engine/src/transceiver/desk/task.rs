@@ -175,12 +175,12 @@ impl FetchTask {
         for source in &mut self.sources {
             let tokens = self.first_token..self.token_count;
             let owed = reshard::pieces((&self.there, source.rank), (own, rank), tokens);
-            let expected = owed.into_iter().map(|piece| {
+            let expected = owed.iter().map(|piece| {
                 let page = piece.receiver_page - first_page;
                 self.pages[page].pieces += 1;
                 Expected {
                     page,
-                    runs: piece.runs,
+                    runs: piece.runs.clone(),
                     landed: false,
                 }
             });
