@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use baton_configs::transceiver::TransceiverConfig;
 use baton_engine::handoff::{
-    Fetch, Handoff, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
+    BlockPages, Fetch, Handoff, HandoffEvent, HandoffSink, HandoffTicket, KvLayout, Offer,
 };
 use baton_engine::page::{KvDtype, Page, PageShape};
 use baton_engine::request::RequestId;
@@ -60,9 +60,9 @@ fn hand_off(
     context: &mut Node,
     generation: &mut Node,
     source: &[Arc<Page>],
-    target: Vec<(u32, Page)>,
+    target: BlockPages,
     id: u64,
-) -> (Vec<(u32, Page)>, Duration) {
+) -> (BlockPages, Duration) {
     let offer = Offer {
         ctx_request_id: id,
         token_count: TOKENS,
@@ -112,7 +112,7 @@ fn handoff(criterion: &mut Criterion) {
         .collect();
     let blank = (0..).zip((0..PAGES).map(|_| Page::zeroed(SHAPE))).collect();
     let (pages, _) = hand_off(&mut context, &mut generation, &source, blank, 0);
-    for (source, (_, page)) in source.iter().zip(&pages) {
+    for (source, page) in source.iter().zip(&pages.pages) {
         assert_eq!(source.as_bytes(), page.as_bytes());
     }
     let mut target = Some(pages);

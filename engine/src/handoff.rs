@@ -124,7 +124,7 @@ pub enum HandoffEvent {
     /// Pages that may be used again. After a failed fetch they may come late, when the transport is sure.
     PagesReturned {
         /// The pages with the blocks they belong to.
-        pages: Vec<(BlockId, Page)>,
+        pages: BlockPages,
     },
     /// Something that the ranks of this instance have to do together.
     Ranks(RanksEvent),
@@ -246,7 +246,56 @@ pub struct Fetch {
     /// The KV of tokens before this one is here already; a multiple of the block size.
     pub first_token: usize,
     /// Pages to write, in order from the first token's on, with the blocks they belong to.
-    pub pages: Vec<(BlockId, Page)>,
+    pub pages: BlockPages,
+}
+
+/// Pages, each with the block that it belongs to. Thousands come and go with a request, and whoever takes care of the one has no
+/// use for the other: so they are two lists, of equal length.
+#[derive(Debug, Default)]
+pub struct BlockPages {
+    /// For each page, its block.
+    pub blocks: Vec<BlockId>,
+    /// The pages.
+    pub pages: Vec<Page>,
+}
+
+impl BlockPages {
+    /// How many there are.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+}
+
+impl FromIterator<(BlockId, Page)> for BlockPages {
+    fn from_iter<I: IntoIterator<Item = (BlockId, Page)>>(pages: I) -> Self {
+        let (blocks, pages) = pages.into_iter().unzip();
+        Self { blocks, pages }
+    }
+}
+
+impl IntoIterator for BlockPages {
+    type Item = (BlockId, Page);
+    type IntoIter = std::iter::Zip<std::vec::IntoIter<BlockId>, std::vec::IntoIter<Page>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.blocks.into_iter().zip(self.pages)
+    }
+}
+
+impl Extend<(BlockId, Page)> for BlockPages {
+    fn extend<I: IntoIterator<Item = (BlockId, Page)>>(&mut self, pages: I) {
+        for (block, page) in pages {
+            self.blocks.push(block);
+            self.pages.push(page);
+        }
+    }
 }
 
 /// The engine thread's view of the transceiver. No call waits on the network; results come as [`HandoffEvent`]s

@@ -127,9 +127,9 @@ impl PeerId {
 }
 
 impl RegionId {
-    /// The first of so many in a row that nobody had before.
+    /// The first of so many in a row that nobody had before; of none, one that nobody has.
     pub(crate) fn fresh_row(count: usize) -> Self {
-        Self(NEXT_ID.fetch_add(count as u64, Ordering::Relaxed))
+        Self(NEXT_ID.fetch_add(count.max(1) as u64, Ordering::Relaxed))
     }
 }
 
@@ -174,6 +174,50 @@ impl Region {
             remote: RemoteRegion { bytes, id, key },
         }
     }
+}
+
+/// Regions that were registered together: of one size, with one key, and numbers in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Registration {
+    /// The first one's. Of none at all, its number is nobody's.
+    pub first: RemoteRegion,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl Registration {
+    /// Each of them, in order.
+    pub fn regions(self) -> impl Iterator<Item = Region> {
+        let RemoteRegion { bytes, id, key } = self.first;
+        (id..)
+            .take(self.count)
+            .map(move |id| Region::numbered(id, key, bytes))
+    }
+
+    /// The first one's number.
+    #[must_use]
+    pub const fn first(&self) -> RegionId {
+        self.id(0)
+    }
+
+    /// The number of the one with this index.
+    #[must_use]
+    pub const fn id(&self, index: usize) -> RegionId {
+        RegionId(self.first.id + index as u64)
+    }
+}
+
+/// Whether pages may be registered together.
+pub(crate) fn are_alike(pages: &[Page]) -> bool {
+    let Some(first) = pages.first() else {
+        return true;
+    };
+    let (shape, bytes, on_device) = (first.shape(), first.shape().bytes(), first.is_on_device());
+    pages.iter().all(|page| {
+        // Mostly they are of one shape, which is quicker to see.
+        let same = page.shape() == shape || page.shape().bytes() == bytes;
+        same && page.is_on_device() == on_device
+    })
 }
 
 /// Pages that could not be registered, given back.
@@ -431,14 +475,23 @@ pub trait Transport: Debug + Send + Sync {
     /// Ends a connection now, whatever is under way. `PeerLost` follows.
     fn disconnect(&self, peer: PeerId);
 
-    /// Takes pages in, to be written by the peers that learn their key. Their regions come in the same order.
+    /// Takes pages in, to be written by the peers that learn their key. They are of one size and one kind of memory. Their regions
+    /// come in the same order.
     ///
     /// # Errors
-    /// With all of the pages, when one of them cannot be registered.
-    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused>;
+    /// With all of the pages, when they cannot be registered.
+    fn register(&self, pages: Vec<Page>) -> Result<Registration, RegisterRefused>;
 
     /// Gives a region up.
     fn deregister(&self, region: RegionId) -> Deregistered;
+
+    /// Has nobody write these regions any more, from the first one on, as if they were given up; their pages stay with the transport. False,
+    /// and nothing has changed, when one of them is being written at this moment, or is none.
+    fn seal(&self, first: RegionId, count: usize) -> bool;
+
+    /// Gives all regions up that were registered together, of which this is the first one. Their pages in order; nothing, and nothing
+    /// has changed, when one of them was given up before, or a write of it may be under way.
+    fn reclaim(&self, first: RegionId) -> Option<Vec<Page>>;
 
     /// Submits a row of pieces.
     fn write(&self, write: Write) -> Submission;

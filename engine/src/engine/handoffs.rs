@@ -7,8 +7,8 @@ use tokio::sync::oneshot;
 
 use crate::backend::{BackendError, BlockId};
 use crate::handoff::{
-    Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer, RankOrder,
-    RanksEvent,
+    BlockPages, Fetch, HandoffError, HandoffEvent, HandoffStats, HandoffTicket, LeaseEnd, Offer,
+    RankOrder, RanksEvent,
 };
 use crate::page::Page;
 use crate::request::{FinishReason, RequestFailure, RequestId, TokenLogprobs};
@@ -257,14 +257,15 @@ impl Core {
         }
     }
 
-    fn pages_returned(&mut self, mut pages: Vec<(BlockId, Page)>) {
-        pages.retain(|&(block, _)| {
+    fn pages_returned(&mut self, pages: BlockPages) {
+        let lent = pages.into_iter().filter(|&(block, _)| {
             let lent = self.scheduler.pool.is_lent(block);
             if !lent {
                 tracing::error!(block, "a page came back that was not lent");
             }
             lent
         });
+        let pages: Vec<_> = lent.collect();
         let blocks: Vec<BlockId> = pages.iter().map(|&(block, _)| block).collect();
         if let Err(error) = self.model.return_pages(pages) {
             // The engine ends before it uses any of them.

@@ -31,6 +31,7 @@ mod lending;
 mod moving;
 mod pumping;
 mod ranks;
+mod stock;
 mod summing;
 mod task;
 

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::transport::RemoteRegion;
+use crate::transport::{Registration, RemoteRegion};
 
 /// Regions of one size and key whose numbers follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,19 @@ impl From<Vec<Row>> for RemoteRegions {
 impl From<RemoteRegions> for Vec<Row> {
     fn from(regions: RemoteRegions) -> Self {
         regions.rows
+    }
+}
+
+impl From<Registration> for RemoteRegions {
+    fn from(Registration { first, count }: Registration) -> Self {
+        let row = Row {
+            bytes: first.bytes,
+            key: first.key,
+            first: first.id,
+            count: count as u64,
+        };
+        let rows: Vec<Row> = (count > 0).then_some(row).into_iter().collect();
+        rows.into()
     }
 }
 

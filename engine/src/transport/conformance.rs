@@ -63,7 +63,11 @@ impl Node {
     }
 
     pub(super) fn register(&self, page: Page) -> Region {
-        self.transport.register(vec![page]).unwrap().remove(0)
+        self.register_all(vec![page]).remove(0)
+    }
+
+    pub(super) fn register_all(&self, pages: Vec<Page>) -> Vec<Region> {
+        self.transport.register(pages).unwrap().regions().collect()
     }
 
     fn page_of(&self, region: RegionId) -> Page {

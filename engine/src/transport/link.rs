@@ -24,8 +24,8 @@ use super::fabric::{Fabric, FabricError};
 use super::fault::FaultPlan;
 use super::staging::{Staging, StagingSize};
 use super::{
-    Capability, ConnectError, Deregistered, EndpointRecord, PeerId, Region, RegionId,
-    RegisterRefused, Submission, TransferId, Transport, TransportEvent, TransportSink, Write,
+    Capability, ConnectError, Deregistered, EndpointRecord, PeerId, RegionId, RegisterRefused,
+    Registration, Submission, TransferId, Transport, TransportEvent, TransportSink, Write,
 };
 use crate::page::Page;
 use crate::page::arena::ForeignAllocator;
@@ -322,18 +322,26 @@ impl Transport for LinkTransport {
         }
     }
 
-    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused> {
+    fn register(&self, pages: Vec<Page>) -> Result<Registration, RegisterRefused> {
         if self.shared.is_closed() {
             return Err(RegisterRefused {
                 pages,
                 reason: "the transport is closed".to_owned(),
             });
         }
-        Ok(self.shared.regions.register(pages))
+        self.shared.regions.register(pages)
     }
 
     fn deregister(&self, region: RegionId) -> Deregistered {
         self.shared.regions.deregister(region)
+    }
+
+    fn seal(&self, first: RegionId, count: usize) -> bool {
+        self.shared.regions.seal(first, count)
+    }
+
+    fn reclaim(&self, first: RegionId) -> Option<Vec<Page>> {
+        self.shared.regions.reclaim(first)
     }
 
     fn write(&self, write: Write) -> Submission {

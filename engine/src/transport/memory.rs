@@ -83,6 +83,14 @@ struct Link {
 }
 
 #[derive(Debug, Default)]
+struct Registered {
+    /// Key, until it is sealed, and page.
+    regions: HashMap<RegionId, (Option<u64>, Page)>,
+    /// How many were registered together, by the first one.
+    counts: HashMap<RegionId, usize>,
+}
+
+#[derive(Debug, Default)]
 struct State {
     links: HashMap<PeerId, Link>,
     work: VecDeque<Work>,
@@ -93,8 +101,8 @@ struct State {
 struct Shared {
     id: u64,
     sink: TransportSink,
-    /// Key and page; writers hold the lock while they write, so a region is never half gone.
-    regions: Mutex<HashMap<RegionId, (u64, Page)>>,
+    /// Writers hold the lock while they write, so a region is never half gone.
+    regions: Mutex<Registered>,
     state: Mutex<State>,
     wake: Condvar,
 }
@@ -176,26 +184,27 @@ impl Shared {
         let (first, key) = (write.target.id, write.target.key);
         let ids = (0..).map(|index| first.wrapping_add(index));
         let row = ids.zip(&write.sources);
-        let mut regions = lock(&remote.regions);
+        let mut registered = lock(&remote.regions);
         for (id, _) in row.clone() {
-            let known = regions.get(&RegionId(id));
-            let Some((_, page)) = known.filter(|(known, _)| *known == key) else {
+            let known = registered.regions.get(&RegionId(id));
+            let Some((_, page)) = known.filter(|(known, _)| *known == Some(key)) else {
                 return WriteOutcome::Sent;
             };
             if !write.runs.fits(usize::MAX, page.as_bytes().len()) {
-                drop(regions);
+                drop(registered);
                 remote.unlink(there, "write outside the region");
                 self.unlink(write.peer, "write outside the region");
                 return WriteOutcome::Lost;
             }
         }
         for (id, source) in row {
-            let (_, page) = regions.get_mut(&RegionId(id)).expect("looked for above");
+            let known = registered.regions.get_mut(&RegionId(id));
+            let (_, page) = known.expect("looked for above");
             for (from, to) in write.runs.stretches() {
                 page.as_bytes_mut()[to].copy_from_slice(&source.as_bytes()[from]);
             }
         }
-        drop(regions);
+        drop(registered);
         let unknown: Found = smallvec![None; write.sources.len()];
         (remote.sink)(vec![TransportEvent::Landed {
             peer: there,
@@ -313,27 +322,56 @@ impl Transport for MemoryTransport {
         self.shared.hang_up(peer);
     }
 
-    fn register(&self, pages: Vec<Page>) -> Result<Vec<Region>, RegisterRefused> {
-        if lock(&self.shared.state).closed {
-            let reason = "closed".to_owned();
+    fn register(&self, pages: Vec<Page>) -> Result<Registration, RegisterRefused> {
+        let closed = lock(&self.shared.state).closed;
+        if closed || !are_alike(&pages) {
+            let reason = if closed { "closed" } else { "not alike" }.to_owned();
             return Err(RegisterRefused { pages, reason });
         }
         let key = uuid::Uuid::new_v4().as_u64_pair().0;
-        let first = RegionId::fresh_row(pages.len());
-        let mut regions = lock(&self.shared.regions);
-        let register = |(id, page): (u64, Page)| {
-            let bytes = page.as_bytes().len() as u64;
-            regions.insert(RegionId(id), (key, page));
-            Region::numbered(id, key, bytes)
-        };
-        Ok((first.0..).zip(pages).map(register).collect())
+        let (first, count) = (RegionId::fresh_row(pages.len()), pages.len());
+        let bytes = pages.first().map_or(0, |page| page.as_bytes().len() as u64);
+        let mut registered = lock(&self.shared.regions);
+        registered.counts.insert(first, count);
+        let held = pages.into_iter().map(|page| (Some(key), page));
+        let held = (first.0..).map(RegionId).zip(held);
+        registered.regions.extend(held);
+        let id = first.0;
+        let first = RemoteRegion { bytes, id, key };
+        Ok(Registration { first, count })
     }
 
     fn deregister(&self, region: RegionId) -> Deregistered {
-        match lock(&self.shared.regions).remove(&region) {
+        match lock(&self.shared.regions).regions.remove(&region) {
             Some((_, page)) => Deregistered::Now(page),
             None => Deregistered::Unknown,
         }
+    }
+
+    fn seal(&self, first: RegionId, count: usize) -> bool {
+        let mut registered = lock(&self.shared.regions);
+        let row = (first.0..).map(RegionId).take(count);
+        let open = |id: RegionId| matches!(registered.regions.get(&id), Some((Some(_), _)));
+        let sealed = row.clone().all(open);
+        for id in row.filter(|_| sealed) {
+            registered
+                .regions
+                .entry(id)
+                .and_modify(|held| held.0 = None);
+        }
+        sealed
+    }
+
+    fn reclaim(&self, first: RegionId) -> Option<Vec<Page>> {
+        let mut registered = lock(&self.shared.regions);
+        let count = *registered.counts.get(&first)?;
+        let row = (first.0..).map(RegionId).take(count);
+        if !row.clone().all(|id| registered.regions.contains_key(&id)) {
+            return None;
+        }
+        registered.counts.remove(&first);
+        let pages = row.map(|id| registered.regions.remove(&id).map(|(_, page)| page));
+        pages.collect()
     }
 
     fn write(&self, write: Write) -> Submission {

@@ -167,8 +167,8 @@ fn as_a_peer() {
                 Wish::Register(count) => {
                     let mut pages = blank_pages(&kind);
                     pages.truncate(count);
-                    let regions = transport.register(pages).unwrap();
-                    let remotes = regions.iter().map(|region| region.remote);
+                    let regions = transport.register(pages).unwrap().regions();
+                    let remotes = regions.map(|region| region.remote);
                     let answer = Wish::Registered(remotes.collect());
                     let answer = serde_json::to_vec(&answer).unwrap();
                     assert_eq!(transport.notify(peer, answer), Submission::Accepted);
@@ -275,7 +275,7 @@ enum Step {
 /// Has a child write all pages, which suffers at a step; none when it shall not.
 fn fetch(kind: &str, node: &Node, peer: &Peer, suffers: Option<(Step, Signal)>) {
     let to = connect(node, peer);
-    let regions = node.transport.register(blank_pages(kind)).unwrap();
+    let regions = node.register_all(blank_pages(kind));
     let suffer_at = |step: Step| match suffers {
         Some((at, signal)) if at == step => peer.suffer(signal),
         _ => {}

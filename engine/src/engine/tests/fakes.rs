@@ -235,15 +235,15 @@ fn get(page: &Page, size: usize, at: usize) -> (TokenId, usize) {
 }
 
 /// What a context server would have written for a prompt.
-pub(super) fn fill_pages(pages: &mut [(BlockId, Page)], prompt: &[TokenId], first: usize) {
-    let size = pages[0].1.shape().tokens_per_block;
-    for ((_, page), tokens) in pages.iter_mut().zip(prompt[first..].chunks(size)) {
+pub(super) fn fill_pages(pages: &mut [Page], prompt: &[TokenId], first: usize) {
+    let size = pages[0].shape().tokens_per_block;
+    for (page, tokens) in pages.iter_mut().zip(prompt[first..].chunks(size)) {
         for (at, &token) in tokens.iter().enumerate() {
             put(page, size, at, token, 0);
         }
     }
     for position in first..prompt.len() {
-        let page = &mut pages[(position - first) / size].1;
+        let page = &mut pages[(position - first) / size];
         let value = f32::from(u16::try_from(position).expect("small"));
         page.as_f32_mut()[size + position % size] = value;
     }

@@ -15,7 +15,7 @@ impl Rig {
     }
 
     pub(super) fn deliver(&self, mut fetch: Fetch, prompt: &[TokenId]) {
-        fill_pages(&mut fetch.pages, prompt, fetch.first_token);
+        fill_pages(&mut fetch.pages.pages, prompt, fetch.first_token);
         let outcome = Ok(HandoffStats {
             bytes: 100,
             ..HandoffStats::default()
@@ -287,7 +287,7 @@ fn a_failed_fetch_reads_the_prompt_again_in_other_blocks() {
     assert_eq!((stats.blocks_quarantined, stats.blocks_used), (2, 0));
     assert_eq!(stats.handoffs_prefilled_again_total, 1);
     // What the transport wrote late harms nobody.
-    fill_pages(&mut fetch.pages, &[40; 5], fetch.first_token);
+    fill_pages(&mut fetch.pages.pages, &[40; 5], fetch.first_token);
     (rig.sink)(HandoffEvent::PagesReturned { pages: fetch.pages });
     rig.run();
     rig.assert_clean();
@@ -412,7 +412,7 @@ fn seeded_answers_are_equal_through_a_handoff() {
     {
         let wire = context.wire.lock();
         let offer = &wire.offers[&ticket.ctx_request_id];
-        for ((_, to), from) in fetch.pages.iter_mut().zip(&offer.pages) {
+        for (to, from) in fetch.pages.pages.iter_mut().zip(&offer.pages) {
             to.as_bytes_mut().copy_from_slice(from.as_bytes());
         }
     }

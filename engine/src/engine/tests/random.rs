@@ -197,7 +197,7 @@ impl Case {
 
     fn return_late_pages(&mut self) {
         for mut fetch in self.late.drain(..) {
-            for (_, page) in &mut fetch.pages {
+            for page in &mut fetch.pages.pages {
                 page.as_f32_mut().fill(31.0);
             }
             (self.rig.sink)(HandoffEvent::PagesReturned { pages: fetch.pages });

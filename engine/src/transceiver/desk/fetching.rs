@@ -4,19 +4,17 @@
 //! thread. It is complete when each piece that its sources owe it has landed, and then verified piece by piece. When a
 //! fetch ends, what is here goes back at once; the rest is in quarantine until it shows up.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
-use smallvec::SmallVec;
-
 use super::Desk;
-use super::task::{FetchTask, Landing, Phase, Place, Slot, Source};
-use crate::backend::BlockId;
-use crate::handoff::{Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
+use super::stock::Stock;
+use super::task::{FetchTask, Landing, Phase, Source, Unfit, Wrong};
+use crate::handoff::{BlockPages, Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::Landed;
-use crate::transceiver::inbox::{Checked, Mismatch};
+use crate::transceiver::inbox::Checked;
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
 use crate::transceiver::regions::RemoteRegions;
@@ -24,7 +22,7 @@ use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::{OpaqueState, printable};
 use crate::transceiver::timers::Due;
 use crate::transceiver::wires::{Way, ways};
-use crate::transport::{Deregistered, PeerId, RegionId, TransferId};
+use crate::transport::{PeerId, RegionId, TransferId};
 
 /// What a fetch needs, worked out before anything happens.
 struct Planned {
@@ -34,20 +32,6 @@ struct Planned {
     ways: VecDeque<Way>,
     /// The ranks that owe something.
     senders: Vec<usize>,
-}
-
-/// Why a row that landed fails its fetch.
-enum Unfit {
-    /// What the server sent.
-    Sent(String),
-    /// A piece of this page, by its index, is not what was sent.
-    Mismatch(usize, Mismatch),
-}
-
-impl From<String> for Unfit {
-    fn from(what: String) -> Self {
-        Self::Sent(what)
-    }
 }
 
 impl Desk {
@@ -62,12 +46,6 @@ impl Desk {
             }
         };
         let transfer = self.fresh_transfer();
-        let pages = fetch.pages.into_iter().map(|(block, page)| Slot {
-            block,
-            place: Place::Held(page),
-            pieces: 0,
-            landed: SmallVec::new(),
-        });
         let state = planned.state;
         let mut nonce = state.nonce;
         if self.terms.forged_nonce {
@@ -89,14 +67,16 @@ impl Desk {
             there: planned.there,
             first_token: fetch.first_token,
             token_count: fetch.token_count,
+            first_page: 0,
             began,
             timer: self.timers.set(deadline, Due::Fetch(transfer)),
-            pages: pages.collect(),
+            stock: Stock::new(fetch.pages),
+            missing: Vec::new(),
+            unsummed: BTreeMap::new(),
             sources: planned.senders.into_iter().map(Source::of).collect(),
             way: planned.ways[0].clone(),
             ways: planned.ways,
             remotes: RemoteRegions::default(),
-            verified: 0,
             leave_out_checksums: self.terms.leave_out_checksums,
             phase: Phase::Queued,
         };
@@ -148,10 +128,12 @@ impl Desk {
             )));
         }
         let shape = own.page(rank);
-        if let Some((block, page)) = fetch.pages.iter().find(|(_, page)| *page.shape() != shape) {
+        let BlockPages { blocks, pages } = &fetch.pages;
+        if let Some(index) = pages.iter().position(|page| *page.shape() != shape) {
             return Err(HandoffError::Layout(format!(
-                "page of block {block} is {:?}, {shape:?} expected",
-                page.shape()
+                "page of block {} is {:?}, {shape:?} expected",
+                blocks[index],
+                pages[index].shape()
             )));
         }
         let senders = reshard::senders(own, rank, &there);
@@ -251,7 +233,7 @@ impl Desk {
         };
         match self.land_row(transfer, source, &landing) {
             Ok(()) => self.complete_if_all_came(transfer),
-            Err(Unfit::Mismatch(page, mismatch)) => self.mismatched(transfer, page, mismatch),
+            Err(Unfit::Mismatch(wrong)) => self.mismatched(transfer, wrong),
             Err(Unfit::Sent(what)) => {
                 let server = self.fetches.get(&transfer).map(|task| task.server(source));
                 let text = format!("{} sent {what}", server.unwrap_or_default());
@@ -270,35 +252,27 @@ impl Desk {
         let Some(task) = self.fetches.get_mut(&transfer) else {
             return Ok(());
         };
-        let transport = &self.around.wires.all()[task.way.wire];
+        let transport = &*self.around.wires.all()[task.way.wire];
         let note = task.row(source, landing)?;
-        for in_row in 0..landing.checksums.len() {
-            let landed = task.land(source, (landing, &note), in_row)?;
-            let (index, region) = (landed.page, landed.region);
-            if let Some(mismatch) = landed.mismatch {
-                return Err(Unfit::Mismatch(index, mismatch));
+        let whole = task.land(source, (landing, &note))?;
+        let twice = |page: usize| Unfit::Sent(format!("a piece of page {page} twice"));
+        for pages in whole.right {
+            let first = pages.start;
+            if !task.stock.seal(pages, transport) {
+                return Err(twice(first));
             }
-            if !landed.is_last {
-                continue;
-            }
-            task.pages[index].place = Place::Checking(region);
+        }
+        for index in whole.unsummed {
             let parts = task.unsummed(index);
-            match transport.deregister(region) {
-                Deregistered::Now(page) if parts.is_empty() => {
-                    task.pages[index].place = Place::Verified(page);
-                    task.verified += 1;
-                }
-                Deregistered::Now(page) => self.around.checksums.check(Landed {
-                    transfer,
-                    region,
-                    index,
-                    page,
-                    parts,
-                }),
-                Deregistered::Later | Deregistered::Unknown => {
-                    return Err(Unfit::Sent(format!("a piece of page {index} twice")));
-                }
-            }
+            let back = task.stock.check(index, transport);
+            let (region, page) = back.ok_or_else(|| twice(index))?;
+            self.around.checksums.check(Landed {
+                transfer,
+                region,
+                index,
+                page,
+                parts,
+            });
         }
         Ok(())
     }
@@ -312,30 +286,41 @@ impl Desk {
             tracing::error!(region = region.0, "a checked page has no fetch");
             return;
         };
-        let Some(mismatch) = checked.mismatch else {
-            task.pages[checked.index].place = Place::Verified(page);
-            task.verified += 1;
-            self.complete_if_all_came(checked.transfer);
-            return;
-        };
-        task.pages[checked.index].place = Place::Held(page);
-        self.mismatched(checked.transfer, checked.index, mismatch);
+        let parts = task.unsummed.remove(&checked.index).unwrap_or_default();
+        let wrong = checked.mismatch.and_then(|mismatch| {
+            let part = parts.get(mismatch.part)?;
+            Some(Wrong {
+                source: part.source,
+                piece: part.piece,
+                expected: mismatch.expected,
+                found: mismatch.found,
+            })
+        });
+        match wrong {
+            None => {
+                task.stock.put_verified(checked.index, page);
+                self.complete_if_all_came(checked.transfer);
+            }
+            Some(wrong) => {
+                task.stock.put(checked.index, page);
+                self.mismatched(checked.transfer, wrong);
+            }
+        }
     }
 
     /// Fails a fetch for a piece that is not what was sent.
-    fn mismatched(&mut self, transfer: TransferId, page: usize, mismatch: Mismatch) {
+    fn mismatched(&mut self, transfer: TransferId, wrong: Wrong) {
         let Some(task) = self.fetches.get(&transfer) else {
             return;
         };
-        let part = &task.pages[page].landed[mismatch.part];
-        let (source, piece) = (part.source, part.piece);
         let text = format!(
-            "piece {piece} of {} of request {} from {}: {:016x} sent, {:016x} arrived",
-            task.sources[source].expected.len(),
+            "piece {} of {} of request {} from {}: {:016x} sent, {:016x} arrived",
+            wrong.piece,
+            task.sources[wrong.source].expected.len(),
             task.claim.ctx_request_id,
-            task.server(source),
-            mismatch.expected,
-            mismatch.found
+            task.server(wrong.source),
+            wrong.expected,
+            wrong.found
         );
         self.around.info.add(Count::ChecksumMismatches, 1);
         self.fail(transfer, HandoffError::Checksum(text));
@@ -352,7 +337,7 @@ impl Desk {
     fn settle_page(&mut self, region: RegionId, page: Page) -> Option<Page> {
         if let Some(block) = self.quarantine.remove(&region) {
             self.around.info.set_quarantined(self.quarantine.len());
-            self.give_back(vec![(block, page)]);
+            self.give_back(BlockPages::from_iter([(block, page)]));
             return None;
         }
         let Some((transfer, index)) = self.leaving.remove(&region) else {
@@ -465,7 +450,7 @@ impl Desk {
     }
 
     /// Takes a fetch out of the books: the pages that are here, the others into quarantine.
-    fn take_apart(&mut self, transfer: TransferId) -> Option<(FetchTask, Vec<(BlockId, Page)>)> {
+    fn take_apart(&mut self, transfer: TransferId) -> Option<(FetchTask, BlockPages)> {
         let mut task = self.fetches.remove(&transfer)?;
         self.timers.cancel(task.timer);
         self.by_request.remove(&task.request);
@@ -473,32 +458,19 @@ impl Desk {
             Phase::Queued => self.waiting.retain(|waiting| *waiting != transfer),
             Phase::Running | Phase::Moving(_) => self.running -= 1,
         }
-        let transport = &self.around.wires.all()[task.way.wire];
-        let mut pages = Vec::with_capacity(task.pages.len());
-        for slot in &mut task.pages {
-            match std::mem::replace(&mut slot.place, Place::Gone) {
-                Place::Held(page) | Place::Verified(page) => pages.push((slot.block, page)),
-                Place::Gone => {}
-                Place::Checking(region) => {
-                    self.quarantine.insert(region, slot.block);
-                }
-                Place::Leaving(region) => {
-                    self.leaving.remove(&region);
-                    self.quarantine.insert(region, slot.block);
-                }
-                Place::Registered(region) => match transport.deregister(region) {
-                    Deregistered::Now(page) => pages.push((slot.block, page)),
-                    Deregistered::Later | Deregistered::Unknown => {
-                        self.quarantine.insert(region, slot.block);
-                    }
-                },
+        let transport = &*self.around.wires.all()[task.way.wire];
+        for index in task.stock.recall(transport) {
+            if let Some(region) = task.stock.region(index) {
+                self.leaving.remove(&region);
+                self.quarantine.insert(region, task.stock.block(index));
             }
         }
         self.around.info.set_quarantined(self.quarantine.len());
+        let pages = std::mem::take(&mut task.stock).into_pages();
         Some((task, pages))
     }
 
-    fn give_back(&mut self, pages: Vec<(BlockId, Page)>) {
+    fn give_back(&mut self, pages: BlockPages) {
         if !pages.is_empty() {
             self.emit(HandoffEvent::PagesReturned { pages });
         }

@@ -7,14 +7,14 @@
 use std::time::Instant;
 
 use super::Desk;
-use super::task::{Phase, Place};
+use super::task::Phase;
 use crate::handoff::HandoffError;
 use crate::page::Page;
 use crate::transceiver::message::{Claim, Message, Request, Taker};
 use crate::transceiver::reshard;
 use crate::transceiver::state::{LayoutRecord, OpaqueState, PROTOCOL_VERSION, printable};
 use crate::transceiver::wires::ways;
-use crate::transport::{Deregistered, EndpointRecord, PeerId, Submission, TransferId};
+use crate::transport::{EndpointRecord, PeerId, Submission, TransferId};
 
 impl Desk {
     /// Goes the next way that is left; when there is none, the last failure is the fetch's.
@@ -45,27 +45,10 @@ impl Desk {
         let Some(task) = self.fetches.get_mut(&transfer) else {
             return Ok(());
         };
-        let transport = &self.around.wires.all()[task.way.wire];
         // All are here: a way is gone only then.
-        let held = task.pages.iter_mut().filter_map(|slot| {
-            match std::mem::replace(&mut slot.place, Place::Gone) {
-                Place::Held(page) => Some(page),
-                _ => None,
-            }
-        });
-        let regions = match transport.register(held.collect()) {
-            Ok(regions) => regions,
-            Err(refused) => {
-                for (slot, page) in task.pages.iter_mut().zip(refused.pages) {
-                    slot.place = Place::Held(page);
-                }
-                return Err(HandoffError::Transport(refused.reason));
-            }
-        };
-        for (slot, region) in task.pages.iter_mut().zip(&regions) {
-            slot.place = Place::Registered(region.id);
-        }
-        task.remotes = regions.iter().map(|region| region.remote).collect();
+        let transport = &*self.around.wires.all()[task.way.wire];
+        let registration = task.stock.register(transport);
+        task.remotes = registration.map_err(HandoffError::Transport)?.into();
         (0..task.sources.len()).try_for_each(|source| self.ask(transfer, source))
     }
 
@@ -156,34 +139,15 @@ impl Desk {
             );
         }
         let mut asked = Vec::new();
-        for source in &mut task.sources {
-            asked.extend(source.peer);
-            source.reset();
+        asked.extend(task.sources.iter().filter_map(|source| source.peer));
+        task.reset();
+        let away = task.stock.recall(&**transport);
+        for index in &away {
+            if let Some(region) = task.stock.region(*index) {
+                self.leaving.insert(region, (transfer, *index));
+            }
         }
-        let mut all_here = true;
-        for (index, slot) in task.pages.iter_mut().enumerate() {
-            slot.landed.clear();
-            let place = std::mem::replace(&mut slot.place, Place::Gone);
-            let leaving = match place {
-                Place::Registered(region) => match transport.deregister(region) {
-                    Deregistered::Now(page) => {
-                        slot.place = Place::Held(page);
-                        continue;
-                    }
-                    Deregistered::Later | Deregistered::Unknown => region,
-                },
-                Place::Checking(region) | Place::Leaving(region) => region,
-                Place::Held(page) | Place::Verified(page) => {
-                    slot.place = Place::Held(page);
-                    continue;
-                }
-                Place::Gone => continue,
-            };
-            slot.place = Place::Leaving(leaving);
-            self.leaving.insert(leaving, (transfer, index));
-            all_here = false;
-        }
-        task.verified = 0;
+        let all_here = away.is_empty();
         if !all_here {
             task.phase = Phase::Moving(error.clone());
         }
@@ -198,9 +162,8 @@ impl Desk {
         let Some(task) = self.fetches.get_mut(&transfer) else {
             return;
         };
-        task.pages[index].place = Place::Held(page);
-        let waits = |place: &Place| matches!(place, Place::Leaving(_));
-        if task.pages.iter().any(|slot| waits(&slot.place)) {
+        task.stock.put(index, page);
+        if task.stock.waits() {
             return;
         }
         if let Phase::Moving(error) = task.phase.clone() {

@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Desk;
 use crate::backend::BlockId;
-use crate::handoff::{HandoffError, HandoffEvent, HandoffStats, LeaseEnd, RanksEvent};
-use crate::page::Page;
+use crate::handoff::{BlockPages, HandoffError, HandoffEvent, HandoffStats, LeaseEnd, RanksEvent};
 use crate::transceiver::info::RankTotals;
 use crate::transceiver::message::Message;
 use crate::transceiver::reshard::Side;
@@ -105,12 +104,9 @@ pub(in crate::transceiver) enum RankEvent {
     },
 }
 
-/// Pages with the blocks they belong to.
-type Pages = Vec<(BlockId, Page)>;
-
 impl RankEvent {
     /// What is to be booked of an event, and the pages that it brings; otherwise it is no rank's own.
-    fn of(event: HandoffEvent) -> Result<(Self, Pages), RanksEvent> {
+    fn of(event: HandoffEvent) -> Result<(Self, BlockPages), RanksEvent> {
         Ok(match event {
             HandoffEvent::LeaseEnded {
                 ctx_request_id,
@@ -120,14 +116,14 @@ impl RankEvent {
                     ctx_request_id,
                     end,
                 };
-                (ended, Vec::new())
+                (ended, BlockPages::default())
             }
             HandoffEvent::FetchEnded { request, outcome } => {
                 let request = request.0;
-                (Self::FetchEnded { request, outcome }, Vec::new())
+                (Self::FetchEnded { request, outcome }, BlockPages::default())
             }
             HandoffEvent::PagesReturned { pages } => {
-                let blocks = pages.iter().map(|(block, _)| *block).collect();
+                let blocks = pages.blocks.clone();
                 (Self::PagesReturned { blocks }, pages)
             }
             HandoffEvent::Ranks(event) => return Err(event),

@@ -1,20 +1,19 @@
 //! What the generation side keeps of a fetch: its pages, the ranks that it takes from, and what is expected of each. Pure
 //! books: no transport is called here.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use crate::backend::BlockId;
+use super::stock::Stock;
 use crate::handoff::HandoffError;
-use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
-use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, RowNote, Taker};
 use crate::transceiver::regions::RemoteRegions;
-use crate::transceiver::reshard::{self, Side};
+use crate::transceiver::reshard::{self, Pieces, Side};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
 use crate::transceiver::wires::Way;
@@ -32,9 +31,15 @@ pub(super) struct FetchTask {
     pub(super) there: Side,
     pub(super) first_token: usize,
     pub(super) token_count: usize,
+    /// The receiver's page that the first one is, once that is known.
+    pub(super) first_page: usize,
     pub(super) began: Instant,
     pub(super) timer: TimerKey,
-    pub(super) pages: Vec<Slot>,
+    pub(super) stock: Stock,
+    /// For each page, the pieces that are still to land in it, once that is known.
+    pub(super) missing: Vec<u32>,
+    /// By page, the pieces that have landed in it and that nobody has summed.
+    pub(super) unsummed: BTreeMap<usize, SmallVec<[Part; 1]>>,
     pub(super) sources: Vec<Source>,
     /// In use, or the last that was.
     pub(super) way: Way,
@@ -42,7 +47,6 @@ pub(super) struct FetchTask {
     pub(super) ways: VecDeque<Way>,
     /// Where the pages go, in their order.
     pub(super) remotes: RemoteRegions,
-    pub(super) verified: usize,
     /// Whether pieces may come without checksums.
     pub(super) leave_out_checksums: bool,
     pub(super) phase: Phase,
@@ -57,27 +61,14 @@ pub(super) enum Phase {
     Moving(HandoffError),
 }
 
-/// A page of a fetch.
-#[derive(Debug)]
-pub(super) struct Slot {
-    pub(super) block: BlockId,
-    pub(super) place: Place,
-    /// Pieces that go into it, once that is known.
-    pub(super) pieces: usize,
-    /// Those that have landed: mostly one, of thousands of pages.
-    pub(super) landed: SmallVec<[Part; 1]>,
-}
-
 /// A piece that has landed.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Part {
     /// Index among the sources.
     pub(super) source: usize,
     /// Index among the source's pieces.
     pub(super) piece: usize,
     pub(super) checksum: Checksum,
-    /// What the transport has found, if it has looked.
-    pub(super) found: Option<u64>,
 }
 
 /// A row of pieces as the transport reports it.
@@ -93,28 +84,48 @@ pub(super) struct Landing<'a> {
     pub(super) folds: &'a [Option<u64>],
 }
 
-/// What a piece that landed means for its page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Landed {
-    /// Index among the fetch's pages.
-    pub(super) page: usize,
-    pub(super) region: RegionId,
-    /// It was the last one of it.
-    pub(super) is_last: bool,
-    pub(super) mismatch: Option<Mismatch>,
+/// The pages that are whole with a row that landed, by their indexes.
+#[derive(Debug, Default)]
+pub(super) struct Whole {
+    /// Those that are what was sent.
+    pub(super) right: SmallVec<[Range<usize>; 1]>,
+    /// Those of which something is still to be summed.
+    pub(super) unsummed: SmallVec<[usize; 1]>,
 }
 
-/// Where a page of a fetch is.
+impl Whole {
+    fn add_right(&mut self, page: usize) {
+        match self.right.last_mut() {
+            Some(last) if last.end == page => last.end += 1,
+            _ => self.right.push(page..page + 1),
+        }
+    }
+}
+
+/// Why a row that landed fails its fetch.
 #[derive(Debug)]
-pub(super) enum Place {
-    Held(Page),
-    Registered(RegionId),
-    Checking(RegionId),
-    Verified(Page),
-    /// On its way back from a transport or a checksum thread, for another way.
-    Leaving(RegionId),
-    /// Gone back.
-    Gone,
+pub(super) enum Unfit {
+    /// What the server sent.
+    Sent(String),
+    /// A piece is not what was sent.
+    Mismatch(Wrong),
+}
+
+impl From<String> for Unfit {
+    fn from(what: String) -> Self {
+        Self::Sent(what)
+    }
+}
+
+/// A piece that is not what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wrong {
+    /// Index among the sources.
+    pub(super) source: usize,
+    /// Index among the source's pieces.
+    pub(super) piece: usize,
+    pub(super) expected: u64,
+    pub(super) found: u64,
 }
 
 /// A rank of the context instance that the fetch takes from.
@@ -122,7 +133,9 @@ pub(super) enum Place {
 pub(super) struct Source {
     pub(super) rank: usize,
     /// Nothing until [`FetchTask::expect`].
-    pub(super) expected: Vec<Expected>,
+    pub(super) expected: Pieces,
+    /// For each of these, whether it has landed.
+    landed: Vec<bool>,
     pub(super) peer: Option<PeerId>,
     /// Whether the connection was there before; such a one may turn out to be dead.
     pub(super) cached: bool,
@@ -131,20 +144,12 @@ pub(super) struct Source {
     pub(super) done: bool,
 }
 
-/// A piece that shall come.
-#[derive(Debug)]
-pub(super) struct Expected {
-    /// Index among the fetch's pages.
-    pub(super) page: usize,
-    pub(super) runs: Runs,
-    pub(super) landed: bool,
-}
-
 impl Source {
-    pub(super) const fn of(rank: usize) -> Self {
+    pub(super) fn of(rank: usize) -> Self {
         Self {
             rank,
-            expected: Vec::new(),
+            expected: Pieces::default(),
+            landed: Vec::new(),
             peer: None,
             cached: false,
             heard: false,
@@ -154,37 +159,46 @@ impl Source {
 
     /// Its bytes and pieces.
     pub(super) fn total(&self) -> (u64, u64) {
-        let bytes = self.expected.iter().map(|e| e.runs.total_bytes() as u64);
-        (bytes.sum(), self.expected.len() as u64)
+        (self.expected.total_bytes(), self.expected.len() as u64)
     }
 
     /// Back to before it was asked.
     pub(super) fn reset(&mut self) {
         self.peer = None;
         (self.cached, self.heard, self.done) = (false, false, false);
-        for expected in &mut self.expected {
-            expected.landed = false;
-        }
+        self.landed.fill(false);
     }
 }
 
 impl FetchTask {
     /// Works out which pieces each source owes this rank. Nobody who is asked needs to know; so they are asked before.
     pub(super) fn expect(&mut self, (own, rank): (&Side, usize)) {
-        let first_page = self.first_token / own.tokens_per_block();
+        self.first_page = self.first_token / own.tokens_per_block();
         for source in &mut self.sources {
             let tokens = self.first_token..self.token_count;
-            let owed = reshard::pieces((&self.there, source.rank), (own, rank), tokens);
-            let expected = owed.iter().map(|piece| {
-                let page = piece.receiver_page - first_page;
-                self.pages[page].pieces += 1;
-                Expected {
-                    page,
-                    runs: piece.runs.clone(),
-                    landed: false,
-                }
-            });
-            source.expected = expected.collect();
+            source.expected = reshard::pieces((&self.there, source.rank), (own, rank), tokens);
+            source.landed = vec![false; source.expected.len()];
+        }
+        self.count_missing();
+    }
+
+    /// Back to before anybody was asked.
+    pub(super) fn reset(&mut self) {
+        self.sources.iter_mut().for_each(Source::reset);
+        self.unsummed.clear();
+        self.count_missing();
+    }
+
+    fn count_missing(&mut self) {
+        self.missing.clear();
+        self.missing.resize(self.stock.len(), 0);
+        for (_, piece, count) in self
+            .sources
+            .iter()
+            .flat_map(|source| source.expected.rows())
+        {
+            let pages = self.missing[piece.receiver_page - self.first_page..].iter_mut();
+            pages.take(count).for_each(|pieces| *pieces += 1);
         }
     }
 
@@ -203,7 +217,7 @@ impl FetchTask {
     }
 
     pub(super) fn is_complete(&self) -> bool {
-        self.verified == self.pages.len() && self.sources.iter().all(|source| source.done)
+        self.stock.verified() == self.stock.len() && self.sources.iter().all(|source| source.done)
     }
 
     /// A rank of the context instance, for messages.
@@ -228,8 +242,8 @@ impl FetchTask {
             (None, late) if running => {
                 return format!(
                     "{} of {} pages came from {} in {waited:.1} s",
-                    self.verified,
-                    self.pages.len(),
+                    self.stock.verified(),
+                    self.stock.len(),
                     self.server(late.unwrap_or(0))
                 );
             }
@@ -266,69 +280,98 @@ impl FetchTask {
         Ok(note)
     }
 
-    /// Takes note of one piece of a row that landed; an error says why it cannot be one.
+    /// Takes note of a row that landed; an error says why it cannot be one.
     pub(super) fn land(
         &mut self,
         source: usize,
         (landing, note): (&Landing<'_>, &RowNote),
+    ) -> Result<Whole, Unfit> {
+        let first = usize::try_from(note.piece).unwrap_or(usize::MAX);
+        let (mut whole, mut at) = (Whole::default(), 0);
+        while at < note.sums.len() {
+            let index = first.saturating_add(at);
+            let misplaced = || format!("piece {index} where it does not belong");
+            let from = &mut self.sources[source];
+            let (piece, alike) = from.expected.alike(index).ok_or_else(misplaced)?;
+            let count = alike.min(note.sums.len() - at);
+            let page = piece.receiver_page - self.first_page;
+            let region = self.stock.region(page);
+            let landed = &mut from.landed[index..index + count];
+            if region.is_none_or(|region| region.0 != landing.region.0 + at as u64)
+                || !self.stock.are_registered(page..page + count)
+                || piece.runs != landing.runs
+                || landed.contains(&true)
+            {
+                return Err(misplaced().into());
+            }
+            landed.fill(true);
+            for in_row in at..at + count {
+                let page = page + in_row - at;
+                self.land_piece((source, first + in_row), (landing, note), in_row, page)?;
+                self.missing[page] -= 1;
+                match (self.missing[page], self.unsummed.contains_key(&page)) {
+                    (0, true) => whole.unsummed.push(page),
+                    (0, false) => whole.add_right(page),
+                    _ => {}
+                }
+            }
+            at += count;
+        }
+        Ok(whole)
+    }
+
+    /// Compares a piece with what was sent, or keeps what is needed for that.
+    fn land_piece(
+        &mut self,
+        (source, piece): (usize, usize),
+        (landing, note): (&Landing<'_>, &RowNote),
         in_row: usize,
-    ) -> Result<Landed, String> {
-        let sent = note.sums[in_row];
+        page: usize,
+    ) -> Result<(), Unfit> {
+        let expected = note.sums[in_row];
         let found = match note.algorithm {
             // What a transport has summed as it came, if it is that.
             Algorithm::Stripes => landing.checksums[in_row],
             Algorithm::Fold => landing.folds[in_row],
-            Algorithm::Absent => Some(sent),
+            Algorithm::Absent => Some(expected),
         };
-        let first = usize::try_from(note.piece).unwrap_or(usize::MAX);
-        let index = first.saturating_add(in_row);
-        let misplaced = || format!("piece {index} where it does not belong");
-        let from = &mut self.sources[source];
-        let expected = from.expected.get_mut(index).ok_or_else(misplaced)?;
-        let slot = &mut self.pages[expected.page];
-        let region = match slot.place {
-            Place::Registered(known) if known.0 == landing.region.0 + in_row as u64 => known,
-            _ => return Err(misplaced()),
-        };
-        if expected.landed || expected.runs != *landing.runs {
-            return Err(misplaced());
-        }
-        expected.landed = true;
-        slot.landed.reserve_exact(slot.pieces - slot.landed.len());
-        slot.landed.push(Part {
-            source,
-            piece: index,
-            checksum: Checksum {
-                algorithm: note.algorithm,
-                value: sent,
-            },
-            found,
-        });
-        let differs = found.filter(|found| *found != sent);
-        Ok(Landed {
-            page: expected.page,
-            region,
-            is_last: slot.landed.len() == slot.pieces,
-            mismatch: differs.map(|found| Mismatch {
-                part: slot.landed.len() - 1,
-                expected: sent,
+        match found {
+            Some(found) if found == expected => Ok(()),
+            Some(found) => Err(Unfit::Mismatch(Wrong {
+                source,
+                piece,
+                expected,
                 found,
-            }),
-        })
+            })),
+            None => {
+                let checksum = Checksum {
+                    algorithm: note.algorithm,
+                    value: expected,
+                };
+                self.unsummed.entry(page).or_default().push(Part {
+                    source,
+                    piece,
+                    checksum,
+                });
+                Ok(())
+            }
+        }
     }
 
     /// The pieces of a page that nobody has summed yet.
     pub(super) fn unsummed(&self, page: usize) -> Vec<Unsummed> {
-        let landed = self.pages[page].landed.iter().enumerate();
-        landed
-            .filter(|(_, piece)| piece.found.is_none())
-            .map(|(part, piece)| Unsummed {
-                part,
-                runs: self.sources[piece.source].expected[piece.piece]
-                    .runs
-                    .clone(),
-                expected: piece.checksum,
+        let parts = self.unsummed.get(&page).into_iter().flatten();
+        let runs = |part: &Part| {
+            let piece = self.sources[part.source].expected.get(part.piece)?;
+            Some(piece.runs.clone())
+        };
+        let unsummed = parts.enumerate().filter_map(|(index, part)| {
+            Some(Unsummed {
+                part: index,
+                runs: runs(part)?,
+                expected: part.checksum,
             })
-            .collect()
+        });
+        unsummed.collect()
     }
 }

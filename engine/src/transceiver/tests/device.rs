@@ -2,6 +2,7 @@
 //! device is none; what a real one adds is tested where there is one.
 
 use super::*;
+use crate::handoff::BlockPages;
 pub(super) use crate::page::device::fake::pool;
 
 /// A context and a generation instance; which of them have their pages on a device.
@@ -76,10 +77,10 @@ fn a_part_of_a_page_is_summed_over(wire: Wire) {
     let shape = generation.shape;
     let block = shape.tokens_per_block;
     let pages = generation.blank_pages(2, 2);
-    let pages: Vec<_> = (0..).zip(pages).collect();
+    let pages: BlockPages = (0..).zip(pages).collect();
     generation
         .out
-        .extend(pages.iter().map(|(block, _)| (*block, 2)));
+        .extend(pages.blocks.iter().map(|block| (*block, 2)));
     generation.transceiver.fetch(Fetch {
         request: RequestId(2),
         ticket,

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::*;
+use crate::handoff::BlockPages;
 use crate::model::shard::{Grid, KvPart};
 
 /// A whole model's page but for its tokens.
@@ -155,9 +156,9 @@ impl Group {
                 (block, Page::zeroed(shape))
             });
             let node = &mut self.ranks[rank];
-            let lent: Vec<_> = lent.collect();
+            let lent: BlockPages = lent.collect();
             node.out
-                .extend(lent.iter().map(|(block, _)| (*block, request)));
+                .extend(lent.blocks.iter().map(|block| (*block, request)));
             node.transceiver.check(ticket).unwrap();
             node.transceiver.fetch(Fetch {
                 request: RequestId(request),
@@ -286,11 +287,12 @@ fn a_flipped_byte_of_one_rank_is_named_with_the_rank() {
     let node = &mut generation.ranks[0];
     let count = TOKENS.div_ceil(16);
     node.shape = generation.whole;
-    let pages: Vec<_> = (0..)
+    let pages: BlockPages = (0..)
         .take(count)
         .map(|b| (b, Page::zeroed(node.shape)))
         .collect();
-    node.out.extend(pages.iter().map(|(block, _)| (*block, 1)));
+    node.out
+        .extend(pages.blocks.iter().map(|block| (*block, 1)));
     node.transceiver.fetch(Fetch {
         request: RequestId(1),
         ticket,

@@ -71,7 +71,7 @@ pub(in crate::transport) fn rows_land_page_by_page(start: Start) {
         let source = |index| Arc::new(page(20_000, index));
         let sources: Vec<_> = (1..=count).map(source).collect();
         let targets = (0..count).map(|_| page(20_000, 0)).collect();
-        let regions = pair.reader.transport.register(targets).unwrap();
+        let regions = pair.reader.register_all(targets);
         send_row(&pair, &sources, &runs, &regions);
         match pair.reader.next() {
             TransportEvent::Landed {
@@ -112,7 +112,7 @@ pub(in crate::transport) fn rows_that_are_none_are_refused_and_those_of_lost_reg
     let source = |index| Arc::new(page(1000, index));
     let sources: Vec<_> = (1..=ROW_PAGES_MAX + 1).map(source).collect();
     let targets = (0..4).map(|_| page(1000, 0)).collect();
-    let regions = pair.reader.transport.register(targets).unwrap();
+    let regions = pair.reader.register_all(targets);
     let short = Arc::new(page(999, 1));
     let broken = [
         vec![],

@@ -2,6 +2,9 @@
 //!
 //! A page is in its slot, or with the one reader thread that fills it, or gone: so a region that is given up
 //! while it is being written comes back when that reader lets go, and never before.
+//!
+//! A request has thousands of pages. What is said of each is a byte, in a list of its own, so that looking at a row of them, and
+//! taking all of them back, touches little memory.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -11,17 +14,28 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use smallvec::SmallVec;
 
-use super::super::{Deregistered, Region, RegionId, TransportEvent};
+use super::super::{
+    Deregistered, RegionId, RegisterRefused, Registration, RemoteRegion, TransportEvent, are_alike,
+};
 use crate::page::Page;
 
-/// Where a region's page is.
-#[derive(Debug)]
+/// Where a region's page is, and what may become of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
-    Slot(Page),
+    /// In its slot; it may be written.
+    Slot,
+    /// In its slot, and nobody writes it any more.
+    Sealed,
     Reader,
     ReaderOfClosedRegion,
     /// With whoever gave the region up: there is no such region any more.
     Owner,
+}
+
+impl Holder {
+    const fn is_slot(self) -> bool {
+        matches!(self, Self::Slot | Self::Sealed)
+    }
 }
 
 /// Regions that were registered together, by their numbers, which follow each other: a request's thousands of pages are looked up, and
@@ -29,9 +43,22 @@ enum Holder {
 #[derive(Debug)]
 struct Registered {
     key: u64,
+    /// Of each page.
+    bytes: u64,
+    /// Whether all of them lie on a device.
+    on_device: bool,
     holders: Vec<Holder>,
+    /// Those that are in their slots.
+    pages: Vec<Option<Page>>,
     /// Holders that are not their owner.
     left: usize,
+}
+
+impl Registered {
+    /// So many holders from this one on; none when there are fewer.
+    fn row(&mut self, index: usize, count: usize) -> Option<&mut [Holder]> {
+        self.holders.get_mut(index..index.checked_add(count)?)
+    }
 }
 
 /// All of them, by the first one's number.
@@ -74,23 +101,34 @@ pub(super) struct Regions {
 }
 
 impl Regions {
-    pub(super) fn register(&self, pages: Vec<Page>) -> Vec<Region> {
-        if pages.iter().any(Page::is_on_device) {
+    pub(super) fn register(&self, pages: Vec<Page>) -> Result<Registration, RegisterRefused> {
+        if !are_alike(&pages) {
+            let reason = "pages of several sizes or kinds of memory in one registration";
+            let reason = reason.to_owned();
+            return Err(RegisterRefused { pages, reason });
+        }
+        let (bytes, on_device) = match pages.first() {
+            Some(page) => (page.shape().bytes() as u64, page.is_on_device()),
+            None => (0, false),
+        };
+        if on_device {
             self.know_devices.store(true, Ordering::Release);
         }
-        let (RegionId(first), key) = (RegionId::fresh_row(pages.len()), fresh_key());
-        let numbered = (first..).zip(&pages);
-        let regions = numbered.map(|(id, page)| Region::numbered(id, key, bytes_of(page)));
-        let regions = regions.collect();
+        let count = pages.len();
+        let (RegionId(id), key) = (RegionId::fresh_row(count), fresh_key());
         let registered = Registered {
             key,
-            left: pages.len(),
-            holders: pages.into_iter().map(Holder::Slot).collect(),
+            bytes,
+            on_device,
+            left: count,
+            holders: vec![Holder::Slot; count],
+            pages: pages.into_iter().map(Some).collect(),
         };
-        if registered.left > 0 {
-            self.lock().insert(first, registered);
+        if count > 0 {
+            self.lock().insert(id, registered);
         }
-        regions
+        let first = RemoteRegion { bytes, id, key };
+        Ok(Registration { first, count })
     }
 
     pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
@@ -99,20 +137,46 @@ impl Regions {
             return Deregistered::Unknown;
         };
         let holder = &mut registered.holders[index];
-        match std::mem::replace(holder, Holder::Owner) {
-            Holder::Slot(page) => {
+        match *holder {
+            Holder::Slot | Holder::Sealed => {
+                *holder = Holder::Owner;
+                let page = registered.pages[index].take();
                 let_one_go(&mut registrations, first);
-                Deregistered::Now(page)
+                page.map_or(Deregistered::Unknown, Deregistered::Now)
             }
             Holder::Reader => {
                 *holder = Holder::ReaderOfClosedRegion;
                 Deregistered::Later
             }
-            closed @ (Holder::ReaderOfClosedRegion | Holder::Owner) => {
-                *holder = closed;
-                Deregistered::Unknown
-            }
+            Holder::ReaderOfClosedRegion | Holder::Owner => Deregistered::Unknown,
         }
+    }
+
+    /// [`super::super::Transport::seal`].
+    pub(super) fn seal(&self, first: RegionId, count: usize) -> bool {
+        let mut registrations = self.lock();
+        let found = find(&mut registrations, first.0);
+        let row = found.and_then(|(_, registered, index)| registered.row(index, count));
+        let Some(row) = row.filter(|row| row.iter().all(|holder| *holder == Holder::Slot)) else {
+            return false;
+        };
+        row.fill(Holder::Sealed);
+        true
+    }
+
+    /// [`super::super::Transport::reclaim`].
+    pub(super) fn reclaim(&self, first: RegionId) -> Option<Vec<Page>> {
+        let mut registrations = self.lock();
+        let Entry::Occupied(registered) = registrations.entry(first.0) else {
+            return None;
+        };
+        let holders = &registered.get().holders;
+        if !holders.iter().all(|holder| holder.is_slot()) {
+            return None;
+        }
+        let registered = registered.remove();
+        drop(registrations);
+        Some(registered.pages.into_iter().flatten().collect())
     }
 
     /// Takes pages out to write each up to `end`; waits its turn for at most `patience`.
@@ -139,8 +203,8 @@ impl Regions {
             return false;
         }
         let mut registrations = self.lock();
-        let holder = find(&mut registrations, id).map(|(_, of, index)| &of.holders[index]);
-        matches!(holder, Some(Holder::Slot(page)) if page.is_on_device())
+        let found = find(&mut registrations, id);
+        found.is_some_and(|(_, of, index)| of.on_device && of.holders[index].is_slot())
     }
 
     /// Ends a reader's hold of pages that were taken together. Those come back, with their regions' numbers, whose regions were given up
@@ -150,9 +214,13 @@ impl Regions {
         let mut released = Vec::new();
         if let Some((start, registered, index)) = find(&mut registrations, first) {
             let holders = registered.holders[index..].iter_mut();
-            for ((id, page), holder) in (first..).zip(pages).zip(holders) {
+            let slots = registered.pages[index..].iter_mut();
+            for (((id, page), holder), slot) in (first..).zip(pages).zip(holders).zip(slots) {
                 match holder {
-                    Holder::Reader => *holder = Holder::Slot(page),
+                    Holder::Reader => {
+                        *holder = Holder::Slot;
+                        *slot = Some(page);
+                    }
                     _ => {
                         *holder = Holder::Owner;
                         released.push((id, page));
@@ -181,10 +249,6 @@ impl Regions {
     }
 }
 
-fn bytes_of(page: &Page) -> u64 {
-    page.shape().bytes() as u64
-}
-
 /// The registration that a number is of, by its first one, and where in it.
 fn find(registrations: &mut Registrations, id: u64) -> Option<(u64, &mut Registered, usize)> {
     let (first, registered) = registrations.range_mut(..=id).next_back()?;
@@ -210,29 +274,28 @@ fn take_at_once(
     end: usize,
 ) -> Option<Taken> {
     let found = find(registrations, row.first).filter(|(_, of, _)| of.key == key);
-    let holders = found.and_then(|(_, of, index)| of.holders[index..].get_mut(..row.count));
-    let Some(holders) = holders else {
+    let Some((_, registered, index)) = found else {
+        return Some(Taken::Stale);
+    };
+    let bytes = registered.bytes;
+    let Some(holders) = registered.row(index, row.count) else {
         return Some(Taken::Stale);
     };
     for holder in holders.iter() {
         match holder {
-            Holder::Slot(page) if end as u64 > bytes_of(page) => {
-                let bytes = bytes_of(page);
-                return Some(Taken::OutOfRange { bytes });
-            }
-            Holder::Slot(_) => {}
+            Holder::Slot => {}
             Holder::Reader => return None,
-            Holder::ReaderOfClosedRegion | Holder::Owner => return Some(Taken::Stale),
+            Holder::Sealed | Holder::ReaderOfClosedRegion | Holder::Owner => {
+                return Some(Taken::Stale);
+            }
         }
     }
-    let pages =
-        holders
-            .iter_mut()
-            .filter_map(|holder| match std::mem::replace(holder, Holder::Reader) {
-                Holder::Slot(page) => Some(page),
-                _ => None,
-            });
-    Some(Taken::Pages(pages.collect()))
+    if end as u64 > bytes {
+        return Some(Taken::OutOfRange { bytes });
+    }
+    holders.fill(Holder::Reader);
+    let slots = registered.pages[index..][..row.count].iter_mut();
+    Some(Taken::Pages(slots.filter_map(Option::take).collect()))
 }
 
 /// What is told of pages that came back from [`Regions::put_back`].

@@ -237,7 +237,7 @@ fn write_rows(
     runs: &Runs,
 ) -> Vec<Region> {
     let targets = pool(plain_shape(2 * PIECE_BYTES), sources.len());
-    let regions = reader.node.transport.register(targets).unwrap();
+    let regions = reader.node.register_all(targets);
     let deadline = Instant::now() + PATIENCE;
     let endpoint = reader.node.transport.endpoint();
     assert!(writer.node.transport.reaches(&endpoint));

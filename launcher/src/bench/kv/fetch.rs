@@ -245,7 +245,7 @@ impl<'a> Fetching<'a> {
         deadline: Instant,
     ) -> Result<(Vec<Duration>, Instant), Failure> {
         let first = self.next_request - began.len() as u64;
-        let mut back = Vec::new();
+        let mut back: Vec<(u32, Page)> = Vec::new();
         let mut requests = Vec::new();
         let mut last = began[0];
         while requests.len() < began.len() {

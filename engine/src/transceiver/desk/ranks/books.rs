@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::RankEvent;
 use crate::backend::BlockId;
-use crate::handoff::{HandoffError, HandoffEvent, HandoffStats, LeaseEnd, RanksEvent};
+use crate::handoff::{BlockPages, HandoffError, HandoffEvent, HandoffStats, LeaseEnd, RanksEvent};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::reshard::{self, Side};
@@ -139,14 +139,14 @@ impl Books {
     }
 
     fn pages_back(&mut self, rank: usize, blocks: &[BlockId]) -> Option<HandoffEvent> {
-        let mut pages = Vec::new();
+        let mut pages = BlockPages::default();
         for &block in blocks {
             let book = self.pages.entry(block).or_default();
             book.back.insert(rank);
             if book.back.len() == self.ranks
                 && let Some(page) = self.pages.remove(&block).and_then(|book| book.own)
             {
-                pages.push((block, page));
+                pages.extend([(block, page)]);
             }
         }
         (!pages.is_empty()).then_some(HandoffEvent::PagesReturned { pages })
@@ -334,15 +334,13 @@ mod tests {
             dtype: KvDtype::F32,
         };
         let mut books = Books::new(2);
-        let pages = vec![(7, Page::zeroed(shape)), (8, Page::zeroed(shape))];
+        let pages = [7, 8].map(|block| (block, Page::zeroed(shape)));
+        let pages = BlockPages::from_iter(pages);
         let blocks = vec![7];
         assert!(books.book(1, RankEvent::PagesReturned { blocks }).is_none());
         match books.book_own(HandoffEvent::PagesReturned { pages }) {
             Some(HandoffEvent::PagesReturned { pages }) => {
-                assert_eq!(
-                    pages.iter().map(|(block, _)| *block).collect::<Vec<_>>(),
-                    [7]
-                );
+                assert_eq!(pages.blocks, [7]);
             }
             other => panic!("{other:?}"),
         }

@@ -11,7 +11,7 @@ use super::*;
 use crate::page::arena::Arena;
 use crate::transport::fabric::{ArenaKey, FabricPeer, FabricTerms, ReadJob, RemoteArena};
 use crate::transport::staging::plain_shape;
-use crate::transport::{MemoryKind, Reach, Run, Sides};
+use crate::transport::{MemoryKind, Reach, Region, Run, Sides};
 
 const CAPABILITY: Capability = Capability {
     name: "scripted",

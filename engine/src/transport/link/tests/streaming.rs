@@ -173,7 +173,7 @@ fn a_write_is_summed_by_who_sends_it_where_that_is_asked_for() {
         let source = |index: usize| Arc::new(page(length / 4, seed + 10 * index));
         let sources: Vec<_> = (0..count).map(source).collect();
         let targets = (0..count).map(|_| page(length / 4, 0)).collect();
-        let regions = reader.transport.register(targets).unwrap();
+        let regions = reader.register_all(targets);
         let write = to_be_summed(peer, &sources, &regions[0].remote);
         let sum_of = |source: &Arc<Page>| {
             let stretches = write.runs.stretches().map(|(from, _)| from);
@@ -209,11 +209,7 @@ fn who_does_not_sum_refuses_to() {
         Arc::new(shm::start(params(brisk(), ""), sink).unwrap()),
     ];
     let of = |transport: &dyn Transport| {
-        let target = transport
-            .register(vec![page(1000, 0)])
-            .unwrap()
-            .remove(0)
-            .remote;
+        let target = transport.register(vec![page(1000, 0)]).unwrap().first;
         let deadline = Instant::now() + PATIENCE;
         let peer = transport.connect(&transport.endpoint(), deadline).unwrap();
         to_be_summed(peer, std::slice::from_ref(&source), &target)
