@@ -37,6 +37,11 @@ use clap::Parser;
 use crate::cli::{BenchCommand, Cli, Command, LogLevel};
 use crate::exit::{Outcome, WithOutcome};
 
+/// What a request needs comes in lists of megabytes, which one thread makes and another drops. The system's allocator gives their
+/// memory back to the kernel each time, and takes it again page by page.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse_from(cli::normalise(std::env::args_os())) {
         Ok(cli) => cli,
