@@ -19,7 +19,7 @@ use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{Piece, Pieces};
 use crate::transceiver::state::{LayoutRecord, Nonce};
 use crate::transceiver::timers::TimerKey;
-use crate::transport::{PeerId, ROW_PAGES_MAX, RemoteRegion, Runs, Sources, TransferId};
+use crate::transport::{PeerId, ROW_PAGES_MAX, RemoteRegion, Runs, TransferId};
 
 /// Bytes of a row, if it has more than one piece: so many that what a row costs is little beside them, and so few that a cancel,
 /// which reaches whole rows, comes soon.
@@ -125,7 +125,7 @@ impl InFlight {
 /// Pieces that are submitted together, as one write.
 #[derive(Debug)]
 pub(super) struct Row {
-    pub(super) sources: Sources,
+    pub(super) sources: Vec<Arc<Page>>,
     /// Of the first one.
     pub(super) target: RemoteRegion,
     pub(super) algorithm: Algorithm,
@@ -137,7 +137,7 @@ pub(super) struct Row {
 impl Row {
     fn of(part: &Part<'_>) -> Self {
         Self {
-            sources: smallvec![Arc::clone(part.source)],
+            sources: vec![Arc::clone(part.source)],
             target: part.target,
             algorithm: part.checksum.algorithm,
             sums: smallvec![part.checksum.value],

@@ -143,7 +143,7 @@ impl Desk {
             let write = Write {
                 peer: serving.peer,
                 transfer: serving.transfer,
-                sources: row.sources,
+                sources: row.sources.into(),
                 target: row.target,
                 runs: piece.runs.clone(),
                 note: note.encode(),

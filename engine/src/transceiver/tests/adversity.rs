@@ -477,7 +477,7 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
         peer,
         transfer,
         runs: Runs::whole(SHAPE.bytes() - usize::from(matches!(lie, Lie::PartOfAPage))),
-        sources: smallvec![source],
+        sources: source.into(),
         target: request.regions.get(0).unwrap(),
         note: match lie {
             Lie::NoNote => Note::new(),
