@@ -28,10 +28,12 @@ use task::{FetchTask, Landing};
 mod fetching;
 mod lease;
 mod lending;
+mod lent;
 mod moving;
 mod pumping;
 mod ranks;
 mod summing;
+mod sums;
 mod task;
 
 pub(super) use ranks::RankEvent;
@@ -227,7 +229,7 @@ impl Desk {
                     self.on_transport_event(wire, event, &mut events);
                 }
             }
-            Happening::Hashed { of, checksums } => self.on_hashed(of, checksums),
+            Happening::Hashed { of, checksums } => self.on_hashed(of, &checksums),
             Happening::HashingEnded { of } => self.on_hashing_ended(of),
             Happening::Checked(pages) => {
                 for checked in pages {

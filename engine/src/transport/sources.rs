@@ -74,6 +74,20 @@ impl SharedPages {
         }
     }
 
+    /// The same pages, cut where one does not lie in the arena of the one before it, or is not like it.
+    pub(crate) fn cut(pages: Vec<Arc<Page>>) -> Vec<Self> {
+        let all = Self::new(pages);
+        if all.pages.is_empty() || (all.place.is_some() && all.alike.is_some()) {
+            return vec![all];
+        }
+        let arena = |page: &Page| page.arena().map(|(arena, _)| arena.id());
+        let together = |one: &Arc<Page>, next: &Arc<Page>| {
+            arena(one) == arena(next) && Alike::of(one) == Alike::of(next)
+        };
+        let parts = all.pages.chunk_by(together);
+        parts.map(|part| Self::new(part.to_vec())).collect()
+    }
+
     /// How many there are.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -84,6 +98,14 @@ impl SharedPages {
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.pages.is_empty()
+    }
+
+    /// Whether one of them lies on a device.
+    pub(crate) fn is_on_device(&self) -> bool {
+        match self.alike {
+            Some(alike) => alike.on_device,
+            None => self.pages.iter().any(|page| page.is_on_device()),
+        }
     }
 }
 
@@ -132,6 +154,19 @@ impl Sources {
     #[must_use]
     pub fn get(&self, index: usize) -> Option<&Arc<Page>> {
         self.of.pages[self.range.clone()].get(index)
+    }
+
+    /// Keeps the first ones, so many at most.
+    pub(crate) fn truncate(&mut self, count: usize) {
+        self.range.end = self.range.end.min(self.range.start + count);
+    }
+
+    /// Takes the first ones out, so many at most.
+    pub(crate) fn take_first(&mut self, count: usize) -> Self {
+        let mut taken = self.clone();
+        taken.truncate(count);
+        self.range.start = taken.range.end;
+        taken
     }
 
     /// Whether one of them lies on a device.
@@ -289,5 +324,48 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_row_is_shortened_and_taken_apart() {
+        let pages = pool(64, 7);
+        let mut sources = Sources::from(&pages[..]);
+        let taken = sources.take_first(3);
+        check(&taken, &pages[..3]);
+        check(&sources, &pages[3..]);
+        sources.truncate(2);
+        check(&sources, &pages[3..5]);
+        check(&sources.take_first(9), &pages[3..5]);
+        assert!(sources.is_empty() && sources.first().is_none());
+        drop((taken, sources));
+        assert!(pages.iter().all(|page| Arc::strong_count(page) == 1));
+    }
+
+    #[test]
+    fn pages_are_cut_where_their_memory_changes() {
+        let together = |pages: &[Vec<Arc<Page>>]| {
+            let parts = SharedPages::cut(pages.concat());
+            let lens: Vec<_> = parts.iter().map(SharedPages::len).collect();
+            let kept = parts.iter().flat_map(|part| &part.pages);
+            assert!(
+                kept.map(Arc::as_ptr)
+                    .eq(pages.concat().iter().map(Arc::as_ptr))
+            );
+            let one_kind = |part: &SharedPages| part.alike.is_some() || part.is_empty();
+            assert!(parts.iter().all(one_kind));
+            lens
+        };
+        assert_eq!(together(&[]), [0]);
+        assert_eq!(together(&[pool(64, 9)]), [9]);
+        assert_eq!(together(&[on_device(64, 9)]), [9]);
+        assert_eq!(
+            together(&[pool(64, 2), pool(64, 3), alone(64), alone(64)]),
+            [2, 3, 2]
+        );
+        assert_eq!(
+            together(&[on_device(64, 1), pool(64, 1), on_device(64, 2)]),
+            [1, 1, 2]
+        );
+        assert_eq!(together(&[alone(64), alone(128)]), [1, 1]);
     }
 }
