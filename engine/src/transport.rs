@@ -20,6 +20,7 @@ use crate::page::Page;
 use crate::page::arena::ForeignAllocator;
 pub use fabric::FabricError;
 pub use runs::{Run, Runs, RunsError};
+pub use sources::{SharedPages, Sources};
 
 pub mod checksum;
 pub mod cuda_ipc;
@@ -31,6 +32,7 @@ pub mod nixl;
 pub(crate) mod numbered;
 pub mod runs;
 pub mod shm;
+mod sources;
 pub mod staging;
 pub mod tcp;
 pub mod ucx;
@@ -250,9 +252,6 @@ const NOTE_BYTES_SHORT: usize = 40;
 /// Pages of one [`Write`] at most.
 pub const ROW_PAGES_MAX: usize = 16;
 
-/// The pages of a [`Write`]: mostly one, which takes no memory of its own.
-pub type Sources = SmallVec<[Arc<Page>; 1]>;
-
 /// A row of pieces on its way: the same stretches of each of some shared pages, to those of as many remote regions whose numbers
 /// follow each other. Mostly a row of one; but pieces of some kilobytes are so many that each for itself would cost more than its bytes.
 #[derive(Debug, Clone)]
@@ -283,23 +282,17 @@ impl Write {
 
     /// Whether its pages are on a device.
     pub(crate) fn is_on_device(&self) -> bool {
-        self.sources.iter().any(|page| page.is_on_device())
+        self.sources.is_on_device()
     }
 
     /// Whether it has as many pages as it may, of one kind of memory, and their stretches lie within them.
     pub(crate) fn is_sound(&self) -> bool {
-        let on_device = self.is_on_device();
-        let sound = |page: &Arc<Page>| {
-            // How long the target is, the peer says.
-            let fits = self.runs.fits(page.shape().bytes(), usize::MAX);
-            fits && page.is_on_device() == on_device
-        };
         let pages_max = if self.runs.total_bytes() > 0 {
             ROW_PAGES_MAX
         } else {
             1
         };
-        (1..=pages_max).contains(&self.sources.len()) && self.sources.iter().all(sound)
+        (1..=pages_max).contains(&self.sources.len()) && self.sources.are_sound(&self.runs)
     }
 
     /// Every stretch of its sources, in order.

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,10 @@ use super::inbox::{Checked, Happening, Inbox, Mismatch, SumsOf};
 use crate::page::Page;
 use crate::page::fold::Fold;
 use crate::transport::checksum::{announce, sum_of};
-use crate::transport::{RegionId, Runs, TransferId};
+use crate::transport::{RegionId, Runs, Sources, TransferId};
+pub(super) use made::Checksums;
+
+mod made;
 
 /// Pieces that a device sums in one call at most: a tenth of a millisecond's work for who lists them, which is what a call of a few
 /// costs too.
@@ -51,11 +55,12 @@ pub(super) enum Algorithm {
 impl Algorithm {
     /// The one that suits a page best.
     pub(super) const fn of(page: &Page) -> Self {
-        if page.is_on_device() {
-            Self::Fold
-        } else {
-            Self::Stripes
-        }
+        Self::in_memory(page.is_on_device())
+    }
+
+    /// The one that suits a kind of memory best.
+    pub(super) const fn in_memory(of_device: bool) -> Self {
+        if of_device { Self::Fold } else { Self::Stripes }
     }
 
     /// Its number in notes. 1 was XXH3-64.
@@ -85,16 +90,6 @@ pub(super) struct Checksum {
     pub(super) value: u64,
 }
 
-impl Checksum {
-    /// Of a piece of this page, whose value its transport puts in.
-    pub(super) const fn to_be_made(page: &Page) -> Self {
-        Self {
-            algorithm: Algorithm::of(page),
-            value: 0,
-        }
-    }
-}
-
 /// A piece in a page, whose transport did not sum it.
 #[derive(Debug)]
 pub(super) struct Unsummed {
@@ -116,11 +111,14 @@ pub(super) struct Landed {
     pub(super) parts: Vec<Unsummed>,
 }
 
+/// The same stretches of each of some pages; at least one.
+pub(super) type PageRow = (Sources, Runs);
+
 /// Pieces to be sent; their pages are let go when the job is over or given up.
 #[derive(Debug)]
 pub(super) struct Summing {
     of: SumsOf,
-    parts: VecDeque<(Arc<Page>, Runs)>,
+    parts: VecDeque<PageRow>,
     given_up: Arc<AtomicBool>,
     /// Bytes that are summed next, of the host's memory.
     host_bytes_max: usize,
@@ -129,7 +127,7 @@ pub(super) struct Summing {
 impl Summing {
     pub(super) const fn new(
         of: SumsOf,
-        parts: VecDeque<(Arc<Page>, Runs)>,
+        parts: VecDeque<PageRow>,
         given_up: Arc<AtomicBool>,
     ) -> Self {
         Self {
@@ -138,6 +136,26 @@ impl Summing {
             given_up,
             host_bytes_max: HOST_BYTES_MAX,
         }
+    }
+
+    /// The bytes of each piece.
+    fn sizes(&self) -> impl Iterator<Item = usize> {
+        let rows = self.parts.iter();
+        rows.flat_map(|(pages, runs)| repeat_n(runs.total_bytes(), pages.len()))
+    }
+
+    /// Takes the first pieces out, so many at most.
+    fn take(&mut self, mut count: usize) -> Vec<PageRow> {
+        let mut taken = Vec::new();
+        while count > 0
+            && let Some((pages, runs)) = self.parts.front_mut()
+        {
+            let some = pages.take_first(count);
+            count -= some.len();
+            taken.push((some, runs.clone()));
+            self.parts.pop_front_if(|(pages, _)| pages.is_empty());
+        }
+        taken
     }
 }
 
@@ -387,12 +405,11 @@ impl Queue {
     fn sum_some(&self, mut offered: Summing, inbox: &Inbox) {
         let of = offered.of;
         let given_up = offered.given_up.load(Ordering::Acquire);
-        let sizes = offered.parts.iter().map(|(_, runs)| runs.total_bytes());
         let count = match offered.parts.front() {
-            Some((page, _)) if page.is_on_device() => {
-                fitting(sizes.take(DEVICE_PIECES_MAX), DEVICE_BYTES_MAX)
+            Some((pages, _)) if pages.is_on_device() => {
+                fitting(offered.sizes().take(DEVICE_PIECES_MAX), DEVICE_BYTES_MAX)
             }
-            Some(_) => fitting(sizes, offered.host_bytes_max),
+            Some(_) => fitting(offered.sizes(), offered.host_bytes_max),
             None => 0,
         };
         offered.host_bytes_max = (2 * offered.host_bytes_max).min(HOST_BYTES_GROWN_MAX);
@@ -406,20 +423,18 @@ impl Queue {
                 algorithm: Algorithm::Absent,
                 value: 0,
             };
-            let checksums = vec![absent; offered.parts.len()];
+            let checksums = offered.sizes().map(|_| absent).collect();
             drop(offered);
             inbox.happened(Happening::Hashed { of, checksums });
             inbox.happened(Happening::HashingEnded { of });
             return;
         }
-        let some: Vec<_> = offered
-            .parts
-            .drain(..count.min(offered.parts.len()))
-            .collect();
-        let pieces: Vec<_> = some
-            .iter()
-            .map(|(page, runs)| Piece::source(page, runs))
-            .collect();
+        let some = offered.take(count);
+        let pieces = some.iter().flat_map(|(pages, runs)| {
+            let pages = pages.iter();
+            pages.map(move |page| Piece::source(page, runs))
+        });
+        let pieces: Vec<_> = pieces.collect();
         let algorithms: Vec<_> = pieces.iter().map(|piece| piece.algorithm).collect();
         let made = sums(pieces);
         drop(some);

@@ -28,11 +28,13 @@ use task::{FetchTask, Landing};
 mod fetching;
 mod lease;
 mod lending;
+mod lent;
 mod moving;
 mod pumping;
 mod ranks;
 mod stock;
 mod summing;
+mod sums;
 mod task;
 
 pub(super) use ranks::RankEvent;
@@ -228,7 +230,7 @@ impl Desk {
                     self.on_transport_event(wire, event, &mut events);
                 }
             }
-            Happening::Hashed { of, checksums } => self.on_hashed(of, checksums),
+            Happening::Hashed { of, checksums } => self.on_hashed(of, &checksums),
             Happening::HashingEnded { of } => self.on_hashing_ended(of),
             Happening::Checked(pages) => {
                 for checked in pages {

@@ -15,7 +15,7 @@ use crate::request::RequestId;
 use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
-use super::checksum::Checksum;
+use super::checksum::Checksums;
 use super::state::{Nonce, OpaqueState, RankRecord};
 
 /// Happenings that wait for the desk at most; of each as much as one thread does at once.
@@ -105,7 +105,7 @@ pub(super) enum Happening {
     /// The next checksums.
     Hashed {
         of: SumsOf,
-        checksums: Vec<Checksum>,
+        checksums: Checksums,
     },
     /// The checksum threads hold no page for these any more.
     HashingEnded {

@@ -115,9 +115,9 @@ impl Message {
     }
 }
 
-/// What comes with each row of pieces.
+/// What comes with each row of pieces. Whoever sends it has the sums elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct RowNote {
+pub(super) struct RowNote<Sums = SmallVec<[u64; 1]>> {
     pub(super) ctx_request_id: u64,
     pub(super) epoch: u64,
     /// The sender's rank.
@@ -127,25 +127,12 @@ pub(super) struct RowNote {
     /// Of all sums.
     pub(super) algorithm: Algorithm,
     /// One for each piece.
-    pub(super) sums: SmallVec<[u64; 1]>,
+    pub(super) sums: Sums,
 }
 
 impl RowNote {
     /// Where an encoded one has its sums, of eight bytes each.
     pub(super) const SUMS_AT: usize = 25;
-
-    pub(super) fn encode(&self) -> Note {
-        let mut out = Note::new();
-        out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
-        out.extend_from_slice(&self.epoch.to_le_bytes());
-        out.extend_from_slice(&self.piece.to_le_bytes());
-        out.extend_from_slice(&self.rank.to_le_bytes());
-        out.push(self.algorithm.number());
-        for sum in &self.sums {
-            out.extend_from_slice(&sum.to_le_bytes());
-        }
-        out
-    }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let (head, sums) = bytes.split_first_chunk::<{ Self::SUMS_AT }>()?;
@@ -165,6 +152,24 @@ impl RowNote {
             algorithm: Algorithm::numbered(algorithm[0])?,
             sums: sums.iter().map(|sum| u64::from_le_bytes(*sum)).collect(),
         })
+    }
+}
+
+impl<Sums: AsRef<[u64]>> RowNote<Sums> {
+    pub(super) fn encode(&self) -> Note {
+        let sums = self.sums.as_ref();
+        let mut out = Note::with_capacity(RowNote::SUMS_AT + 8 * sums.len());
+        out.extend_from_slice(&self.ctx_request_id.to_le_bytes());
+        out.extend_from_slice(&self.epoch.to_le_bytes());
+        out.extend_from_slice(&self.piece.to_le_bytes());
+        out.extend_from_slice(&self.rank.to_le_bytes());
+        out.push(self.algorithm.number());
+        let at = out.len();
+        out.resize(at + 8 * sums.len(), 0);
+        for (place, sum) in out[at..].chunks_exact_mut(8).zip(sums) {
+            place.copy_from_slice(&sum.to_le_bytes());
+        }
+        out
     }
 }
 

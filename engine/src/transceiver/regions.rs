@@ -90,19 +90,27 @@ impl RemoteRegions {
     }
 
     /// The one with this index.
+    #[cfg(test)]
     pub(super) fn get(&self, index: usize) -> Option<RemoteRegion> {
+        self.alike(index).map(|(region, _)| region)
+    }
+
+    /// The one with this index, and how many there are from it on whose numbers follow each other, as far as that can be counted.
+    pub(super) fn alike(&self, index: usize) -> Option<(RemoteRegion, usize)> {
         let index = index as u64;
         let row = self.ends.partition_point(|end| *end <= index);
         let before = row.checked_sub(1).map_or(0, |before| self.ends[before]);
         let Row {
             bytes, key, first, ..
         } = *self.rows.get(row)?;
-        Some(RemoteRegion {
+        let region = RemoteRegion {
             bytes,
             // A peer that counts beyond the last number there is has no such region.
             id: first.wrapping_add(index - before),
             key,
-        })
+        };
+        let alike = usize::try_from(self.ends[row] - index);
+        Some((region, alike.unwrap_or(usize::MAX)))
     }
 
     /// The size of the first one that is not of so many bytes.
@@ -138,12 +146,20 @@ mod tests {
             let read: RemoteRegions = serde_json::from_str(&text).unwrap();
             assert_eq!((read.len(), &read), (count, &regions));
             assert!((0..count).filter_map(|index| read.get(index)).eq(some));
+            let alike = (0..count).filter_map(|index| Some(read.alike(index)?.1));
+            let mut expected = vec![1; count];
+            if count > 1 {
+                // The first two follow each other.
+                expected[0] = 2;
+            }
+            assert_eq!(alike.collect::<Vec<_>>(), expected);
             assert_eq!(read.get(count), None);
         }
         let many = (0..100_000).map(|index| region((1 << 16, 7 + index, 9)));
         let many: RemoteRegions = many.collect();
         assert!(serde_json::to_string(&many).unwrap().len() < 100);
         assert_eq!(many.get(99_999), Some(region((1 << 16, 100_006, 9))));
+        assert_eq!(many.alike(40), Some((region((1 << 16, 47, 9)), 99_960)));
         assert_eq!(
             (many.other_than(1 << 16), many.other_than(1)),
             (None, Some(1 << 16))

@@ -4,8 +4,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
-use smallvec::smallvec;
-
 use super::{checksum::sum_of, memory::one_by_one, *};
 use crate::page::{KvDtype, PageShape};
 use rows::{
@@ -123,7 +121,7 @@ fn piece(peer: PeerId, transfer: u64, source: &Arc<Page>, target: &RemoteRegion)
     Write {
         peer,
         transfer: TransferId(transfer),
-        sources: smallvec![Arc::clone(source)],
+        sources: Arc::clone(source).into(),
         target: *target,
         runs: Runs::whole(source.as_bytes().len()),
         note: b"note"[..].into(),

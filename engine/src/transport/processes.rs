@@ -13,7 +13,6 @@ use std::time::Instant;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
-use smallvec::smallvec;
 
 use super::conformance::{Node, PATIENCE};
 use super::link::tests::brisk;
@@ -116,7 +115,7 @@ fn piece(peer: PeerId, source: &Arc<Page>, target: &RemoteRegion) -> Write {
     Write {
         peer,
         transfer: TransferId(1),
-        sources: smallvec![Arc::clone(source)],
+        sources: Arc::clone(source).into(),
         target: *target,
         runs: Runs::whole(PAGE_BYTES),
         note: Note::new(),

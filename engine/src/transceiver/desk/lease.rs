@@ -4,16 +4,14 @@
 //! transport is called here.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use smallvec::{SmallVec, smallvec};
-
+use super::lent::LentPages;
+use super::sums::{Sum, Sums};
 use crate::handoff::LeaseEnd;
-use crate::page::Page;
-use crate::transceiver::checksum::{Algorithm, Checksum};
+use crate::transceiver::checksum::{Algorithm, Checksums, PageRow};
 use crate::transceiver::message::Taker;
 use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{Piece, Pieces};
@@ -29,7 +27,7 @@ const ROW_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Lease {
     /// Those of the tokens that are read; an open lease gets more.
-    pub(super) pages: Vec<Arc<Page>>,
+    pub(super) pages: LentPages,
     pub(super) token_count: usize,
     pub(super) nonce: Nonce,
     /// When the lease ends if nobody is being served.
@@ -38,7 +36,7 @@ pub(super) struct Lease {
     /// What is held of each page, as this rank would send it to its like.
     pub(super) held: Pieces,
     /// Of what is held of the first pages, as far as they are summed.
-    pub(super) checksums: Vec<Checksum>,
+    pub(super) checksums: Checksums,
     pub(super) unsummed: Unsummed,
     /// Jobs of the checksum threads that hold pages.
     pub(super) hashing: usize,
@@ -79,9 +77,9 @@ pub(super) struct Serving {
     /// The receiver's page that the first region is.
     pub(super) first_page: usize,
     /// For each piece, where its checksum is.
-    pub(super) sums: Vec<Sum>,
+    pub(super) sums: Sums,
     /// Checksums of pieces that are not all that is held of a page, as far as they are made.
-    pub(super) own_sums: Vec<Checksum>,
+    pub(super) own_sums: Checksums,
     pub(super) unsummed: Unsummed,
     pub(super) given_up: Arc<AtomicBool>,
     /// The next piece to submit.
@@ -124,54 +122,21 @@ impl InFlight {
 
 /// Pieces that are submitted together, as one write.
 #[derive(Debug)]
-pub(super) struct Row {
+pub(super) struct Row<'a> {
     pub(super) sources: Sources,
     /// Of the first one.
     pub(super) target: RemoteRegion,
+    /// Of each.
+    pub(super) runs: &'a Runs,
     pub(super) algorithm: Algorithm,
-    pub(super) sums: SmallVec<[u64; 1]>,
+    /// One for each piece.
+    pub(super) sums: &'a [u64],
     /// Whether the transport makes the sums.
     pub(super) summed_on_the_way: bool,
 }
 
-impl Row {
-    fn of(part: &Part<'_>) -> Self {
-        Self {
-            sources: smallvec![Arc::clone(part.source)],
-            target: part.target,
-            algorithm: part.checksum.algorithm,
-            sums: smallvec![part.checksum.value],
-            summed_on_the_way: part.summed_on_the_way,
-        }
-    }
-
-    /// Takes one more in; false when it does not follow.
-    fn take(&mut self, part: &Part<'_>) -> bool {
-        let next = RemoteRegion {
-            id: self.target.id.wrapping_add(self.sources.len() as u64),
-            ..self.target
-        };
-        let arena = |page: &Arc<Page>| page.arena().map(|(arena, _)| arena.id());
-        let follows = part.target == next
-            && part.checksum.algorithm == self.algorithm
-            && part.summed_on_the_way == self.summed_on_the_way
-            && arena(part.source) == arena(&self.sources[0]);
-        if follows {
-            self.sources.push(Arc::clone(part.source));
-            self.sums.push(part.checksum.value);
-        }
-        follows
-    }
-}
-
-/// One piece of a row.
-#[derive(Debug)]
-struct Part<'a> {
-    source: &'a Arc<Page>,
-    target: RemoteRegion,
-    checksum: Checksum,
-    summed_on_the_way: bool,
-}
+/// The sums of a row, before the transport has made them.
+static UNMADE: [u64; ROW_PAGES_MAX] = [0; ROW_PAGES_MAX];
 
 /// There is no place for a piece.
 #[derive(Debug)]
@@ -186,10 +151,12 @@ fn together(runs: &Runs) -> usize {
 }
 
 impl Serving {
-    /// Where a piece goes. There is such a place: as many regions were asked for as the receiver needs pages.
-    pub(super) fn target(&self, piece: Piece<'_>) -> Option<RemoteRegion> {
-        self.regions
-            .get(piece.receiver_page.checked_sub(self.first_page)?)
+    /// Where a piece goes, and for how many from it on the places of the next ones follow. There is such a place: as many regions
+    /// were asked for as the receiver needs pages.
+    fn target(&self, piece: Piece<'_>) -> Result<(RemoteRegion, usize), NoTarget> {
+        let index = piece.receiver_page.checked_sub(self.first_page);
+        let target = index.and_then(|index| self.regions.alike(index));
+        target.ok_or(NoTarget)
     }
 }
 
@@ -198,14 +165,14 @@ impl Serving {
 pub(super) struct Unsummed {
     /// Pages, or pieces, that were looked at.
     seen: usize,
-    parts: VecDeque<(Arc<Page>, Runs)>,
+    parts: VecDeque<PageRow>,
     /// A job is under way.
     running: bool,
 }
 
 impl Unsummed {
     /// The next job's parts, if there are any and none is under way.
-    pub(super) fn start(&mut self) -> Option<VecDeque<(Arc<Page>, Runs)>> {
+    pub(super) fn start(&mut self) -> Option<VecDeque<PageRow>> {
         if self.running || self.parts.is_empty() {
             return None;
         }
@@ -217,15 +184,25 @@ impl Unsummed {
     pub(super) fn ended(&mut self) {
         self.running = false;
     }
-}
 
-/// Where a piece's checksum is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sum {
-    /// It is a page's, made when it was offered.
-    Page(usize),
-    /// It is made for this transfer.
-    Own(usize),
+    /// Looks at the next pieces, as far as their pages have come, and notes those that are to be summed: of each, `wanted` says whether
+    /// it is, and for how many from it on that is so.
+    fn note(
+        &mut self,
+        pieces: &Pieces,
+        pages: &LentPages,
+        wanted: impl Fn(usize) -> Option<(bool, usize)>,
+    ) {
+        while let Some((piece, alike)) = pieces.alike(self.seen)
+            && let Some((is_wanted, as_much)) = wanted(self.seen)
+            && let Some(sources) = pages.row(piece.sender_page, alike.min(as_much))
+        {
+            self.seen += sources.len();
+            if is_wanted {
+                self.parts.push_back((sources, piece.runs.clone()));
+            }
+        }
+    }
 }
 
 impl Lease {
@@ -263,20 +240,6 @@ impl Lease {
                 .any(|serving| !serving.in_flight.is_empty())
     }
 
-    /// For each of some pieces, where its checksum is or will be.
-    pub(super) fn sums(&self, pieces: &Pieces) -> Vec<Sum> {
-        let mut own = 0..;
-        let sums = pieces.iter().map(|piece| {
-            let page = piece.sender_page;
-            let held = self.held.get(page);
-            if held.is_some_and(|held| same_source(held.runs, piece.runs)) {
-                return Sum::Page(page);
-            }
-            Sum::Own(own.next().unwrap_or(usize::MAX))
-        });
-        sums.collect()
-    }
-
     /// Whether pages are still to come.
     pub(super) fn is_open(&self) -> bool {
         self.pages.len() < self.held.len()
@@ -285,126 +248,58 @@ impl Lease {
     /// Notes what is to be summed of pages that have come: all that is held of them, and what transfers have of them to
     /// themselves. Pieces come in the order of these pages.
     pub(super) fn note_unsummed(&mut self) {
-        let Self {
-            pages,
-            held,
-            unsummed,
-            servings,
-            ..
-        } = self;
-        let new = pages.iter().zip(held.iter()).skip(unsummed.seen);
-        let new = new.map(|(page, held)| (Arc::clone(page), held.runs.clone()));
-        unsummed.parts.extend(new);
-        unsummed.seen = pages.len();
-        for serving in servings {
-            let unsummed = &mut serving.unsummed;
-            let pieces = serving.pieces.iter().zip(&serving.sums);
-            for (piece, sum) in pieces.skip(unsummed.seen) {
-                let Some(page) = pages.get(piece.sender_page) else {
-                    break;
-                };
-                unsummed.seen += 1;
-                if matches!(sum, Sum::Own(_)) {
-                    let part = (Arc::clone(page), piece.runs.clone());
-                    unsummed.parts.push_back(part);
-                }
-            }
+        let all = |_| Some((true, usize::MAX));
+        self.unsummed.note(&self.held, &self.pages, all);
+        for serving in &mut self.servings {
+            let sums = &serving.sums;
+            let own = |piece| {
+                let (sum, alike) = sums.alike(piece)?;
+                Some((matches!(sum, Sum::Own(_)), alike))
+            };
+            serving.unsummed.note(&serving.pieces, &self.pages, own);
         }
     }
 
-    /// The row that begins with this piece, of up to so many; nothing while its page or checksum is missing.
-    pub(super) fn row(
-        &self,
-        serving: &Serving,
+    /// The row that begins with this piece, of up to so many, at least one; nothing while its page or checksum is missing.
+    pub(super) fn row<'a>(
+        &'a self,
+        serving: &'a Serving,
         (first, pieces_max): (usize, usize),
         by_transport: bool,
-    ) -> Result<Option<Row>, NoTarget> {
-        let Some(part) = self.part(serving, first, by_transport)? else {
+    ) -> Result<Option<Row<'a>>, NoTarget> {
+        let (piece, alike) = serving.pieces.alike(first).ok_or(NoTarget)?;
+        let (sum, as_summed) = serving.sums.alike(first).ok_or(NoTarget)?;
+        let (target, following) = serving.target(piece)?;
+        let limits = [as_summed, following, together(piece.runs), pieces_max];
+        let count = limits.into_iter().fold(alike, usize::min);
+        let Some(mut sources) = self.pages.row(piece.sender_page, count) else {
             return Ok(None);
         };
-        let mut row = Row::of(&part);
-        let Some((piece, alike)) = serving.pieces.alike(first) else {
-            return Ok(Some(row));
+        let count = sources.len();
+        let made = match sum {
+            Sum::Page(page) => self.checksums.alike(page, count),
+            Sum::Own(own) => serving.own_sums.alike(own, count),
         };
-        let count = alike.min(together(piece.runs)).min(pieces_max);
-        for index in first + 1..first + count {
-            match self.part(serving, index, by_transport)? {
-                Some(part) if row.take(&part) => {}
-                Some(_) | None => break,
+        let on_device = sources.is_on_device();
+        let (algorithm, sums) = match made {
+            Some(made) => made,
+            // Sums are made in order: those of the others are not made either.
+            None if by_transport && !on_device => {
+                (Algorithm::in_memory(on_device), &UNMADE[..count])
             }
-        }
-        Ok(Some(row))
-    }
-
-    /// A piece, once its page is there, and its checksum made, unless that is left to the transport.
-    fn part(
-        &self,
-        serving: &Serving,
-        index: usize,
-        by_transport: bool,
-    ) -> Result<Option<Part<'_>>, NoTarget> {
-        let piece = serving.pieces.get(index).ok_or(NoTarget)?;
-        let Some(source) = self.pages.get(piece.sender_page) else {
-            return Ok(None);
-        };
-        let made = match serving.sums[index] {
-            Sum::Page(page) => self.checksums.get(page),
-            Sum::Own(index) => serving.own_sums.get(index),
-        };
-        let makes = by_transport && !source.is_on_device();
-        let (checksum, summed_on_the_way) = match made {
-            Some(made) => (*made, false),
-            None if makes => (Checksum::to_be_made(source), true),
             None => return Ok(None),
         };
-        let target = serving.target(piece).ok_or(NoTarget)?;
-        Ok(Some(Part {
-            source,
+        sources.truncate(sums.len());
+        Ok(Some(Row {
+            sources,
             target,
-            checksum,
-            summed_on_the_way,
+            runs: piece.runs,
+            algorithm,
+            sums,
+            summed_on_the_way: made.is_none(),
         }))
     }
 }
 
-/// Whether two say to read the same bytes in the same order, wherever these go.
-fn same_source(a: &Runs, b: &Runs) -> bool {
-    a.total_bytes() == b.total_bytes() && sources(a).eq(sources(b))
-}
-
-/// The stretches of the source, neighbours joined.
-fn sources(runs: &Runs) -> impl Iterator<Item = Range<usize>> + '_ {
-    let mut stretches = runs.stretches().map(|(source, _)| source).peekable();
-    std::iter::from_fn(move || {
-        let mut joined = stretches.next()?;
-        while let Some(next) = stretches.next_if(|next| next.start == joined.end) {
-            joined.end = next.end;
-        }
-        Some(joined)
-    })
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::transport::Run;
-
-    #[test]
-    fn what_is_read_counts_and_not_where_it_goes() {
-        let whole = Runs::whole(12);
-        let spread = |source_stride| Run {
-            source: 0,
-            target: 5,
-            bytes: 4,
-            count: 3,
-            source_stride,
-            target_stride: 9,
-        };
-        let of = |run| Runs::new([run]).unwrap();
-        assert!(same_source(&whole, &of(spread(4))));
-        assert!(!same_source(&whole, &of(spread(8))));
-        assert!(!same_source(&whole, &Runs::whole(11)));
-        let turned = Runs::new([Run::once(6, 0, 6), Run::once(0, 6, 6)]).unwrap();
-        assert!(!same_source(&whole, &turned));
-    }
-}
+mod tests;

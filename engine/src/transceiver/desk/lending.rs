@@ -11,8 +11,11 @@ use std::time::Instant;
 
 use super::Desk;
 use super::lease::{InFlight, Lease, Serving, Taking, Unsummed};
+use super::lent::LentPages;
+use super::sums::Sums;
 use crate::handoff::{LeaseEnd, Offer};
 use crate::page::Page;
+use crate::transceiver::checksum::Checksums;
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Request, Taker};
 use crate::transceiver::reshard::{self, Side};
@@ -49,7 +52,7 @@ impl Desk {
             nonce,
             deadline,
             timer: self.timers.set(deadline, Due::Lease(id)),
-            checksums: Vec::with_capacity(held.len()),
+            checksums: Checksums::with_room(held.len()),
             unsummed: Unsummed::default(),
             held,
             hashing: 0,
@@ -57,7 +60,7 @@ impl Desk {
             taking: None,
             servings: Vec::new(),
             end: None,
-            pages: offer.pages,
+            pages: LentPages::of(offer.pages),
         };
         self.leases.insert(id, lease);
         self.sum(id);
@@ -129,7 +132,7 @@ impl Desk {
         let rank = request.rank as usize;
         let tokens = admitted.first_token..lease.token_count;
         let pieces = reshard::pieces(own, (&admitted.side, rank), tokens);
-        let sums = lease.sums(&pieces);
+        let sums = Sums::of(&pieces, &lease.held);
         lease.servings.push(Serving {
             peer,
             transfer,
@@ -138,7 +141,7 @@ impl Desk {
             regions: request.regions,
             first_page: admitted.first_token / admitted.side.tokens_per_block(),
             sums,
-            own_sums: Vec::new(),
+            own_sums: Checksums::default(),
             unsummed: Unsummed::default(),
             given_up: Arc::new(AtomicBool::new(false)),
             next: 0,

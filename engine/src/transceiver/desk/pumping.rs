@@ -27,8 +27,8 @@ enum Turn {
     Refused,
 }
 
-/// How many pieces each of some rows has: mostly of one.
-type Rows = SmallVec<[usize; 1]>;
+/// How many pieces each of some rows has: mostly of no more rows than this.
+type Rows = SmallVec<[usize; 4]>;
 
 /// Rows that the transport has taken, and the bytes of them.
 type Submitted = (Rows, u64);
@@ -119,9 +119,7 @@ impl Desk {
         let sums_writes = self.around.wires.sums_writes(serving.peer);
         let (mut writes, mut bytes) = (Vec::new(), 0);
         let mut next = serving.next;
-        while let Some(piece) = serving.pieces.get(next)
-            && bytes < TURN_BYTES
-        {
+        while next < serving.pieces.len() && bytes < TURN_BYTES {
             let in_flight = serving.in_flight.pieces() + next - serving.next;
             let room = self.terms.window.saturating_sub(in_flight);
             if room == 0 {
@@ -145,7 +143,7 @@ impl Desk {
                 transfer: serving.transfer,
                 sources: row.sources,
                 target: row.target,
-                runs: piece.runs.clone(),
+                runs: row.runs.clone(),
                 note: note.encode(),
                 sum_at: row.summed_on_the_way.then_some(RowNote::SUMS_AT),
             };

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::Desk;
-use crate::transceiver::checksum::{Checksum, Summing};
+use crate::transceiver::checksum::{Checksums, Summing};
 use crate::transceiver::inbox::SumsOf;
 
 impl Desk {
@@ -16,8 +16,7 @@ impl Desk {
         let Some(lease) = lease.filter(|lease| lease.end.is_none()) else {
             return;
         };
-        let in_host = lease.pages.iter().all(|page| !page.is_on_device());
-        if in_host && self.around.wires.all_sum_writes() {
+        if lease.pages.are_in_host() && self.around.wires.all_sum_writes() {
             // What waits for them waits for the pages alone.
             self.ready
                 .extend(lease.servings.iter().map(|serving| serving.peer));
@@ -41,20 +40,20 @@ impl Desk {
         }
     }
 
-    pub(super) fn on_hashed(&mut self, of: SumsOf, checksums: Vec<Checksum>) {
+    pub(super) fn on_hashed(&mut self, of: SumsOf, checksums: &Checksums) {
         match of {
             SumsOf::Lease(id) => {
                 let Some(lease) = self.leases.get_mut(&id) else {
                     return;
                 };
-                lease.checksums.extend(checksums);
+                lease.checksums.append(checksums);
                 self.ready
                     .extend(lease.servings.iter().map(|serving| serving.peer));
             }
             SumsOf::Transfer(id, peer, transfer) => {
                 let lease = self.leases.get_mut(&id);
                 if let Some(serving) = lease.and_then(|lease| lease.serving_mut(peer, transfer)) {
-                    serving.own_sums.extend(checksums);
+                    serving.own_sums.append(checksums);
                     self.ready.insert(peer);
                 }
             }

@@ -465,7 +465,7 @@ fn a_lying_context_server_is_found_out_and_no_page_is_lost() {
 fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
     let transfer = request.transfer;
     let source = Arc::new(filled(SHAPE, 1, 0));
-    let note = RowNote {
+    let note: RowNote = RowNote {
         ctx_request_id: request.claim.ctx_request_id,
         epoch: request.claim.epoch,
         rank: 0,
@@ -477,7 +477,7 @@ fn tell_lie(liar: &Peer, peer: PeerId, request: &Request, lie: &Lie) {
         peer,
         transfer,
         runs: Runs::whole(SHAPE.bytes() - usize::from(matches!(lie, Lie::PartOfAPage))),
-        sources: smallvec![source],
+        sources: source.into(),
         target: request.regions.get(0).unwrap(),
         note: match lie {
             Lie::NoNote => Note::new(),

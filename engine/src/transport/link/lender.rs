@@ -32,7 +32,8 @@ pub(super) struct Exported {
 pub(super) struct Lent {
     pub(super) arena: Exported,
     pub(super) descriptor: Descriptor,
-    pub(super) kept: Kept,
+    /// None where the peer reads the write's own sources.
+    pub(super) kept: Option<Kept>,
 }
 
 /// How a write travels.
@@ -95,10 +96,9 @@ impl Lender {
         }
         // What was too long for a window of a device goes as if the fabric did not take its memory.
         let where_it_lies = !(write.is_on_device() && self.fabric.windows().is_some());
-        let places = arena_of(write).filter(|_| where_it_lies);
-        let in_place = places.and_then(|(arena, offsets)| {
-            let kept = Kept::Sources(write.sources.clone());
-            Some(self.lent(self.export(arena)?, offsets, false, kept))
+        let place = write.sources.place().filter(|_| where_it_lies);
+        let in_place = place.and_then(|(arena, offsets)| {
+            Some(self.lent(self.export(arena)?, offsets.into(), None))
         });
         let coarse = write.runs.is_coarse(self.fabric.terms().stretch_bytes_min);
         match in_place {
@@ -129,7 +129,7 @@ impl Lender {
         match placed {
             Some((arena, offset)) => {
                 let offsets = row(write, offset, write.runs.total_bytes());
-                Way::Pull(self.lent(arena, offsets, true, Kept::Slot(slot)))
+                Way::Pull(self.lent(arena, offsets, Some(Kept::Slot(slot))))
             }
             None => Way::Stream,
         }
@@ -167,7 +167,7 @@ impl Lender {
         let lent = writes.iter().zip(&places).map(|(write, at)| {
             let kept = Kept::Window(Arc::clone(&slot));
             let offsets = row(write, base + at, stride_of(write));
-            self.lent(exported.clone(), offsets, true, kept)
+            self.lent(exported.clone(), offsets, Some(kept))
         });
         Together::Pull(lent.collect())
     }
@@ -180,7 +180,7 @@ impl Lender {
         connection: &Connection,
     ) -> io::Result<Lent> {
         let bytes = write.total_bytes();
-        let source = arena_of(write).map(|(arena, _)| arena);
+        let source = write.sources.place().map(|(arena, _)| arena);
         // Of the kind that the peer reads.
         let lies_as_read = !write.is_on_device()
             || self.fabric.windows().is_none()
@@ -197,7 +197,7 @@ impl Lender {
         });
         let (arena, offset) = placed.ok_or(io::ErrorKind::Unsupported)?;
         let offsets = row(write, offset, write.runs.total_bytes());
-        Ok(self.lent(arena, offsets, true, Kept::Spoilt(page)))
+        Ok(self.lent(arena, offsets, Some(Kept::Spoilt(page))))
     }
 
     /// A page for so many bytes in an arena of its own, of the same kind of memory as this one, or of what the fabric reads best:
@@ -220,12 +220,13 @@ impl Lender {
         self.fabric.capability().memory.contains(&kind)
     }
 
-    fn lent(&self, arena: Exported, offsets: Offsets, gathered: bool, kept: Kept) -> Lent {
+    /// Of the sources themselves where no copy is kept.
+    fn lent(&self, arena: Exported, offsets: Offsets, kept: Option<Kept>) -> Lent {
         let descriptor = Descriptor {
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
             arena: arena.number,
             offsets,
-            gathered,
+            gathered: kept.is_some(),
         };
         Lent {
             arena,
@@ -275,17 +276,6 @@ fn slot_of(
     Some(slot)
 }
 
-/// The arena that all pages of a write lie in, and where in it; none when there is no such arena.
-fn arena_of(write: &Write) -> Option<(&Arc<Arena>, Offsets)> {
-    let (arena, _) = write.sources.first()?.arena()?;
-    let offset = |source: &Arc<Page>| {
-        let (of, offset) = source.arena()?;
-        (of.id() == arena.id()).then_some(offset as u64)
-    };
-    let offsets: Option<Offsets> = write.sources.iter().map(offset).collect();
-    Some((arena, offsets?))
-}
-
 /// So many bytes apart from each other.
 fn row(write: &Write, first: usize, stride: usize) -> Offsets {
     let count = write.sources.len();
@@ -321,11 +311,11 @@ fn gather_into_window(
     let none = || io::Error::other("a page that is on no device");
     let pieces = writes.iter().zip(places).flat_map(|(write, at)| {
         let places = (base + at..).step_by(stride_of(write));
-        let sources = write.sources.iter().zip(places);
+        let sources = write.sources.places().zip(places);
         sources.map(|(source, at)| (&write.runs, source, at))
     });
     let exchanges = pieces.map(|(runs, source, at)| {
-        let (arena, offset) = source.arena().ok_or_else(none)?;
+        let (arena, offset) = source.ok_or_else(none)?;
         let stretches = runs.stretches().map(|(source, _)| source);
         Ok(Exchange {
             spans: Span::packed(at, offset, stretches),

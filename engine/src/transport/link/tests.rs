@@ -5,7 +5,6 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::channel;
 
 use proptest::prelude::*;
-use smallvec::smallvec;
 
 use super::frame::{HEADER_BYTES, Header, Kind, MESSAGE_BYTES_MAX};
 use super::*;
@@ -289,7 +288,7 @@ fn a_peer_that_takes_no_bytes_is_lost_and_frees_the_source() {
         peer,
         transfer: TransferId(1),
         runs: Runs::whole(source.as_bytes().len()),
-        sources: smallvec![Arc::clone(&source)],
+        sources: Arc::clone(&source).into(),
         target: RemoteRegion {
             bytes: 0,
             id: 0,
@@ -383,7 +382,7 @@ fn send_with(start: Start, faults: &str) -> (TransportEvent, Arc<Page>, Page) {
     let write = Write {
         peer,
         transfer: TransferId(1),
-        sources: smallvec![Arc::clone(&source)],
+        sources: Arc::clone(&source).into(),
         target: region.remote,
         runs: Runs::whole(200_000),
         note: Note::new(),

@@ -15,7 +15,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, InFlight, Outgoing, Rousing};
+use super::connection::{Connection, InFlight, Kept, Outgoing, Rousing};
 use super::frame::{Header, Kind, PULLED_AT_ONCE_MAX, Trailer, make_last};
 use super::gather::trailer_bytes;
 use super::lender::{Lender, Lent, Together, Way, gather_into};
@@ -346,7 +346,7 @@ impl<'a> Writer<'a> {
             descriptor, kept, ..
         } = lent;
         head(&mut self.frames, kind, &write, descriptor.encoded_bytes());
-        drop(write);
+        let kept = kept.unwrap_or(Kept::Sources(write.sources));
         let flying = InFlight { transfer, kept };
         self.booked.push((descriptor.sequence, flying));
         match fault {

@@ -211,7 +211,7 @@ impl Scene {
         let write = Write {
             peer: self.to_reader,
             transfer: TransferId(1),
-            sources: smallvec![Arc::clone(source)],
+            sources: Arc::clone(source).into(),
             target: region.remote,
             runs,
             note: Note::new(),
