@@ -335,6 +335,7 @@ impl CudaPeer {
         for _ in 0..READS_AT_ONCE {
             let probe = Move {
                 from,
+                offset: 0,
                 runs: &runs,
                 page: &mut self.found,
             };
@@ -390,6 +391,7 @@ impl FabricPeer for CudaPeer {
             let from = usize::try_from(job.from.handle);
             Ok(Move {
                 from: from.map_err(|_| malformed("arena handle"))?,
+                offset: job.offset,
                 runs: job.runs,
                 page: &mut *job.page,
             })

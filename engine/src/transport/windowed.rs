@@ -467,11 +467,7 @@ fn lay_out(
     let (mut parts, mut moves) = (Vec::<Part>::new(), Vec::with_capacity(jobs.len()));
     let mut at = 0_usize;
     for job in jobs {
-        let packed = job.runs.packed();
-        let into = packed.as_slice().iter().map(|run| Run {
-            target: run.target + at,
-            ..*run
-        });
+        let into = job.runs.packed_at(job.offset, at);
         match parts.last_mut().filter(|part| part.from == job.from) {
             Some(part) => part.runs.extend(into),
             None => parts.push(Part {

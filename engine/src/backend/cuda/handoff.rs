@@ -260,7 +260,9 @@ enum Lender {
 pub(crate) struct Move<'a> {
     /// What [`Mover::import`] gave.
     pub(crate) from: usize,
-    /// Source offsets are within that arena.
+    /// Where in that arena its source begins.
+    pub(crate) offset: usize,
+    /// Source offsets count from there.
     pub(crate) runs: &'a Runs,
     /// On this mover's device.
     pub(crate) page: &'a mut Page,
@@ -364,8 +366,9 @@ impl Mover {
             };
             copies.begin_piece();
             for (from, to) in piece.runs.stretches() {
+                let from = (source, piece.offset.saturating_add(from.start));
                 let target = (Ground::from(&target.memory), offset + to.start);
-                copies.add((source, from.start), target, from.len());
+                copies.add(from, target, to.len());
             }
         }
         reach.begin(&copies, (self.blocks, summed), Some(other))?;

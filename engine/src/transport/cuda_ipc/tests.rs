@@ -91,8 +91,7 @@ fn runs_of_any_shape_are_read_into_pages() {
     ];
     for runs in cases {
         let mut target = pages(bytes, 2).pop().unwrap();
-        let shifted = runs.shifted(offset).unwrap();
-        let mut jobs = [ReadJob::new(from, &shifted, &mut target)];
+        let mut jobs = [ReadJob::new(from, &runs, &mut target).at(offset)];
         peer.read(&mut jobs, soon(), &AtomicBool::new(false))
             .unwrap();
         let mut expected = vec![0; content.len()];

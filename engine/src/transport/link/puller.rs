@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use smallvec::{SmallVec, smallvec};
+use smallvec::smallvec;
 
 use super::LinkTuning;
 use super::connection::Connection;
@@ -25,7 +25,7 @@ use crate::transport::fabric::{
 };
 use crate::transport::staging::{Slot, Staging, plain_shape};
 use crate::transport::{
-    Found, MemoryKind, RegionId, Run, Runs, RunsError, TransportEvent, TransportSink,
+    Found, MemoryKind, RegionId, Runs, RunsError, TransportEvent, TransportSink,
 };
 
 /// Arenas of one peer at most.
@@ -88,9 +88,9 @@ struct Landing {
     pages: Pages,
     /// Where the bytes go first, when their targets do not suit the fabric.
     by: Option<Detour>,
-    /// From the arena to each of the pages, or all to where they go first.
-    runs: SmallVec<[Runs; 1]>,
-    /// Where the fabric made them, one for each of the runs.
+    /// What is read, where that is not what the pull says of each page: of gathered sources, or all to where they go first.
+    runs: Option<Runs>,
+    /// Where the fabric made them, one for each of the jobs.
     checksums: Found,
     /// Where the pages' device made them, likewise.
     folds: Found,
@@ -106,18 +106,26 @@ enum Detour {
 }
 
 impl Landing {
-    /// One for each of the runs.
+    /// How many jobs it is.
+    fn job_count(&self) -> usize {
+        match self.by {
+            Some(_) => 1,
+            None => self.pages.len(),
+        }
+    }
+
+    /// One for each of the pages, or one for where all go first.
     fn jobs(&mut self, sum: bool) -> impl Iterator<Item = ReadJob<'_>> {
-        let pages = match &mut self.by {
-            Some(Detour::Slot(slot)) => std::slice::from_mut(slot.page_mut()),
-            Some(Detour::Own(page)) => std::slice::from_mut(page),
-            None => &mut self.pages[..],
+        let (offsets, pages): (&[u64], _) = match &mut self.by {
+            Some(Detour::Slot(slot)) => (&[0], std::slice::from_mut(slot.page_mut())),
+            Some(Detour::Own(page)) => (&[0], std::slice::from_mut(page)),
+            None => (&self.pull.descriptor.offsets, &mut self.pages[..]),
         };
-        let from = self.from;
-        let jobs = self.runs.iter().zip(pages);
-        jobs.map(move |(runs, page)| ReadJob {
+        let (from, runs) = (self.from, self.runs.as_ref().unwrap_or(&self.pull.runs));
+        let jobs = offsets.iter().zip(pages);
+        jobs.map(move |(offset, page)| ReadJob {
             sum,
-            ..ReadJob::new(from, runs, page)
+            ..ReadJob::new(from, runs, page).at(place(*offset))
         })
     }
 
@@ -286,7 +294,7 @@ impl<'a> Puller<'a> {
         let mut folds = folds.into_iter();
         let mut events = Vec::with_capacity(ready.landings.len());
         for mut landing in ready.landings {
-            let folds = landing.runs.iter().map(|_| folds.next().flatten());
+            let folds = (0..landing.job_count()).map(|_| folds.next().flatten());
             landing.folds = folds.collect();
             let scattered = self.let_go(landing, read.is_ok(), &mut events);
             read = read.and(scattered);
@@ -311,7 +319,7 @@ impl<'a> Puller<'a> {
         let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
         let mut checksums = checksums.into_iter();
         for landing in landings {
-            let sums = checksums.by_ref().take(landing.runs.len());
+            let sums = checksums.by_ref().take(landing.job_count());
             landing.checksums = sums.collect();
         }
         Ok(())
@@ -368,11 +376,12 @@ impl<'a> Puller<'a> {
         let sequence = pull.descriptor.sequence;
         // Only who holds nothing may wait.
         let first = ready.landings.is_empty() && self.flying.is_none();
-        let (from, sources) = self.sources(&pull)?;
+        let (from, gathered) = self.source(&pull)?;
+        let runs = gathered.as_ref().unwrap_or(&pull.runs);
         // Between devices the fabric takes any stretches.
         let between = from.on_device;
         let stretch_bytes_min = self.terms.stretch_bytes_min;
-        let fine = !between && !sources.iter().all(|runs| runs.is_coarse(stretch_bytes_min));
+        let fine = !between && !runs.is_coarse(stretch_bytes_min);
         let patience = if first {
             self.tuning.stall_timeout
         } else {
@@ -414,12 +423,12 @@ impl<'a> Puller<'a> {
             None => None,
         };
         let runs = match &by {
-            None => Ok(sources),
-            Some(_) => packed(&sources).map(|all| smallvec![all]),
+            None => Ok(gathered),
+            Some(_) => packed(runs, &pull.descriptor.offsets).map(Some),
         };
         let (runs, refused) = match runs {
             Ok(runs) => (runs, None),
-            Err(error) => (SmallVec::new(), Some(error)),
+            Err(error) => (None, Some(error)),
         };
         ready.landings.push(Landing {
             pull,
@@ -446,40 +455,35 @@ impl<'a> Puller<'a> {
         }
     }
 
-    /// Where the bytes of each page lie, with offsets within the arena.
-    fn sources(&self, pull: &Pull) -> Result<(RemoteArena, SmallVec<[Runs; 1]>), PullEnd> {
+    /// Where the bytes of all pages lie: each page's from its offset on, as the pull's runs say or as these.
+    fn source(&self, pull: &Pull) -> Result<(RemoteArena, Option<Runs>), PullEnd> {
         let number = pull.descriptor.arena;
         let arena = self.arenas.get(&number).copied();
         let arena = arena.ok_or(PullEnd::UnknownArena(number))?;
         let gathered = pull.descriptor.gathered.then(|| pull.runs.gathered());
         let runs = gathered.as_ref().unwrap_or(&pull.runs);
-        let shifted = pull.descriptor.offsets.iter().map(|offset| {
-            let shifted = runs.shifted(usize::try_from(*offset).unwrap_or(usize::MAX))?;
-            let end = shifted.source_end();
+        for offset in &pull.descriptor.offsets {
+            let end = runs.source_end_from(place(*offset))?;
             if end as u64 > arena.bytes {
                 let bytes = arena.bytes;
                 return Err(PullEnd::OutOfArena { end, bytes });
             }
-            Ok(shifted)
-        });
-        Ok((arena, shifted.collect::<Result<_, _>>()?))
+        }
+        Ok((arena, gathered))
     }
 }
 
-/// The same sources one behind the other, into a target in which all their stretches lie one after the other.
-fn packed(sources: &[Runs]) -> Result<Runs, RunsError> {
-    let mut at = 0;
-    let runs = sources.iter().flat_map(|source| {
-        let base = at;
-        at += source.total_bytes();
-        let packed = source.packed();
-        let moved = packed.as_slice().iter().map(move |run| Run {
-            target: base + run.target,
-            ..*run
-        });
-        moved.collect::<Vec<_>>()
-    });
-    Runs::new(runs)
+/// An offset as this machine counts; what it cannot count is in no arena.
+fn place(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// The same stretches of sources that begin here, one source behind the other, into a target in which all of them lie one after
+/// the other.
+fn packed(runs: &Runs, offsets: &[u64]) -> Result<Runs, RunsError> {
+    let at = (0..).step_by(runs.total_bytes().max(1));
+    let sources = offsets.iter().zip(at);
+    Runs::new(sources.flat_map(|(offset, at)| runs.packed_at(place(*offset), at)))
 }
 
 fn report(events: Vec<TransportEvent>, sink: &TransportSink) {

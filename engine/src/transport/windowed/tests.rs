@@ -130,7 +130,7 @@ impl FabricPeer for WithinPeer {
             if from.device().is_some() {
                 self.reads.lock().unwrap().push(job.runs.stretch_count());
             }
-            for (source, target) in job.runs.stretches() {
+            for (source, target) in job.stretches() {
                 let mut bytes = vec![0; source.len()];
                 match from.device() {
                     Some(device) => device.read(source.start, &mut bytes).unwrap(),
