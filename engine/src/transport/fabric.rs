@@ -264,15 +264,20 @@ pub(crate) trait FabricPeer: Debug + Send {
         self.read(jobs, deadline, cancelled)
     }
 
-    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns. For each of its jobs,
-    /// the checksum ([`crate::page::fold`]) of what lies on a device, where that made it as it copied; or nothing at all.
+    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns. Adds to `folds`, for
+    /// each of its jobs, the checksum ([`crate::page::fold`]) of what lies on a device, where that made it as it copied; or nothing
+    /// at all.
     /// `cancelled` is looked at as in [`FabricPeer::read`].
     ///
     /// # Errors
     /// The first thing that went wrong with it.
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
-        let _ = cancelled;
-        Ok(Vec::new())
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        folds: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
+        let _ = (cancelled, folds);
+        Ok(())
     }
 
     /// Reads come within a millisecond, and none is under way: whatever has fallen asleep between there and here may wake up. It

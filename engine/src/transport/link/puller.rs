@@ -283,14 +283,14 @@ impl<'a> Puller<'a> {
         let Some(ready) = self.flying.take() else {
             return Ok(());
         };
+        let mut folds = Vec::new();
         let finished = match &mut self.peer {
-            Some(peer) if !ready.landings.is_empty() => peer.finish(&self.connection.ended),
-            Some(_) | None => Ok(Vec::new()),
+            Some(peer) if !ready.landings.is_empty() => {
+                peer.finish(&self.connection.ended, &mut folds)
+            }
+            Some(_) | None => Ok(()),
         };
-        let (mut read, folds) = match finished {
-            Ok(folds) => (Ok(()), folds),
-            Err(error) => (Err(PullEnd::from(error)), Vec::new()),
-        };
+        let mut read = finished.map_err(PullEnd::from);
         let mut folds = folds.into_iter();
         let mut events = Vec::with_capacity(ready.landings.len());
         for mut landing in ready.landings {

@@ -384,9 +384,13 @@ impl FabricPeer for NixlPeer {
         Ok(())
     }
 
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        _: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
         let Some(Some(begun)) = self.begun.pop_front() else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let limits = Limits {
             deadline: begun.deadline,
@@ -399,7 +403,7 @@ impl FabricPeer for NixlPeer {
             // As above.
             self.lanes.clear();
         }
-        landed.map(|()| Vec::new())
+        landed
     }
 }
 
