@@ -252,6 +252,7 @@ impl Desk {
             TransportEvent::Landed {
                 peer,
                 region,
+                count,
                 runs,
                 transfer,
                 note,
@@ -261,6 +262,7 @@ impl Desk {
                 self.around.wires.met(peer, wire);
                 let landing = Landing {
                     region,
+                    count,
                     runs: &runs,
                     note: &note,
                     checksums: &checksums,

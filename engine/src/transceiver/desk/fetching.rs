@@ -272,7 +272,7 @@ impl Desk {
         };
         let transport = &self.around.wires.all()[task.way.wire];
         let note = task.row(source, landing)?;
-        for in_row in 0..landing.checksums.len() {
+        for in_row in 0..landing.count {
             let landed = task.land(source, (landing, &note), in_row)?;
             let (index, region) = (landed.page, landed.region);
             if let Some(mismatch) = landed.mismatch {

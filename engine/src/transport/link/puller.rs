@@ -10,10 +10,9 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use smallvec::smallvec;
 
 use super::LinkTuning;
 use super::connection::Connection;
@@ -78,7 +77,22 @@ pub(super) struct Puller<'a> {
     arenas: HashMap<u64, RemoteArena>,
     /// Begun and not finished.
     flying: Option<Ready>,
+    kept: Kept,
 }
+
+/// Memory of batches that are over, for those to come: a batch is thousands of pieces, and a fraction of a millisecond.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Emptied; as many as may be under way.
+    batches: Vec<Ready>,
+    /// Empty but while a batch is begun.
+    jobs: Vec<ReadJob<'static>>,
+    /// Of one batch after the other, as its devices made them.
+    folds: Sums,
+}
+
+/// For each job of a batch, what was made of it; or nothing at all.
+type Sums = Vec<Option<u64>>;
 
 /// A pull whose pages were taken out.
 #[derive(Debug)]
@@ -90,10 +104,6 @@ struct Landing {
     by: Option<Detour>,
     /// What is read, where that is not what the pull says of each page: of gathered sources, or all to where they go first.
     runs: Option<Runs>,
-    /// Where the fabric made them, one for each of the jobs.
-    checksums: Found,
-    /// Where the pages' device made them, likewise.
-    folds: Found,
 }
 
 /// Memory of the host's on the way to a page.
@@ -148,12 +158,13 @@ impl Landing {
     }
 }
 
-/// What was found of so many pieces: of each, or of something else.
-fn found_of_each(found: Found, count: usize) -> Found {
-    if found.len() == count {
-        found
+/// What was found of so many pieces, out of what was of a batch's jobs: of each piece by one of these jobs, or of all by a single one.
+fn found_of_each(sums: &[Option<u64>], jobs: Range<usize>, count: usize) -> Found {
+    let found = sums.get(jobs).unwrap_or_default();
+    if found.len() == count && found.iter().any(Option::is_some) {
+        Found::from_slice(found)
     } else {
-        smallvec![None; count]
+        Found::new()
     }
 }
 
@@ -161,6 +172,8 @@ fn found_of_each(found: Found, count: usize) -> Found {
 #[derive(Debug, Default)]
 struct Ready {
     landings: Vec<Landing>,
+    /// Where the fabric made them as it read.
+    checksums: Sums,
     /// Sequence numbers of all that are over with this batch, in order.
     over: Vec<u64>,
 }
@@ -187,6 +200,7 @@ impl<'a> Puller<'a> {
             peer: None,
             arenas: HashMap::new(),
             flying: None,
+            kept: Kept::default(),
         }
     }
 
@@ -257,20 +271,24 @@ impl<'a> Puller<'a> {
 
     /// Reads a batch, or begins to while the one before is under way. That one is over when this returns.
     fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
-        let mut ready = Ready::default();
+        let mut ready = self.kept.batches.pop().unwrap_or_default();
         let taken = self.take(pulls, &mut ready);
-        let begun = taken.and_then(|()| self.begin(&mut ready.landings));
+        let begun = taken.and_then(|()| self.begin(&mut ready));
         let settled = self.settle(sink);
         if let Err(end) = begun {
             let mut events = Vec::new();
             for landing in ready.landings {
-                self.let_go(landing, false, &mut events)?;
+                self.let_go(landing, None, &mut events)?;
             }
             report(events, sink);
             return Err(end);
         }
         // Nothing is in flight where all had to wait for what was: then the next turn may wait.
-        self.flying = Some(ready).filter(|ready| !ready.over.is_empty());
+        if ready.over.is_empty() {
+            self.kept.batches.push(ready);
+        } else {
+            self.flying = Some(ready);
+        }
         settled?;
         if self.terms.reads_ahead {
             return Ok(());
@@ -280,10 +298,11 @@ impl<'a> Puller<'a> {
 
     /// Waits for what was begun and lets it go.
     fn settle(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
-        let Some(ready) = self.flying.take() else {
+        let Some(mut ready) = self.flying.take() else {
             return Ok(());
         };
-        let mut folds = Vec::new();
+        let mut folds = std::mem::take(&mut self.kept.folds);
+        folds.clear();
         let finished = match &mut self.peer {
             Some(peer) if !ready.landings.is_empty() => {
                 peer.finish(&self.connection.ended, &mut folds)
@@ -291,59 +310,66 @@ impl<'a> Puller<'a> {
             Some(_) | None => Ok(()),
         };
         let mut read = finished.map_err(PullEnd::from);
-        let mut folds = folds.into_iter();
         let mut events = Vec::with_capacity(ready.landings.len());
-        for mut landing in ready.landings {
-            let folds = (0..landing.job_count()).map(|_| folds.next().flatten());
-            landing.folds = folds.collect();
-            let scattered = self.let_go(landing, read.is_ok(), &mut events);
+        let mut at = 0;
+        for landing in ready.landings.drain(..) {
+            let jobs = at..at + landing.job_count();
+            at = jobs.end;
+            let found = |of: &Sums| found_of_each(of, jobs.clone(), landing.pull.count());
+            let found = read
+                .is_ok()
+                .then(|| [found(&ready.checksums), found(&folds)]);
+            let scattered = self.let_go(landing, found, &mut events);
             read = read.and(scattered);
         }
+        self.kept.folds = folds;
         report(events, sink);
         read?;
         self.connection.acknowledge(&ready.over);
+        ready.checksums.clear();
+        ready.over.clear();
+        self.kept.batches.push(ready);
         Ok(())
     }
 
-    fn begin(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
-        if landings.is_empty() {
+    fn begin(&mut self, ready: &mut Ready) -> Result<(), PullEnd> {
+        if ready.landings.is_empty() {
             return Ok(());
         }
         let deadline = Instant::now() + self.tuning.pull_timeout;
         let (connection, sum) = (self.connection, self.parts.sum);
-        let mut jobs: Vec<_> = landings
-            .iter_mut()
-            .flat_map(|landing| landing.jobs(sum))
-            .collect();
+        let mut jobs: Vec<ReadJob<'_>> = std::mem::take(&mut self.kept.jobs);
+        jobs.extend(
+            ready
+                .landings
+                .iter_mut()
+                .flat_map(|landing| landing.jobs(sum)),
+        );
         self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
-        let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
-        let mut checksums = checksums.into_iter();
-        for landing in landings {
-            let sums = checksums.by_ref().take(landing.job_count());
-            landing.checksums = sums.collect();
+        if jobs.iter().any(|job| job.checksum.is_some()) {
+            ready.checksums.extend(jobs.iter().map(|job| job.checksum));
         }
+        self.kept.jobs = emptied(jobs);
         Ok(())
     }
 
+    /// Gives a landing's pages back, and tells of it with the checksums and the folds of its pieces; nothing where it was not read.
     fn let_go(
         &self,
         mut landing: Landing,
-        mut read: bool,
+        mut found: Option<[Found; 2]>,
         events: &mut Vec<TransportEvent>,
     ) -> Result<(), PullEnd> {
-        let scattered = if read { landing.scatter() } else { Ok(()) };
-        read &= scattered.is_ok();
-        let Landing {
-            pull,
-            pages,
-            checksums,
-            folds,
-            ..
-        } = landing;
+        let scattered = match found {
+            Some(_) => landing.scatter(),
+            None => Ok(()),
+        };
+        found = found.filter(|_| scattered.is_ok());
+        let Landing { pull, pages, .. } = landing;
         let released = self.regions.put_back(pull.region, pages);
         if !released.is_empty() {
             events.extend(pages_released(released));
-        } else if read {
+        } else if let Some([checksums, folds]) = found {
             let count = pull.count();
             events.push(TransportEvent::Landed {
                 peer: self.connection.id,
@@ -351,8 +377,9 @@ impl<'a> Puller<'a> {
                 runs: pull.runs,
                 transfer: pull.transfer,
                 note: pull.note,
-                checksums: found_of_each(checksums, count),
-                folds: found_of_each(folds, count),
+                count,
+                checksums,
+                folds,
             });
         }
         Ok(scattered?)
@@ -436,8 +463,6 @@ impl<'a> Puller<'a> {
             pages,
             by,
             runs,
-            checksums: Found::new(),
-            folds: Found::new(),
         });
         if let Some(error) = refused {
             // The pages come back with those of the others when the connection ends.
@@ -486,8 +511,45 @@ fn packed(runs: &Runs, offsets: &[u64]) -> Result<Runs, RunsError> {
     Runs::new(sources.flat_map(|(offset, at)| runs.packed_at(place(*offset), at)))
 }
 
+/// The memory of jobs that nobody has any more; collecting nothing in its place keeps it.
+fn emptied(mut jobs: Vec<ReadJob<'_>>) -> Vec<ReadJob<'static>> {
+    jobs.clear();
+    jobs.into_iter().map_while(|_| None).collect()
+}
+
 fn report(events: Vec<TransportEvent>, sink: &TransportSink) {
     if !events.is_empty() {
         sink(events);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn emptied_jobs_keep_their_memory() {
+        let from = RemoteArena {
+            handle: 0,
+            bytes: 8,
+            on_device: false,
+        };
+        let (runs, mut page) = (Runs::whole(8), Page::zeroed(plain_shape(8)));
+        let mut jobs = Vec::with_capacity(100);
+        jobs.push(ReadJob::new(from, &runs, &mut page));
+        let memory = jobs.as_ptr().addr();
+        let kept = emptied(jobs);
+        assert_eq!((kept.len(), kept.capacity()), (0, 100));
+        assert_eq!(kept.as_ptr().addr(), memory);
+    }
+
+    #[test]
+    fn what_was_found_of_jobs_is_told_of_pieces_where_they_are_these() {
+        let sums = [Some(1), None, Some(3), None, None];
+        assert_eq!(found_of_each(&sums, 0..3, 3)[..], sums[..3]);
+        // A single job for several pieces; nothing of any; and no sums at all.
+        for (sums, jobs, count) in [(&sums[..], 0..1, 2), (&sums, 3..5, 2), (&[], 0..2, 2)] {
+            assert!(found_of_each(sums, jobs, count).is_empty());
+        }
     }
 }
