@@ -302,7 +302,7 @@ impl Write {
     }
 }
 
-/// What was found of each piece of a row; mostly of one.
+/// What was found of each piece of a row, mostly of one; empty where nothing was of any.
 pub type Found = SmallVec<[Option<u64>; 1]>;
 
 /// Whether a transport took something over. Back-pressure is a status, not an error.
@@ -346,6 +346,8 @@ pub enum TransportEvent {
         peer: PeerId,
         /// Into which region; further pieces into those whose numbers follow.
         region: RegionId,
+        /// How many pieces it is.
+        count: usize,
         /// Which bytes of each of the writer's pages came to lie where.
         runs: Runs,
         /// The writer's transfer.

@@ -9,6 +9,8 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 /// Which way bytes go between an arena and another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Course {
@@ -35,7 +37,7 @@ impl Span {
         mut here: usize,
         there: usize,
         stretches: impl Iterator<Item = Range<usize>>,
-    ) -> Vec<Self> {
+    ) -> Spans {
         let spans = stretches.map(|stretch| {
             let span = Self {
                 here,
@@ -49,13 +51,16 @@ impl Span {
     }
 }
 
+/// The spans of a piece: mostly one, which takes no memory of its own.
+pub type Spans = SmallVec<[Span; 1]>;
+
 /// Spans that are summed together, one after the other.
 #[derive(Debug, Clone)]
 pub struct Exchange<'a> {
     /// The other arena: of the same device.
     pub other: &'a dyn DeviceArena,
     /// What goes where.
-    pub spans: Vec<Span>,
+    pub spans: Spans,
 }
 
 /// One allocation on a device.
@@ -88,8 +93,8 @@ pub trait DeviceArena: Any + Debug + Send + Sync {
     fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>>;
 
     /// Copies between this memory and others of the same device. For each exchange, the checksum ([`super::fold`]) of its spans one
-    /// after the other, made of what was copied; none where they do not lie as the device sums them in passing, and for
-    /// [`Course::Gather`].
+    /// after the other, made of what was copied; none where they do not lie as the device sums them in passing. Nothing at all, or
+    /// none of any, for [`Course::Gather`].
     ///
     /// # Errors
     /// When another arena is not of this device, or the device fails.

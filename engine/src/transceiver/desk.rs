@@ -255,6 +255,7 @@ impl Desk {
             TransportEvent::Landed {
                 peer,
                 region,
+                count,
                 runs,
                 transfer,
                 note,
@@ -264,6 +265,7 @@ impl Desk {
                 self.around.wires.met(peer, wire);
                 let landing = Landing {
                     region,
+                    count,
                     runs: &runs,
                     note: &note,
                     checksums: &checksums,

@@ -331,18 +331,19 @@ impl CudaPeer {
     fn read_probe(&mut self) -> Result<(), CudaError> {
         let (from, bytes) = self.probe;
         let runs = Runs::whole(bytes.min(PROBE_BYTES));
-        let mut read = Ok(());
+        let (mut read, mut sums) = (Ok(()), Vec::new());
         for _ in 0..READS_AT_ONCE {
             let probe = Move {
                 from,
+                offset: 0,
                 runs: &runs,
                 page: &mut self.found,
             };
-            read = read.and_then(|()| self.mover.begin(&mut [probe], true));
+            read = read.and_then(|()| self.mover.begin(std::iter::once(probe), true));
         }
         // Whatever was begun is over before anything else begins.
         for _ in 0..READS_AT_ONCE {
-            read = read.and(self.mover.finish().map(drop));
+            read = read.and(self.mover.finish(&mut sums));
         }
         read
     }
@@ -369,7 +370,7 @@ impl FabricPeer for CudaPeer {
         cancelled: &AtomicBool,
     ) -> Result<(), FabricError> {
         self.begin(jobs, deadline, cancelled)?;
-        self.finish(cancelled).map(drop)
+        self.finish(cancelled, &mut Vec::new())
     }
 
     fn begin(
@@ -386,20 +387,18 @@ impl FabricPeer for CudaPeer {
             return Err(FabricError::TimedOut { fabric });
         }
         let summed = jobs.iter().any(|job| job.sum);
-        let moves = jobs.iter_mut().map(|job| {
-            let from = usize::try_from(job.from.handle);
-            Ok(Move {
-                from: from.map_err(|_| malformed("arena handle"))?,
-                runs: job.runs,
-                page: &mut *job.page,
-            })
+        let moves = jobs.iter_mut().map(|job| Move {
+            // A number that is beyond what can be counted is no arena's.
+            from: usize::try_from(job.from.handle).unwrap_or(usize::MAX),
+            offset: job.offset,
+            runs: job.runs,
+            page: &mut *job.page,
         });
-        let mut moves: Vec<_> = moves.collect::<Result<_, FabricError>>()?;
-        self.mover.begin(&mut moves, summed).map_err(failed)
+        self.mover.begin(moves, summed).map_err(failed)
     }
 
-    fn finish(&mut self, _: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
-        self.mover.finish().map_err(failed)
+    fn finish(&mut self, _: &AtomicBool, folds: &mut Vec<Option<u64>>) -> Result<(), FabricError> {
+        self.mover.finish(folds).map_err(failed)
     }
 
     /// Links that have carried nothing for 50 ms sleep, and the first read of all of them takes a sixth of a millisecond longer.

@@ -9,6 +9,7 @@
 //! acknowledgements are the control plane's; a fabric never calls back.
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -62,7 +63,9 @@ pub(crate) struct RemoteArena {
 pub(crate) struct ReadJob<'a> {
     /// Where from.
     pub(crate) from: RemoteArena,
-    /// Source offsets are within the remote arena, target offsets within the page; both were checked.
+    /// Where its source begins within the remote arena. So the pieces of a row share their runs.
+    pub(crate) offset: usize,
+    /// Source offsets count from there, target offsets are within the page; both were checked.
     pub(crate) runs: &'a Runs,
     /// Where to. It may be in an arena of ours ([`Page::arena`]), exported or not, or in none.
     pub(crate) page: &'a mut Page,
@@ -73,15 +76,38 @@ pub(crate) struct ReadJob<'a> {
 }
 
 impl<'a> ReadJob<'a> {
-    /// A job to be carried out.
+    /// A job to be carried out, whose source begins where the remote arena does.
     pub(crate) const fn new(from: RemoteArena, runs: &'a Runs, page: &'a mut Page) -> Self {
         Self {
             from,
+            offset: 0,
             runs,
             page,
             sum: true,
             checksum: None,
         }
+    }
+
+    /// The same of a source that begins here.
+    pub(crate) const fn at(self, offset: usize) -> Self {
+        Self { offset, ..self }
+    }
+
+    /// Every stretch as its range in the remote arena and its range in the page, in order. What ends beyond all that can be
+    /// counted ends at the last number, which is in no arena.
+    pub(crate) fn stretches(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<'a> {
+        let offset = self.offset;
+        self.runs.stretches().map(move |(source, target)| {
+            let (start, end) = (source.start, source.end);
+            let source = offset.saturating_add(start)..offset.saturating_add(end);
+            (source, target)
+        })
+    }
+
+    /// Whether every stretch lies within an arena and a page of these lengths.
+    pub(crate) fn fits(&self, arena_bytes: usize, page_bytes: usize) -> bool {
+        let left = arena_bytes.checked_sub(self.offset);
+        left.is_some_and(|left| self.runs.fits(left, page_bytes))
     }
 }
 
@@ -238,15 +264,20 @@ pub(crate) trait FabricPeer: Debug + Send {
         self.read(jobs, deadline, cancelled)
     }
 
-    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns. For each of its jobs,
-    /// the checksum ([`crate::page::fold`]) of what lies on a device, where that made it as it copied; or nothing at all.
+    /// Waits for the first of the reads that were begun: nothing writes its pages any more when it returns. Adds to `folds`, for
+    /// each of its jobs, the checksum ([`crate::page::fold`]) of what lies on a device, where that made it as it copied; or nothing
+    /// at all.
     /// `cancelled` is looked at as in [`FabricPeer::read`].
     ///
     /// # Errors
     /// The first thing that went wrong with it.
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
-        let _ = cancelled;
-        Ok(Vec::new())
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        folds: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
+        let _ = (cancelled, folds);
+        Ok(())
     }
 
     /// Reads come within a millisecond, and none is under way: whatever has fallen asleep between there and here may wake up. It

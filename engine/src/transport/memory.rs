@@ -10,8 +10,6 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use smallvec::smallvec;
-
 use super::*;
 
 const QUEUE_MAX: usize = 32;
@@ -205,15 +203,15 @@ impl Shared {
             }
         }
         drop(registered);
-        let unknown: Found = smallvec![None; write.sources.len()];
         (remote.sink)(vec![TransportEvent::Landed {
             peer: there,
             region: RegionId(first),
+            count: write.sources.len(),
             runs: write.runs.clone(),
             transfer: write.transfer,
             note: write.note.clone(),
-            checksums: unknown.clone(),
-            folds: unknown,
+            checksums: Found::new(),
+            folds: Found::new(),
         }]);
         WriteOutcome::Sent
     }

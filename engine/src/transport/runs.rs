@@ -249,6 +249,19 @@ impl Runs {
         self.source_end
     }
 
+    /// The same where the source begins `offset` later.
+    ///
+    /// # Errors
+    /// When it then ends beyond what can be counted.
+    pub fn source_end_from(&self, offset: usize) -> Result<usize, RunsError> {
+        self.source_end.checked_add(offset).ok_or_else(|| {
+            let end = |run: &&Run| run.extent().map(|(_, end, _)| end);
+            let last = self.as_slice().iter().max_by_key(end);
+            let (count, bytes) = last.map_or((0, 0), |run| (run.count, run.bytes));
+            RunsError::Overflow { count, bytes }
+        })
+    }
+
     /// Every stretch as its range in the source and its range in the target, in order.
     pub fn stretches(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + '_ {
         self.as_slice().iter().flat_map(|run| {
@@ -282,41 +295,20 @@ impl Runs {
         Self::new(runs).expect("offsets up to the total, which was counted")
     }
 
-    /// The same sources, into a target in which the stretches lie one after the other.
-    #[must_use]
-    pub fn packed(&self) -> Self {
-        let mut at = 0;
-        let runs = self.as_slice().iter().map(|run| {
+    /// The same stretches, into a target in which they lie one after the other from `target` on; the sources begin `source` later.
+    /// What then ends beyond what can be counted is refused by [`Runs::new`].
+    pub fn packed_at(&self, source: usize, target: usize) -> impl Iterator<Item = Run> + '_ {
+        let mut at = target;
+        self.as_slice().iter().map(move |run| {
             let target = at;
-            at += run.bytes * run.count;
+            at = at.saturating_add(run.bytes * run.count);
             Run {
+                source: run.source.saturating_add(source),
                 target,
                 target_stride: run.bytes,
                 ..*run
             }
-        });
-        Self::new(runs).expect("offsets up to the total, which was counted")
-    }
-
-    /// The same stretches of a source that begins `bytes` later.
-    ///
-    /// # Errors
-    /// When one then ends beyond what can be counted.
-    pub fn shifted(&self, bytes: usize) -> Result<Self, RunsError> {
-        let mut beyond = None;
-        let runs = self.as_slice().iter().map_while(|run| {
-            let source = run.source.checked_add(bytes);
-            if source.is_none() {
-                let (count, bytes) = (run.count, run.bytes);
-                beyond = Some(RunsError::Overflow { count, bytes });
-            }
-            Some(Run {
-                source: source?,
-                ..*run
-            })
-        });
-        let shifted = Self::new(runs);
-        beyond.map_or(shifted, Err)
+        })
     }
 
     /// For the wire: 48 bytes a run, little-endian.
@@ -479,12 +471,24 @@ mod tests {
         let expected = [(0..4, 20..24), (4..8, 28..32), (8..13, 50..55)];
         assert_eq!(runs.gathered().stretches().collect::<Vec<_>>(), expected);
         assert_eq!(runs.gathered().source_end(), 13);
+        assert_eq!(runs.source_end_from(1000), Ok(1114));
+        let (count, bytes) = (2, 4);
+        let beyond = runs.source_end_from(usize::MAX - 100);
+        assert_eq!(beyond, Err(RunsError::Overflow { count, bytes }));
         let expected = [(10..14, 0..4), (110..114, 4..8), (3..8, 8..13)];
-        assert_eq!(runs.packed().stretches().collect::<Vec<_>>(), expected);
-        assert_eq!(runs.gathered().packed(), Runs::whole(13));
-        let shifted = runs.shifted(1000).unwrap();
-        assert_eq!(shifted.stretches().next(), Some((1010..1014, 20..24)));
-        assert!(runs.shifted(usize::MAX).is_err());
+        let packed = Runs::new(runs.packed_at(0, 0)).unwrap();
+        assert_eq!(packed.stretches().collect::<Vec<_>>(), expected);
+        let gathered = runs.gathered();
+        assert_eq!(Runs::new(gathered.packed_at(0, 0)), Ok(Runs::whole(13)));
+        let expected = [
+            (1010..1014, 7..11),
+            (1110..1114, 11..15),
+            (1003..1008, 15..20),
+        ];
+        let moved = Runs::new(runs.packed_at(1000, 7)).unwrap();
+        assert_eq!(moved.stretches().collect::<Vec<_>>(), expected);
+        assert!(Runs::new(runs.packed_at(usize::MAX, 0)).is_err());
+        assert!(Runs::new(runs.packed_at(0, usize::MAX)).is_err());
     }
 
     fn any_run() -> impl Strategy<Value = Run> {

@@ -345,6 +345,8 @@ struct ShmPeer {
 /// A job that one thread does.
 struct Share<'a> {
     from: &'a Mapping,
+    /// Where in there the runs' source begins.
+    offset: usize,
     runs: &'a Runs,
     page: &'a mut [u8],
     sum: bool,
@@ -355,7 +357,8 @@ impl Share<'_> {
     /// Has its beginning fetched while another one is copied.
     fn announce(&self) {
         if let Some((source, _)) = self.runs.stretches().next() {
-            let start = self.from.0.start().as_ptr().wrapping_add(source.start);
+            let at = self.offset.saturating_add(source.start);
+            let start = self.from.0.start().as_ptr().wrapping_add(at);
             announce(start, source.len());
         }
     }
@@ -369,7 +372,7 @@ impl Share<'_> {
     ) -> Result<(), FabricError> {
         let mut summing = Summing::wanted(self.sum);
         for (source, target) in self.runs.stretches() {
-            let mut offset = source.start;
+            let mut offset = self.offset.saturating_add(source.start);
             for part in self.page[target].chunks_mut(CHUNK_BYTES) {
                 self.from.copy(offset, part, &mut summing);
                 offset += part.len();
@@ -392,6 +395,7 @@ impl ShmPeer {
             let from = self.arenas.get(handle);
             Ok(Share {
                 from: from.ok_or_else(|| malformed("arena handle"))?,
+                offset: job.offset,
                 runs: job.runs,
                 page: job.page.as_bytes_mut(),
                 sum: job.sum,

@@ -486,9 +486,13 @@ impl FabricPeer for UcxPeer {
         Ok(())
     }
 
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        _: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
         let Some(Some((batch, deadline))) = self.begun.pop_front() else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let limits = Limits {
             deadline,
@@ -496,8 +500,7 @@ impl FabricPeer for UcxPeer {
             closed: &self.closed,
         };
         let finished = self.connection.finish(batch, limits);
-        finished.map_err(|error| self.failed(error))?;
-        Ok(Vec::new())
+        finished.map_err(|error| self.failed(error))
     }
 }
 

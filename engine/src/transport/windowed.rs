@@ -24,7 +24,7 @@ use super::{Capability, MemoryKind, Run, Runs};
 use crate::backend::cuda::{device_pages, keep_device};
 use crate::page::Page;
 use crate::page::arena::{Arena, ForeignAllocator};
-use crate::page::device::{Course, DeviceArena, Exchange, Span};
+use crate::page::device::{Course, DeviceArena, Exchange, Span, Spans};
 
 /// Bytes of a window, if a page is no longer. A gigabyte between two H100 through NIXL: 230 GB/s in windows of 64 MiB, 180 of 32 MiB, 156
 /// of 16 MiB.
@@ -310,11 +310,23 @@ impl Fabric for Windowed {
     }
 }
 
-/// Where a piece goes out of a window.
+/// Where the pieces of a batch go out of a window.
 #[derive(Debug)]
-struct Move {
-    arena: Arc<Arena>,
-    spans: Vec<Span>,
+struct Moves {
+    /// With how many pieces go there, one after the other: mostly all.
+    arenas: Vec<(Arc<Arena>, usize)>,
+    /// Of each piece.
+    spans: Vec<Spans>,
+}
+
+impl Moves {
+    fn add(&mut self, arena: &Arc<Arena>, spans: Spans) {
+        self.spans.push(spans);
+        match self.arenas.last_mut() {
+            Some((last, count)) if Arc::ptr_eq(last, arena) => *count += 1,
+            _ => self.arenas.push((Arc::clone(arena), 1)),
+        }
+    }
 }
 
 /// A read that was begun.
@@ -326,7 +338,7 @@ enum Flight {
     Window {
         slot: Slot,
         reads: usize,
-        moves: Vec<Move>,
+        moves: Moves,
         summed: bool,
     },
     /// Over, with its checksums.
@@ -371,7 +383,7 @@ impl WindowedPeer {
         let never = AtomicBool::new(false);
         let inner = self.inner()?;
         let begun = inner.begin(&mut job, deadline, &never);
-        let read = begun.and_then(|()| inner.finish(&never).map(drop));
+        let read = begun.and_then(|()| inner.finish(&never, &mut Vec::new()));
         self.unless_failed(read, slot).map(drop)
     }
 
@@ -382,7 +394,9 @@ impl WindowedPeer {
         }
         for index in 0..self.flights.len() {
             let flight = std::mem::replace(&mut self.flights[index], Flight::Plain);
-            self.flights[index] = Flight::Over(self.end(flight, cancelled)?);
+            let mut sums = Vec::new();
+            self.end(flight, cancelled, &mut sums)?;
+            self.flights[index] = Flight::Over(sums);
         }
         let slot = self.reading.take(deadline);
         slot.ok_or(FabricError::TimedOut {
@@ -407,15 +421,19 @@ impl WindowedPeer {
         Err(error)
     }
 
-    /// Waits for a read, and takes what it brought where it belongs.
+    /// Waits for a read, and takes what it brought where it belongs; its checksums are added to `folds`.
     fn end(
         &mut self,
         flight: Flight,
         cancelled: &AtomicBool,
-    ) -> Result<Vec<Option<u64>>, FabricError> {
+        folds: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
         let (slot, reads, moves, summed) = match flight {
-            Flight::Plain => return self.inner()?.finish(cancelled),
-            Flight::Over(sums) => return Ok(sums),
+            Flight::Plain => return self.inner()?.finish(cancelled, folds),
+            Flight::Over(sums) => {
+                folds.extend(sums);
+                return Ok(());
+            }
             Flight::Window {
                 slot,
                 reads,
@@ -424,25 +442,26 @@ impl WindowedPeer {
             } => (slot, reads, moves, summed),
         };
         let inner = self.inner()?;
-        let read = (0..reads).try_for_each(|_| inner.finish(cancelled).map(drop));
+        let mut none = Vec::new();
+        let read = (0..reads).try_for_each(|_| inner.finish(cancelled, &mut none));
         let slot = self.unless_failed(read, slot)?;
         let device = device_of(slot.page()).ok_or_else(|| self.failed(&"no window"))?;
-        let exchanges: Option<Vec<_>> = moves
-            .iter()
-            .map(|piece| {
-                Some(Exchange {
-                    other: piece.arena.device()?,
-                    spans: piece.spans.clone(),
-                })
+        let arenas = moves.arenas.iter();
+        let arenas = arenas.flat_map(|(arena, count)| std::iter::repeat_n(arena, *count));
+        let exchanges = moves.spans.into_iter().zip(arenas).map(|(spans, arena)| {
+            Some(Exchange {
+                other: arena.device()?,
+                spans,
             })
-            .collect();
+        });
+        let exchanges: Option<Vec<_>> = exchanges.collect();
         let exchanges = exchanges.ok_or_else(|| self.failed(&"a page that is on no device"))?;
         let sums = device.exchange(Course::Scatter, &exchanges);
-        let mut sums = sums.map_err(|error| self.failed(&error))?;
-        if !summed {
-            sums.clear();
+        let sums = sums.map_err(|error| self.failed(&error))?;
+        if summed {
+            folds.extend(sums);
         }
-        Ok(sums)
+        Ok(())
     }
 }
 
@@ -459,19 +478,15 @@ struct Part {
 
 /// How a batch is laid out in a window that begins at `base` of its arena: what is read, and where each job's piece goes then.
 /// `None` when it does not fit.
-fn lay_out(
-    jobs: &[ReadJob<'_>],
-    base: usize,
-    window_bytes: usize,
-) -> Option<(Vec<Part>, Vec<Move>)> {
-    let (mut parts, mut moves) = (Vec::<Part>::new(), Vec::with_capacity(jobs.len()));
+fn lay_out(jobs: &[ReadJob<'_>], base: usize, window_bytes: usize) -> Option<(Vec<Part>, Moves)> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut moves = Moves {
+        arenas: Vec::new(),
+        spans: Vec::with_capacity(jobs.len()),
+    };
     let mut at = 0_usize;
     for job in jobs {
-        let packed = job.runs.packed();
-        let into = packed.as_slice().iter().map(|run| Run {
-            target: run.target + at,
-            ..*run
-        });
+        let into = job.runs.packed_at(job.offset, at);
         match parts.last_mut().filter(|part| part.from == job.from) {
             Some(part) => part.runs.extend(into),
             None => parts.push(Part {
@@ -481,10 +496,7 @@ fn lay_out(
         }
         let (arena, offset) = job.page.arena()?;
         let targets = job.runs.stretches().map(|(_, target)| target);
-        moves.push(Move {
-            spans: Span::packed(base + at, offset, targets),
-            arena: Arc::clone(arena),
-        });
+        moves.add(arena, Span::packed(base + at, offset, targets));
         let end = at.checked_add(job.runs.total_bytes())?;
         if end > window_bytes {
             return None;
@@ -506,7 +518,7 @@ impl FabricPeer for WindowedPeer {
         cancelled: &AtomicBool,
     ) -> Result<(), FabricError> {
         self.begin(jobs, deadline, cancelled)?;
-        self.finish(cancelled).map(drop)
+        self.finish(cancelled, &mut Vec::new())
     }
 
     fn begin(
@@ -555,10 +567,14 @@ impl FabricPeer for WindowedPeer {
         Ok(())
     }
 
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        folds: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
         match self.flights.pop_front() {
-            Some(flight) => self.end(flight, cancelled),
-            None => Ok(Vec::new()),
+            Some(flight) => self.end(flight, cancelled, folds),
+            None => Ok(()),
         }
     }
 }

@@ -18,8 +18,7 @@ use super::driver::{DeviceMemory, Gpu};
 use super::error::CudaError;
 use super::event::Event;
 use super::peer::{
-    Copies, Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of, let_reach,
-    settle,
+    Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of, let_reach, settle,
 };
 use crate::page::arena::Arena;
 use crate::page::device::{Course, DeviceArena, Exchange};
@@ -128,21 +127,26 @@ impl DeviceArena for CudaArena {
     fn exchange(&self, course: Course, exchanges: &[Exchange<'_>]) -> io::Result<Vec<Option<u64>>> {
         let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
         self.shown.hold_back(reach.gpu())?;
-        let mut copies = Copies::default();
-        let mut behind: Option<*const Self> = None;
+        let mut copies = reach.copies();
+        // That of the piece before is mostly this one's too.
+        let mut last: Option<(&dyn DeviceArena, &Self)> = None;
         for exchange in exchanges {
-            let other = (exchange.other as &dyn Any).downcast_ref::<Self>();
-            let other = other
-                .filter(|other| other.ordinal == self.ordinal)
-                .ok_or_else(|| io::Error::other("memory of another device"))?;
-            if behind != Some(&raw const *other) {
-                behind = Some(&raw const *other);
-                other.shown.hold_back(reach.gpu())?;
-            }
+            let other = match last {
+                Some((before, other)) if std::ptr::addr_eq(before, exchange.other) => other,
+                _ => {
+                    let other = (exchange.other as &dyn Any).downcast_ref::<Self>();
+                    let other = other
+                        .filter(|other| other.ordinal == self.ordinal)
+                        .ok_or_else(|| io::Error::other("memory of another device"))?;
+                    other.shown.hold_back(reach.gpu())?;
+                    last = Some((exchange.other, other));
+                    other
+                }
+            };
+            let (here, there) = (Ground::from(&self.memory), Ground::from(&other.memory));
             copies.begin_piece();
             for span in &exchange.spans {
-                let here = (Ground::from(&self.memory), span.here);
-                let there = (Ground::from(&other.memory), span.there);
+                let (here, there) = ((here, span.here), (there, span.there));
                 match course {
                     Course::Gather => copies.add(there, here, span.bytes),
                     Course::Scatter => copies.add(here, there, span.bytes),
@@ -150,8 +154,10 @@ impl DeviceArena for CudaArena {
             }
         }
         let blocks = reach.gpu().processors;
-        reach.begin(&copies, (blocks, course == Course::Scatter), None)?;
-        Ok(reach.finish()?)
+        reach.begin(copies, (blocks, course == Course::Scatter), None)?;
+        let mut found = Vec::new();
+        reach.finish(&mut found)?;
+        Ok(found)
     }
 
     fn ordinal(&self) -> usize {
@@ -255,12 +261,23 @@ enum Lender {
     Own(Arc<Arena>),
 }
 
+impl Lender {
+    fn ground(&self) -> Option<Ground<'_>> {
+        Some(match self {
+            Self::Peer(imported) => Ground::from(imported),
+            Self::Own(arena) => Ground::from(&cuda_arena(arena)?.memory),
+        })
+    }
+}
+
 /// A stretch of runs, and the page that it goes to.
 #[derive(Debug)]
 pub(crate) struct Move<'a> {
     /// What [`Mover::import`] gave.
     pub(crate) from: usize,
-    /// Source offsets are within that arena.
+    /// Where in that arena its source begins.
+    pub(crate) offset: usize,
+    /// Source offsets count from there.
     pub(crate) runs: &'a Runs,
     /// On this mover's device.
     pub(crate) page: &'a mut Page,
@@ -316,26 +333,30 @@ impl Mover {
         (self.lenders.len() - 1, bytes)
     }
 
-    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns. The checksum of each
-    /// move that was summed.
+    /// Waits for the first of the reads that were begun; nothing writes its pages any more when it returns. Adds to `found` the
+    /// checksum of each move, where it was summed; nothing of any where none were to be.
     ///
     /// # Errors
     /// When the device fails.
-    pub(crate) fn finish(&mut self) -> Result<Vec<Option<u64>>, CudaError> {
+    pub(crate) fn finish(&mut self, found: &mut Vec<Option<u64>>) -> Result<(), CudaError> {
         let Some(left) = self.begun.checked_sub(1) else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let count = self.reaches.len();
         let first = (self.next + count - self.begun) % count;
         self.begun = left;
-        self.reaches[first].finish()
+        self.reaches[first].finish(found)
     }
 
     /// Begins to read all of it, and to sum it where that is `summed`; two reads may be under way.
     ///
     /// # Errors
     /// When a page is not on this device, an arena is none, or the device fails; then nothing of it is under way.
-    pub(crate) fn begin(&mut self, moves: &mut [Move<'_>], summed: bool) -> Result<(), CudaError> {
+    pub(crate) fn begin<'a>(
+        &mut self,
+        moves: impl Iterator<Item = Move<'a>>,
+        summed: bool,
+    ) -> Result<(), CudaError> {
         assert!(
             self.begun < self.reaches.len(),
             "reads are finished before a third begins"
@@ -345,30 +366,43 @@ impl Mover {
             0 => (first, second),
             _ => (second, first),
         };
-        let mut copies = Copies::default();
-        let mut behind: Option<*const CudaArena> = None;
-        for piece in moves.iter() {
+        let mut copies = reach.copies();
+        // Those of the piece before are mostly this one's too.
+        let mut last_source: Option<(usize, Ground<'_>)> = None;
+        let mut last_target: Option<(&'a Arc<Arena>, &'a CudaArena)> = None;
+        for piece in moves {
             let elsewhere = || CudaError::NotServed("a page that is not on this device".to_owned());
-            let (arena, offset) = piece.page.arena().ok_or_else(elsewhere)?;
-            let target = cuda_arena(arena)
-                .filter(|arena| arena.ordinal == self.ordinal)
-                .ok_or_else(elsewhere)?;
-            if behind != Some(&raw const *target) {
-                behind = Some(&raw const *target);
-                target.shown.hold_back(reach.gpu())?;
-            }
-            let unknown = || CudaError::NotServed(format!("arena {}", piece.from));
-            let source = match self.lenders.get(piece.from).ok_or_else(unknown)? {
-                Lender::Peer(imported) => Ground::from(imported),
-                Lender::Own(arena) => Ground::from(&cuda_arena(arena).ok_or_else(unknown)?.memory),
+            let page: &'a Page = piece.page;
+            let (arena, offset) = page.arena().ok_or_else(elsewhere)?;
+            let target = match last_target {
+                Some((before, target)) if Arc::ptr_eq(before, arena) => target,
+                _ => {
+                    let target = cuda_arena(arena)
+                        .filter(|arena| arena.ordinal == self.ordinal)
+                        .ok_or_else(elsewhere)?;
+                    target.shown.hold_back(reach.gpu())?;
+                    last_target = Some((arena, target));
+                    target
+                }
             };
+            let source = match last_source {
+                Some((before, source)) if before == piece.from => source,
+                _ => {
+                    let lender = self.lenders.get(piece.from);
+                    let unknown = || CudaError::NotServed(format!("arena {}", piece.from));
+                    let source = lender.and_then(Lender::ground).ok_or_else(unknown)?;
+                    last_source = Some((piece.from, source));
+                    source
+                }
+            };
+            let target = Ground::from(&target.memory);
             copies.begin_piece();
             for (from, to) in piece.runs.stretches() {
-                let target = (Ground::from(&target.memory), offset + to.start);
-                copies.add((source, from.start), target, from.len());
+                let from = piece.offset.saturating_add(from.start);
+                copies.add((source, from), (target, offset + to.start), to.len());
             }
         }
-        reach.begin(&copies, (self.blocks, summed), Some(other))?;
+        reach.begin(copies, (self.blocks, summed), Some(other))?;
         self.begun += 1;
         self.next = (self.next + 1) % self.reaches.len();
         Ok(())

@@ -194,21 +194,39 @@ impl Ground<'_> {
     }
 }
 
-/// Copies to be made together, in pieces that are summed each for itself.
+/// In place of its length, of a piece that no kernel sums, because something of it is odd. None is so long.
+const UNSUMMED: u64 = u64::MAX;
+
+/// What copies are made of. Their memory is kept from one read to the next: thousands of pieces are read in a third of a millisecond,
+/// in which fresh memory would have to be faulted in.
 #[derive(Debug, Default)]
-pub(super) struct Copies<'a> {
+struct Lists {
     stretches: Vec<Stretch>,
     /// Source, target and bytes of what no kernel takes because it is of no whole, aligned vectors.
     odd: Vec<(DevicePtr, DevicePtr, usize)>,
-    /// How long each piece is; nothing for one that no kernel sums, because something of it is odd.
-    pieces: Vec<Option<u64>>,
+    /// How long each piece is, or [`UNSUMMED`].
+    pieces: Vec<u64>,
+}
+
+impl Lists {
+    fn clear(&mut self) {
+        self.stretches.clear();
+        self.odd.clear();
+        self.pieces.clear();
+    }
+}
+
+/// Copies to be made together, in pieces that are summed each for itself. [`Reach::copies`] makes some.
+#[derive(Debug)]
+pub(super) struct Copies<'a> {
+    lists: Lists,
     of: PhantomData<&'a ()>,
 }
 
 impl<'a> Copies<'a> {
     /// What is added from now on is another piece.
     pub(super) fn begin_piece(&mut self) {
-        self.pieces.push(Some(0));
+        self.lists.pieces.push(0);
     }
 
     /// More of the last piece: bytes of `source` from `from` on, to `target` from `to` on.
@@ -219,22 +237,30 @@ impl<'a> Copies<'a> {
         bytes: usize,
     ) {
         let (source, target) = (source.at(from, bytes), target.at(to, bytes));
-        let piece = self.pieces.len().saturating_sub(1);
+        let Lists {
+            stretches,
+            odd,
+            pieces,
+        } = &mut self.lists;
+        let piece = pieces.len().saturating_sub(1);
         let piece = u32::try_from(piece).expect("as many pieces as a list in memory has");
-        let length = self.pieces.last_mut().expect("a piece was begun");
+        let length = pieces.last_mut().expect("a piece was begun");
         let vector = VECTOR_BYTES as u64;
         if [source, target, bytes as u64]
             .iter()
             .any(|n| !n.is_multiple_of(vector))
         {
-            *length = None;
-            self.odd.push((source, target, bytes));
+            *length = UNSUMMED;
+            odd.push((source, target, bytes));
             return;
         }
-        let first = length.map_or(0, |length| length / vector);
-        *length = length.map(|length| length + bytes as u64);
+        let mut first = 0;
+        if *length != UNSUMMED {
+            first = *length / vector;
+            *length += bytes as u64;
+        }
         for start in (0..bytes).step_by(STRETCH_BYTES) {
-            self.stretches.push(Stretch {
+            stretches.push(Stretch {
                 source: source + start as u64,
                 target: target + start as u64,
                 first: first + start as u64 / vector,
@@ -302,8 +328,10 @@ pub(super) struct Reach {
     done: Event,
     /// Nothing has been added to them since they were zeroed, or will be before they are.
     sums_are_zero: bool,
-    /// The pieces of the copies that are under way; nothing of those that are not summed.
-    begun: Option<Vec<Option<u64>>>,
+    /// Of the copies that are under way, or were last; with no pieces where those are not summed.
+    lists: Lists,
+    /// Whether copies are under way.
+    begun: bool,
 }
 
 /// Memory here and there that is copied from one to the other. It grows to the longest so far.
@@ -356,7 +384,8 @@ impl Reach {
             copied: Event::new(&gpu)?,
             done: Event::new(&gpu)?,
             sums_are_zero: false,
-            begun: None,
+            lists: Lists::default(),
+            begun: false,
             gpu,
         })
     }
@@ -365,48 +394,60 @@ impl Reach {
         &self.gpu
     }
 
+    /// None yet: to be added to, and to be begun here. Copies that are under way have ended.
+    pub(super) fn copies<'a>(&mut self) -> Copies<'a> {
+        assert!(!self.begun, "copies are finished before others are made");
+        let mut lists = std::mem::take(&mut self.lists);
+        lists.clear();
+        Copies {
+            lists,
+            of: PhantomData,
+        }
+    }
+
     /// Begins copies by so many blocks, and sums them where that is `summed`; whoever calls holds the targets and keeps the sources
     /// until [`Reach::finish`] has returned, before which no others begin. They wait until all that was begun of `behind` is copied.
     /// After an error none of these is under way.
     pub(super) fn begin(
         &mut self,
-        copies: &Copies<'_>,
+        mut copies: Copies<'_>,
         (blocks, summed): (usize, bool),
         behind: Option<&Self>,
     ) -> Result<(), CudaError> {
-        assert!(
-            self.begun.is_none(),
-            "copies are finished before others begin"
-        );
-        let put = self.put(copies, (blocks, summed), behind);
+        assert!(!self.begun, "copies are finished before others begin");
+        let put = self.put(&copies.lists, (blocks, summed), behind);
         if put.is_err() {
             drop(self.gpu.synchronize());
             return put;
         }
-        let pieces = copies.pieces.iter().map(|bytes| bytes.filter(|_| summed));
-        self.begun = Some(pieces.collect());
+        if !summed {
+            copies.lists.pieces.clear();
+        }
+        (self.lists, self.begun) = (copies.lists, true);
         Ok(())
     }
 
-    /// Waits for the copies that were begun; the checksum of each piece that was summed.
-    pub(super) fn finish(&mut self) -> Result<Vec<Option<u64>>, CudaError> {
-        let Some(pieces) = self.begun.take() else {
-            return Ok(Vec::new());
-        };
+    /// Waits for the copies that were begun. Adds to `found` the checksum of each piece, where it was summed; nothing of any where
+    /// none were to be.
+    pub(super) fn finish(&mut self, found: &mut Vec<Option<u64>>) -> Result<(), CudaError> {
+        if !std::mem::take(&mut self.begun) {
+            return Ok(());
+        }
         self.done.wait()?;
         let sums = self.sums.as_ref().map(|sums| sums.pinned.as_slice());
         let (words, _) = sums.unwrap_or_default().as_chunks::<8>();
-        let found = pieces.iter().enumerate().map(|(index, bytes)| {
-            let sum = words.get(index).map(|word| u64::from_le_bytes(*word));
+        let pieces = self.lists.pieces.iter().enumerate();
+        found.extend(pieces.map(|(index, &bytes)| {
+            let word = words.get(index).filter(|_| bytes != UNSUMMED)?;
             // A piece without a byte has no stretch either.
-            Some(fold::finish(sum?, (*bytes)?))
-        });
-        Ok(found.collect())
+            Some(fold::finish(u64::from_le_bytes(*word), bytes))
+        }));
+        Ok(())
     }
 
     fn put(
         &mut self,
-        copies: &Copies<'_>,
+        copies: &Lists,
         (blocks, summed): (usize, bool),
         behind: Option<&Self>,
     ) -> Result<(), CudaError> {

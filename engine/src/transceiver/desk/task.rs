@@ -76,11 +76,12 @@ pub(super) struct Part {
 pub(super) struct Landing<'a> {
     /// Of the first one.
     pub(super) region: RegionId,
+    pub(super) count: usize,
     pub(super) runs: &'a Runs,
     pub(super) note: &'a [u8],
-    /// For each piece, [`crate::transport::checksum`], where the transport has made it.
+    /// For each piece, [`crate::transport::checksum`], where the transport has made it; nothing where it has made none.
     pub(super) checksums: &'a [Option<u64>],
-    /// For each piece, [`crate::page::fold`], where the page's device has made it.
+    /// For each piece, [`crate::page::fold`], where the page's device has made it; likewise.
     pub(super) folds: &'a [Option<u64>],
 }
 
@@ -273,7 +274,7 @@ impl FetchTask {
         if note.rank as usize != self.sources[source].rank {
             return Err(format!("a piece of rank {}", note.rank));
         }
-        let (pieces, sums) = (landing.checksums.len(), note.sums.len());
+        let (pieces, sums) = (landing.count, note.sums.len());
         if pieces != sums {
             return Err(format!("{pieces} pieces with {sums} checksums"));
         }
@@ -331,8 +332,8 @@ impl FetchTask {
         let expected = note.sums[in_row];
         let found = match note.algorithm {
             // What a transport has summed as it came, if it is that.
-            Algorithm::Stripes => landing.checksums[in_row],
-            Algorithm::Fold => landing.folds[in_row],
+            Algorithm::Stripes => landing.checksums.get(in_row).copied().flatten(),
+            Algorithm::Fold => landing.folds.get(in_row).copied().flatten(),
             Algorithm::Absent => Some(expected),
         };
         match found {

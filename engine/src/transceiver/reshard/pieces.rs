@@ -90,6 +90,7 @@ impl Pieces {
     }
 
     /// All of them.
+    #[cfg(test)]
     pub(in crate::transceiver) fn iter(&self) -> impl Iterator<Item = Piece<'_>> {
         self.rows.iter().flat_map(|row| {
             (0..row.count).map(move |index| Piece {

@@ -91,8 +91,7 @@ fn runs_of_any_shape_are_read_into_pages() {
     ];
     for runs in cases {
         let mut target = pages(bytes, 2).pop().unwrap();
-        let shifted = runs.shifted(offset).unwrap();
-        let mut jobs = [ReadJob::new(from, &shifted, &mut target)];
+        let mut jobs = [ReadJob::new(from, &runs, &mut target).at(offset)];
         peer.read(&mut jobs, soon(), &AtomicBool::new(false))
             .unwrap();
         let mut expected = vec![0; content.len()];
@@ -177,7 +176,8 @@ fn a_peer_that_was_roused_is_read_as_before() {
         let mut jobs = [ReadJob::new(from, &runs, &mut target)];
         let go_on = AtomicBool::new(false);
         peer.begin(&mut jobs, soon(), &go_on).unwrap();
-        let sums = peer.finish(&go_on).unwrap();
+        let mut sums = Vec::new();
+        peer.finish(&go_on, &mut sums).unwrap();
         assert_eq!(sums, [Some(fold(&sample(4096)))]);
         assert_eq!(target.to_host().unwrap()[..], sample(4096));
     }

@@ -10,10 +10,9 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use smallvec::{SmallVec, smallvec};
 
 use super::LinkTuning;
 use super::connection::Connection;
@@ -25,7 +24,7 @@ use crate::transport::fabric::{
 };
 use crate::transport::staging::{Slot, Staging, plain_shape};
 use crate::transport::{
-    Found, MemoryKind, RegionId, Run, Runs, RunsError, TransportEvent, TransportSink,
+    Found, MemoryKind, RegionId, Runs, RunsError, TransportEvent, TransportSink,
 };
 
 /// Arenas of one peer at most.
@@ -78,7 +77,22 @@ pub(super) struct Puller<'a> {
     arenas: HashMap<u64, RemoteArena>,
     /// Begun and not finished.
     flying: Option<Ready>,
+    kept: Kept,
 }
+
+/// Memory of batches that are over, for those to come: a batch is thousands of pieces, and a fraction of a millisecond.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Emptied; as many as may be under way.
+    batches: Vec<Ready>,
+    /// Empty but while a batch is begun.
+    jobs: Vec<ReadJob<'static>>,
+    /// Of one batch after the other, as its devices made them.
+    folds: Sums,
+}
+
+/// For each job of a batch, what was made of it; or nothing at all.
+type Sums = Vec<Option<u64>>;
 
 /// A pull whose pages were taken out.
 #[derive(Debug)]
@@ -88,12 +102,8 @@ struct Landing {
     pages: Pages,
     /// Where the bytes go first, when their targets do not suit the fabric.
     by: Option<Detour>,
-    /// From the arena to each of the pages, or all to where they go first.
-    runs: SmallVec<[Runs; 1]>,
-    /// Where the fabric made them, one for each of the runs.
-    checksums: Found,
-    /// Where the pages' device made them, likewise.
-    folds: Found,
+    /// What is read, where that is not what the pull says of each page: of gathered sources, or all to where they go first.
+    runs: Option<Runs>,
 }
 
 /// Memory of the host's on the way to a page.
@@ -106,18 +116,26 @@ enum Detour {
 }
 
 impl Landing {
-    /// One for each of the runs.
+    /// How many jobs it is.
+    fn job_count(&self) -> usize {
+        match self.by {
+            Some(_) => 1,
+            None => self.pages.len(),
+        }
+    }
+
+    /// One for each of the pages, or one for where all go first.
     fn jobs(&mut self, sum: bool) -> impl Iterator<Item = ReadJob<'_>> {
-        let pages = match &mut self.by {
-            Some(Detour::Slot(slot)) => std::slice::from_mut(slot.page_mut()),
-            Some(Detour::Own(page)) => std::slice::from_mut(page),
-            None => &mut self.pages[..],
+        let (offsets, pages): (&[u64], _) = match &mut self.by {
+            Some(Detour::Slot(slot)) => (&[0], std::slice::from_mut(slot.page_mut())),
+            Some(Detour::Own(page)) => (&[0], std::slice::from_mut(page)),
+            None => (&self.pull.descriptor.offsets, &mut self.pages[..]),
         };
-        let from = self.from;
-        let jobs = self.runs.iter().zip(pages);
-        jobs.map(move |(runs, page)| ReadJob {
+        let (from, runs) = (self.from, self.runs.as_ref().unwrap_or(&self.pull.runs));
+        let jobs = offsets.iter().zip(pages);
+        jobs.map(move |(offset, page)| ReadJob {
             sum,
-            ..ReadJob::new(from, runs, page)
+            ..ReadJob::new(from, runs, page).at(place(*offset))
         })
     }
 
@@ -140,12 +158,13 @@ impl Landing {
     }
 }
 
-/// What was found of so many pieces: of each, or of something else.
-fn found_of_each(found: Found, count: usize) -> Found {
-    if found.len() == count {
-        found
+/// What was found of so many pieces, out of what was of a batch's jobs: of each piece by one of these jobs, or of all by a single one.
+fn found_of_each(sums: &[Option<u64>], jobs: Range<usize>, count: usize) -> Found {
+    let found = sums.get(jobs).unwrap_or_default();
+    if found.len() == count && found.iter().any(Option::is_some) {
+        Found::from_slice(found)
     } else {
-        smallvec![None; count]
+        Found::new()
     }
 }
 
@@ -153,6 +172,8 @@ fn found_of_each(found: Found, count: usize) -> Found {
 #[derive(Debug, Default)]
 struct Ready {
     landings: Vec<Landing>,
+    /// Where the fabric made them as it read.
+    checksums: Sums,
     /// Sequence numbers of all that are over with this batch, in order.
     over: Vec<u64>,
 }
@@ -179,6 +200,7 @@ impl<'a> Puller<'a> {
             peer: None,
             arenas: HashMap::new(),
             flying: None,
+            kept: Kept::default(),
         }
     }
 
@@ -249,20 +271,24 @@ impl<'a> Puller<'a> {
 
     /// Reads a batch, or begins to while the one before is under way. That one is over when this returns.
     fn read(&mut self, pulls: Vec<Pull>, sink: &TransportSink) -> Result<(), PullEnd> {
-        let mut ready = Ready::default();
+        let mut ready = self.kept.batches.pop().unwrap_or_default();
         let taken = self.take(pulls, &mut ready);
-        let begun = taken.and_then(|()| self.begin(&mut ready.landings));
+        let begun = taken.and_then(|()| self.begin(&mut ready));
         let settled = self.settle(sink);
         if let Err(end) = begun {
             let mut events = Vec::new();
             for landing in ready.landings {
-                self.let_go(landing, false, &mut events)?;
+                self.let_go(landing, None, &mut events)?;
             }
             report(events, sink);
             return Err(end);
         }
         // Nothing is in flight where all had to wait for what was: then the next turn may wait.
-        self.flying = Some(ready).filter(|ready| !ready.over.is_empty());
+        if ready.over.is_empty() {
+            self.kept.batches.push(ready);
+        } else {
+            self.flying = Some(ready);
+        }
         settled?;
         if self.terms.reads_ahead {
             return Ok(());
@@ -272,70 +298,78 @@ impl<'a> Puller<'a> {
 
     /// Waits for what was begun and lets it go.
     fn settle(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
-        let Some(ready) = self.flying.take() else {
+        let Some(mut ready) = self.flying.take() else {
             return Ok(());
         };
+        let mut folds = std::mem::take(&mut self.kept.folds);
+        folds.clear();
         let finished = match &mut self.peer {
-            Some(peer) if !ready.landings.is_empty() => peer.finish(&self.connection.ended),
-            Some(_) | None => Ok(Vec::new()),
+            Some(peer) if !ready.landings.is_empty() => {
+                peer.finish(&self.connection.ended, &mut folds)
+            }
+            Some(_) | None => Ok(()),
         };
-        let (mut read, folds) = match finished {
-            Ok(folds) => (Ok(()), folds),
-            Err(error) => (Err(PullEnd::from(error)), Vec::new()),
-        };
-        let mut folds = folds.into_iter();
+        let mut read = finished.map_err(PullEnd::from);
         let mut events = Vec::with_capacity(ready.landings.len());
-        for mut landing in ready.landings {
-            let folds = landing.runs.iter().map(|_| folds.next().flatten());
-            landing.folds = folds.collect();
-            let scattered = self.let_go(landing, read.is_ok(), &mut events);
+        let mut at = 0;
+        for landing in ready.landings.drain(..) {
+            let jobs = at..at + landing.job_count();
+            at = jobs.end;
+            let found = |of: &Sums| found_of_each(of, jobs.clone(), landing.pull.count());
+            let found = read
+                .is_ok()
+                .then(|| [found(&ready.checksums), found(&folds)]);
+            let scattered = self.let_go(landing, found, &mut events);
             read = read.and(scattered);
         }
+        self.kept.folds = folds;
         report(events, sink);
         read?;
         self.connection.acknowledge(&ready.over);
+        ready.checksums.clear();
+        ready.over.clear();
+        self.kept.batches.push(ready);
         Ok(())
     }
 
-    fn begin(&mut self, landings: &mut [Landing]) -> Result<(), PullEnd> {
-        if landings.is_empty() {
+    fn begin(&mut self, ready: &mut Ready) -> Result<(), PullEnd> {
+        if ready.landings.is_empty() {
             return Ok(());
         }
         let deadline = Instant::now() + self.tuning.pull_timeout;
         let (connection, sum) = (self.connection, self.parts.sum);
-        let mut jobs: Vec<_> = landings
-            .iter_mut()
-            .flat_map(|landing| landing.jobs(sum))
-            .collect();
+        let mut jobs: Vec<ReadJob<'_>> = std::mem::take(&mut self.kept.jobs);
+        jobs.extend(
+            ready
+                .landings
+                .iter_mut()
+                .flat_map(|landing| landing.jobs(sum)),
+        );
         self.peer()?.begin(&mut jobs, deadline, &connection.ended)?;
-        let checksums: Vec<_> = jobs.iter().map(|job| job.checksum).collect();
-        let mut checksums = checksums.into_iter();
-        for landing in landings {
-            let sums = checksums.by_ref().take(landing.runs.len());
-            landing.checksums = sums.collect();
+        if jobs.iter().any(|job| job.checksum.is_some()) {
+            ready.checksums.extend(jobs.iter().map(|job| job.checksum));
         }
+        self.kept.jobs = emptied(jobs);
         Ok(())
     }
 
+    /// Gives a landing's pages back, and tells of it with the checksums and the folds of its pieces; nothing where it was not read.
     fn let_go(
         &self,
         mut landing: Landing,
-        mut read: bool,
+        mut found: Option<[Found; 2]>,
         events: &mut Vec<TransportEvent>,
     ) -> Result<(), PullEnd> {
-        let scattered = if read { landing.scatter() } else { Ok(()) };
-        read &= scattered.is_ok();
-        let Landing {
-            pull,
-            pages,
-            checksums,
-            folds,
-            ..
-        } = landing;
+        let scattered = match found {
+            Some(_) => landing.scatter(),
+            None => Ok(()),
+        };
+        found = found.filter(|_| scattered.is_ok());
+        let Landing { pull, pages, .. } = landing;
         let released = self.regions.put_back(pull.region, pages);
         if !released.is_empty() {
             events.extend(pages_released(released));
-        } else if read {
+        } else if let Some([checksums, folds]) = found {
             let count = pull.count();
             events.push(TransportEvent::Landed {
                 peer: self.connection.id,
@@ -343,8 +377,9 @@ impl<'a> Puller<'a> {
                 runs: pull.runs,
                 transfer: pull.transfer,
                 note: pull.note,
-                checksums: found_of_each(checksums, count),
-                folds: found_of_each(folds, count),
+                count,
+                checksums,
+                folds,
             });
         }
         Ok(scattered?)
@@ -368,11 +403,12 @@ impl<'a> Puller<'a> {
         let sequence = pull.descriptor.sequence;
         // Only who holds nothing may wait.
         let first = ready.landings.is_empty() && self.flying.is_none();
-        let (from, sources) = self.sources(&pull)?;
+        let (from, gathered) = self.source(&pull)?;
+        let runs = gathered.as_ref().unwrap_or(&pull.runs);
         // Between devices the fabric takes any stretches.
         let between = from.on_device;
         let stretch_bytes_min = self.terms.stretch_bytes_min;
-        let fine = !between && !sources.iter().all(|runs| runs.is_coarse(stretch_bytes_min));
+        let fine = !between && !runs.is_coarse(stretch_bytes_min);
         let patience = if first {
             self.tuning.stall_timeout
         } else {
@@ -414,12 +450,12 @@ impl<'a> Puller<'a> {
             None => None,
         };
         let runs = match &by {
-            None => Ok(sources),
-            Some(_) => packed(&sources).map(|all| smallvec![all]),
+            None => Ok(gathered),
+            Some(_) => packed(runs, &pull.descriptor.offsets).map(Some),
         };
         let (runs, refused) = match runs {
             Ok(runs) => (runs, None),
-            Err(error) => (SmallVec::new(), Some(error)),
+            Err(error) => (None, Some(error)),
         };
         ready.landings.push(Landing {
             pull,
@@ -427,8 +463,6 @@ impl<'a> Puller<'a> {
             pages,
             by,
             runs,
-            checksums: Found::new(),
-            folds: Found::new(),
         });
         if let Some(error) = refused {
             // The pages come back with those of the others when the connection ends.
@@ -446,44 +480,76 @@ impl<'a> Puller<'a> {
         }
     }
 
-    /// Where the bytes of each page lie, with offsets within the arena.
-    fn sources(&self, pull: &Pull) -> Result<(RemoteArena, SmallVec<[Runs; 1]>), PullEnd> {
+    /// Where the bytes of all pages lie: each page's from its offset on, as the pull's runs say or as these.
+    fn source(&self, pull: &Pull) -> Result<(RemoteArena, Option<Runs>), PullEnd> {
         let number = pull.descriptor.arena;
         let arena = self.arenas.get(&number).copied();
         let arena = arena.ok_or(PullEnd::UnknownArena(number))?;
         let gathered = pull.descriptor.gathered.then(|| pull.runs.gathered());
         let runs = gathered.as_ref().unwrap_or(&pull.runs);
-        let shifted = pull.descriptor.offsets.iter().map(|offset| {
-            let shifted = runs.shifted(usize::try_from(*offset).unwrap_or(usize::MAX))?;
-            let end = shifted.source_end();
+        for offset in &pull.descriptor.offsets {
+            let end = runs.source_end_from(place(*offset))?;
             if end as u64 > arena.bytes {
                 let bytes = arena.bytes;
                 return Err(PullEnd::OutOfArena { end, bytes });
             }
-            Ok(shifted)
-        });
-        Ok((arena, shifted.collect::<Result<_, _>>()?))
+        }
+        Ok((arena, gathered))
     }
 }
 
-/// The same sources one behind the other, into a target in which all their stretches lie one after the other.
-fn packed(sources: &[Runs]) -> Result<Runs, RunsError> {
-    let mut at = 0;
-    let runs = sources.iter().flat_map(|source| {
-        let base = at;
-        at += source.total_bytes();
-        let packed = source.packed();
-        let moved = packed.as_slice().iter().map(move |run| Run {
-            target: base + run.target,
-            ..*run
-        });
-        moved.collect::<Vec<_>>()
-    });
-    Runs::new(runs)
+/// An offset as this machine counts; what it cannot count is in no arena.
+fn place(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// The same stretches of sources that begin here, one source behind the other, into a target in which all of them lie one after
+/// the other.
+fn packed(runs: &Runs, offsets: &[u64]) -> Result<Runs, RunsError> {
+    let at = (0..).step_by(runs.total_bytes().max(1));
+    let sources = offsets.iter().zip(at);
+    Runs::new(sources.flat_map(|(offset, at)| runs.packed_at(place(*offset), at)))
+}
+
+/// The memory of jobs that nobody has any more; collecting nothing in its place keeps it.
+fn emptied(mut jobs: Vec<ReadJob<'_>>) -> Vec<ReadJob<'static>> {
+    jobs.clear();
+    jobs.into_iter().map_while(|_| None).collect()
 }
 
 fn report(events: Vec<TransportEvent>, sink: &TransportSink) {
     if !events.is_empty() {
         sink(events);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn emptied_jobs_keep_their_memory() {
+        let from = RemoteArena {
+            handle: 0,
+            bytes: 8,
+            on_device: false,
+        };
+        let (runs, mut page) = (Runs::whole(8), Page::zeroed(plain_shape(8)));
+        let mut jobs = Vec::with_capacity(100);
+        jobs.push(ReadJob::new(from, &runs, &mut page));
+        let memory = jobs.as_ptr().addr();
+        let kept = emptied(jobs);
+        assert_eq!((kept.len(), kept.capacity()), (0, 100));
+        assert_eq!(kept.as_ptr().addr(), memory);
+    }
+
+    #[test]
+    fn what_was_found_of_jobs_is_told_of_pieces_where_they_are_these() {
+        let sums = [Some(1), None, Some(3), None, None];
+        assert_eq!(found_of_each(&sums, 0..3, 3)[..], sums[..3]);
+        // A single job for several pieces; nothing of any; and no sums at all.
+        for (sums, jobs, count) in [(&sums[..], 0..1, 2), (&sums, 3..5, 2), (&[], 0..2, 2)] {
+            assert!(found_of_each(sums, jobs, count).is_empty());
+        }
     }
 }

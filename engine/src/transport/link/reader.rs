@@ -10,8 +10,6 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use smallvec::smallvec;
-
 use super::connection::{Connection, Rousing};
 use super::frame::{
     DESCRIPTOR_BYTES_MAX, Descriptor, FrameError, HEADER_BYTES, Header, Kind, Trailer,
@@ -325,10 +323,11 @@ impl<'a> Reader<'a> {
         events.push(TransportEvent::Landed {
             peer: to.connection.id,
             region: RegionId(header.region),
+            count: row.count,
             runs,
             transfer: header.transfer,
             note,
-            folds: smallvec![None; row.count],
+            folds: Found::new(),
             checksums: filled?,
         });
         Ok(())

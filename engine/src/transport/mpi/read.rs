@@ -163,7 +163,7 @@ impl FabricPeer for MpiPeer {
             .enumerate()
             .flat_map(|(job, read)| {
                 let arena = read.from.handle;
-                read.runs.stretches().map(move |(source, target)| Stretch {
+                read.stretches().map(move |(source, target)| Stretch {
                     arena,
                     source: source.start as u64..source.end as u64,
                     job,

@@ -135,7 +135,7 @@ fn portions<'j, 'p>(
         (jobs, places) = (later, of_later);
         let each = some.iter().zip(of_some);
         let stretches = each.flat_map(|(job, &(remote, local))| {
-            job.runs.stretches().map(move |(source, target)| Stretch {
+            job.stretches().map(move |(source, target)| Stretch {
                 remote: remote + source.start,
                 local: local + target.start,
                 bytes: target.len(),
@@ -265,7 +265,7 @@ impl NixlPeer {
         let lane = self.lanes.first_mut().ok_or_else(spent)?;
         lane.register(arena)?;
         super::enter(arena).map_err(memory)?;
-        let stretches = job.runs.stretches().map(|(source, target)| Stretch {
+        let stretches = job.stretches().map(|(source, target)| Stretch {
             remote: remote + source.start,
             local: local + target.start,
             bytes: target.len(),
@@ -286,7 +286,7 @@ impl NixlPeer {
             .and_then(|index| self.imported.get(index))
             .ok_or_else(|| failed(format!("arena {} was not imported", job.from.handle)))?;
         let target_bytes = job.page.shape().bytes();
-        if job.runs.fits(key.bytes, target_bytes) {
+        if job.fits(key.bytes, target_bytes) {
             return Ok(key);
         }
         let bytes = key.bytes;
@@ -384,9 +384,13 @@ impl FabricPeer for NixlPeer {
         Ok(())
     }
 
-    fn finish(&mut self, cancelled: &AtomicBool) -> Result<Vec<Option<u64>>, FabricError> {
+    fn finish(
+        &mut self,
+        cancelled: &AtomicBool,
+        _: &mut Vec<Option<u64>>,
+    ) -> Result<(), FabricError> {
         let Some(Some(begun)) = self.begun.pop_front() else {
-            return Ok(Vec::new());
+            return Ok(());
         };
         let limits = Limits {
             deadline: begun.deadline,
@@ -399,7 +403,7 @@ impl FabricPeer for NixlPeer {
             // As above.
             self.lanes.clear();
         }
-        landed.map(|()| Vec::new())
+        landed
     }
 }
 

@@ -109,15 +109,11 @@ fn several_jobs_are_read_at_once_by_several_threads() {
         .iter()
         .map(|_| Page::zeroed(plain_shape(6 << 20)))
         .collect();
-    let shifted: Vec<_> = cases
+    let mut jobs: Vec<_> = cases
         .iter()
         .zip(&sources)
-        .map(|(runs, source)| runs.shifted(source.arena().unwrap().1).unwrap())
-        .collect();
-    let mut jobs: Vec<_> = shifted
-        .iter()
         .zip(&mut targets)
-        .map(|(runs, page)| ReadJob::new(from, runs, page))
+        .map(|((runs, source), page)| ReadJob::new(from, runs, page).at(source.arena().unwrap().1))
         .collect();
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
         .unwrap();

@@ -340,9 +340,10 @@ impl Live {
     ) -> Result<(), ConnectionError> {
         for job in jobs {
             let number = usize::try_from(job.from.handle).unwrap_or(usize::MAX);
+            let stretches = job.stretches();
             let page = job.page.as_bytes_mut();
             let mut summing = Summing::wanted(job.sum);
-            for (source, target) in job.runs.stretches() {
+            for (source, target) in stretches {
                 let outside = |bytes: usize, at| ConnectionError::Outside(bytes, at);
                 let memory = self.memories.get(number);
                 if memory.is_none_or(|memory| source.end > memory.bytes || memory.on_gpu) {
@@ -366,12 +367,12 @@ impl Live {
             let outside = |at| ConnectionError::Outside(job.runs.total_bytes(), at);
             let memory = self.memories.get(number).filter(|memory| memory.on_gpu);
             let (base, key) = memory
-                .filter(|memory| job.runs.fits(memory.bytes, job.page.shape().bytes()))
+                .filter(|memory| job.fits(memory.bytes, job.page.shape().bytes()))
                 .map(|memory| (memory.base, memory.key))
-                .ok_or_else(|| outside(job.runs.source_end()))?;
+                .ok_or_else(|| outside(job.offset.saturating_add(job.runs.source_end())))?;
             let page = job.page.arena().filter(|_| job.page.is_on_device());
             let (arena, offset) = page.ok_or_else(|| outside(0))?;
-            for (source, target) in job.runs.stretches() {
+            for (source, target) in job.stretches() {
                 let start = arena.base().wrapping_add(offset + target.start);
                 let from = (base.wrapping_add(source.start as u64), key);
                 self.submit_get((start.cast(), target.len()), from, true)?;

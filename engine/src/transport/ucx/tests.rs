@@ -97,19 +97,17 @@ fn runs_of_several_arenas_are_read_at_once() {
         .iter()
         .map(|(source, _)| peer.import(&key_of(&writer, source)).unwrap())
         .collect();
-    let shifted: Vec<_> = cases
-        .iter()
-        .map(|(source, runs)| runs.shifted(source.arena().unwrap().1).unwrap())
-        .collect();
     let mut targets: Vec<_> = cases
         .iter()
         .map(|_| Page::zeroed(plain_shape(3 << 20)))
         .collect();
     let mut jobs: Vec<_> = arenas
         .iter()
-        .zip(&shifted)
+        .zip(&cases)
         .zip(&mut targets)
-        .map(|((from, runs), page)| ReadJob::new(*from, runs, page))
+        .map(|((from, (source, runs)), page)| {
+            ReadJob::new(*from, runs, page).at(source.arena().unwrap().1)
+        })
         .collect();
     peer.read(&mut jobs, soon(), &AtomicBool::new(false))
         .unwrap();

@@ -140,7 +140,7 @@ impl FabricPeer for ScriptedPeer {
         }
         for job in jobs {
             let from = arena(job.from.handle).expect("a source lives while it is read");
-            for (source, target) in job.runs.stretches() {
+            for (source, target) in job.stretches() {
                 let to = &mut job.page.as_bytes_mut()[target];
                 let file = from.file().unwrap();
                 file.read_exact_at(to, source.start as u64).unwrap();
