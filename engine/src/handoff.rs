@@ -245,7 +245,7 @@ pub struct Fetch {
     pub token_count: usize,
     /// The KV of tokens before this one is here already; a multiple of the block size.
     pub first_token: usize,
-    /// Pages to write, in order from the first token's on, with the blocks they belong to.
+    /// Pages to write, in order from the first token's on, with the blocks they belong to. All are of this side's pool.
     pub pages: BlockPages,
 }
 

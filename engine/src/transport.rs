@@ -209,19 +209,6 @@ impl Registration {
     }
 }
 
-/// Whether pages may be registered together.
-pub(crate) fn are_alike(pages: &[Page]) -> bool {
-    let Some(first) = pages.first() else {
-        return true;
-    };
-    let (shape, bytes, on_device) = (first.shape(), first.shape().bytes(), first.is_on_device());
-    pages.iter().all(|page| {
-        // Mostly they are of one shape, which is quicker to see.
-        let same = page.shape() == shape || page.shape().bytes() == bytes;
-        same && page.is_on_device() == on_device
-    })
-}
-
 /// Pages that could not be registered, given back.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
@@ -250,7 +237,7 @@ pub type Note = SmallVec<[u8; NOTE_BYTES_SHORT]>;
 const NOTE_BYTES_SHORT: usize = 40;
 
 /// Pages of one [`Write`] at most.
-pub const ROW_PAGES_MAX: usize = 16;
+pub const ROW_PAGES_MAX: usize = 64;
 
 /// A row of pieces on its way: the same stretches of each of some shared pages, to those of as many remote regions whose numbers
 /// follow each other. Mostly a row of one; but pieces of some kilobytes are so many that each for itself would cost more than its bytes.
@@ -470,8 +457,8 @@ pub trait Transport: Debug + Send + Sync {
     /// Ends a connection now, whatever is under way. `PeerLost` follows.
     fn disconnect(&self, peer: PeerId);
 
-    /// Takes pages in, to be written by the peers that learn their key. They are of one size and one kind of memory. Their regions
-    /// come in the same order.
+    /// Takes pages in, to be written by the peers that learn their key. They are of one size, which is that of the
+    /// first one: a shorter one takes no more than it has room for. Their regions come in the same order.
     ///
     /// # Errors
     /// With all of the pages, when they cannot be registered.

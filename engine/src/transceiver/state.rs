@@ -12,7 +12,7 @@ use crate::page::PageShape;
 use crate::transport::EndpointRecord;
 
 /// Of the state and of the messages; both sides must have the same.
-pub(super) const PROTOCOL_VERSION: u32 = 7;
+pub(super) const PROTOCOL_VERSION: u32 = 8;
 
 /// Longest state that is read.
 const STATE_BYTES_MAX: usize = 256 << 10;

@@ -329,7 +329,7 @@ impl Transport for LinkTransport {
                 reason: "the transport is closed".to_owned(),
             });
         }
-        self.shared.regions.register(pages)
+        Ok(self.shared.regions.register(pages))
     }
 
     fn deregister(&self, region: RegionId) -> Deregistered {

@@ -128,12 +128,13 @@ impl Desk {
             )));
         }
         let shape = own.page(rank);
+        // One tells for all of a pool's; and no page is written beyond its end.
         let BlockPages { blocks, pages } = &fetch.pages;
-        if let Some(index) = pages.iter().position(|page| *page.shape() != shape) {
+        let first = blocks.iter().zip(pages).next();
+        if let Some((block, page)) = first.filter(|(_, page)| *page.shape() != shape) {
             return Err(HandoffError::Layout(format!(
-                "page of block {} is {:?}, {shape:?} expected",
-                blocks[index],
-                pages[index].shape()
+                "page of block {block} is {:?}, {shape:?} expected",
+                page.shape()
             )));
         }
         let senders = reshard::senders(own, rank, &there);

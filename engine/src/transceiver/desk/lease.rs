@@ -21,7 +21,7 @@ use crate::transport::{PeerId, ROW_PAGES_MAX, RemoteRegion, Runs, Sources, Trans
 
 /// Bytes of a row, if it has more than one piece: so many that what a row costs is little beside them, and so few that a cancel,
 /// which reaches whole rows, comes soon.
-const ROW_BYTES_MAX: usize = 1 << 20;
+const ROW_BYTES_MAX: usize = 4 << 20;
 
 /// Pages kept for a generation instance.
 #[derive(Debug)]

@@ -62,8 +62,8 @@ fn a_cut_or_stalled_transfer_fails_and_the_lease_can_be_claimed_again() {
     for wire in links() {
         // Within the second row of pages: who has heard of the first one does not ask again.
         for (faults, expected) in [
-            ("cut_after_bytes=500000,every=2", "within a frame"),
-            ("stall_after_bytes=500000,every=2", "no byte for 1s"),
+            ("cut_after_bytes=2000000,every=2", "within a frame"),
+            ("stall_after_bytes=2000000,every=2", "no byte for 1s"),
         ] {
             let mut context = Instance::start(wire, with_faults(params("ctx-0"), faults));
             let receiving = with_faults(params("gen-0"), "");
@@ -71,8 +71,8 @@ fn a_cut_or_stalled_transfer_fails_and_the_lease_can_be_claimed_again() {
             let warm_up = context.offer(1, 3);
             generation.fetch(1, &warm_up, 3);
             generation.outcome(1).unwrap();
-            let ticket = context.offer(2, 20);
-            generation.fetch(2, &ticket, 20);
+            let ticket = context.offer(2, 70);
+            generation.fetch(2, &ticket, 70);
             let text = generation.outcome(2).unwrap_err().to_string();
             assert!(text.starts_with("lost context server ctx-0 at"), "{text}");
             assert!(text.contains(expected), "{text}");
@@ -89,7 +89,7 @@ fn fetch_until_served(generation: &mut Instance, ticket: &HandoffTicket) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         assert!(Instant::now() < deadline);
-        generation.fetch(3, ticket, 20);
+        generation.fetch(3, ticket, 70);
         match generation.outcome(3) {
             Err(HandoffError::Refused(text)) if text.contains("already being") => {}
             outcome => {

@@ -13,7 +13,7 @@ use super::super::{ROW_PAGES_MAX, TransferId, runs};
 const MAGIC: [u8; 4] = *b"BKVT";
 
 /// Of the frames and of what they mean; both sides must have the same.
-pub(super) const VERSION: u8 = 7;
+pub(super) const VERSION: u8 = 8;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 48;
@@ -28,7 +28,7 @@ const NAME_BYTES_MAX: usize = 64;
 pub(super) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
 /// Longest note of a write.
-pub(super) const NOTE_BYTES_MAX: usize = 256;
+pub(super) const NOTE_BYTES_MAX: usize = 640;
 
 /// Descriptors that one [`Kind::Pulled`] names at most.
 pub(super) const PULLED_AT_ONCE_MAX: usize = 256;
@@ -431,7 +431,7 @@ mod tests {
             Err(FrameError::Length { .. })
         ));
         let mut long_note = write_header();
-        long_note.note_bytes = 257;
+        long_note.note_bytes = u16::try_from(NOTE_BYTES_MAX).unwrap() + 1;
         assert!(matches!(
             Header::decode(&long_note.encode()),
             Err(FrameError::Note { .. })

@@ -14,9 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use smallvec::SmallVec;
 
-use super::super::{
-    Deregistered, RegionId, RegisterRefused, Registration, RemoteRegion, TransportEvent, are_alike,
-};
+use super::super::{Deregistered, RegionId, Registration, RemoteRegion, TransportEvent};
 use crate::page::Page;
 
 /// Where a region's page is, and what may become of it.
@@ -43,9 +41,7 @@ impl Holder {
 #[derive(Debug)]
 struct Registered {
     key: u64,
-    /// Of each page.
-    bytes: u64,
-    /// Whether all of them lie on a device.
+    /// Whether the first one lies on a device, and so most likely all of them.
     on_device: bool,
     holders: Vec<Holder>,
     /// Those that are in their slots.
@@ -101,12 +97,7 @@ pub(super) struct Regions {
 }
 
 impl Regions {
-    pub(super) fn register(&self, pages: Vec<Page>) -> Result<Registration, RegisterRefused> {
-        if !are_alike(&pages) {
-            let reason = "pages of several sizes or kinds of memory in one registration";
-            let reason = reason.to_owned();
-            return Err(RegisterRefused { pages, reason });
-        }
+    pub(super) fn register(&self, pages: Vec<Page>) -> Registration {
         let (bytes, on_device) = match pages.first() {
             Some(page) => (page.shape().bytes() as u64, page.is_on_device()),
             None => (0, false),
@@ -118,7 +109,6 @@ impl Regions {
         let (RegionId(id), key) = (RegionId::fresh_row(count), fresh_key());
         let registered = Registered {
             key,
-            bytes,
             on_device,
             left: count,
             holders: vec![Holder::Slot; count],
@@ -128,7 +118,7 @@ impl Regions {
             self.lock().insert(id, registered);
         }
         let first = RemoteRegion { bytes, id, key };
-        Ok(Registration { first, count })
+        Registration { first, count }
     }
 
     pub(super) fn deregister(&self, region: RegionId) -> Deregistered {
@@ -176,7 +166,15 @@ impl Regions {
         }
         let registered = registered.remove();
         drop(registrations);
-        Some(registered.pages.into_iter().flatten().collect())
+        // In place, which `flatten` is not.
+        Some(
+            registered
+                .pages
+                .into_iter()
+                // All are there; and so it is done in place, which `flatten` is not.
+                .map_while(|page| page)
+                .collect(),
+        )
     }
 
     /// Takes pages out to write each up to `end`; waits its turn for at most `patience`.
@@ -277,7 +275,6 @@ fn take_at_once(
     let Some((_, registered, index)) = found else {
         return Some(Taken::Stale);
     };
-    let bytes = registered.bytes;
     let Some(holders) = registered.row(index, row.count) else {
         return Some(Taken::Stale);
     };
@@ -290,12 +287,17 @@ fn take_at_once(
             }
         }
     }
-    if end as u64 > bytes {
+    holders.fill(Holder::Reader);
+    let slots = &mut registered.pages[index..][..row.count];
+    let mut sizes = slots.iter().flatten().map(|page| page.shape().bytes());
+    if let Some(bytes) = sizes.find(|bytes| end > *bytes) {
+        registered.holders[index..][..row.count].fill(Holder::Slot);
+        let bytes = bytes as u64;
         return Some(Taken::OutOfRange { bytes });
     }
-    holders.fill(Holder::Reader);
-    let slots = registered.pages[index..][..row.count].iter_mut();
-    Some(Taken::Pages(slots.filter_map(Option::take).collect()))
+    Some(Taken::Pages(
+        slots.iter_mut().filter_map(Option::take).collect(),
+    ))
 }
 
 /// What is told of pages that came back from [`Regions::put_back`].
