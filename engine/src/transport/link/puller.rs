@@ -30,6 +30,9 @@ use crate::transport::{
 /// Arenas of one peer at most.
 const ARENAS_MAX: usize = 1024;
 
+/// What a batch that tapers has at least, in shares of what one may have at most.
+const SHORT_SHARE: usize = 8;
+
 /// Why a connection's pulling ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PullEnd {
@@ -176,6 +179,8 @@ struct Ready {
     checksums: Sums,
     /// Sequence numbers of all that are over with this batch, in order.
     over: Vec<u64>,
+    /// Of all that is read.
+    bytes: usize,
 }
 
 impl<'a> Puller<'a> {
@@ -219,11 +224,8 @@ impl<'a> Puller<'a> {
 
     fn pull(&mut self, sink: &TransportSink) -> Result<(), PullEnd> {
         let pulls = &self.connection.pulls;
-        let share = Share {
-            bytes_max: self.terms.batch_bytes_max,
-            tapers: self.terms.tapers,
-        };
         loop {
+            let share = self.share();
             let batch = match self.flying {
                 Some(_) => pulls.try_next(share),
                 None => pulls.next(share),
@@ -247,6 +249,26 @@ impl<'a> Puller<'a> {
                 Batch::Pulls(pulls) => self.read(pulls, sink)?,
                 Batch::Rouse => self.rouse()?,
             }
+        }
+    }
+
+    /// How much the next batch is. Where batches taper, one is no more than twice as long as the one that is under way: it is to be
+    /// made ready while that is read, and nothing is read where that takes longer.
+    fn share(&self) -> Share {
+        let bytes_max = self.terms.batch_bytes_max;
+        if !self.terms.tapers {
+            let bytes_min = bytes_max;
+            return Share {
+                bytes_min,
+                bytes_max,
+            };
+        }
+        let bytes_min = bytes_max / SHORT_SHARE;
+        let flying = self.flying.as_ref().map(|ready| ready.bytes);
+        let grown = flying.map_or(bytes_max, |bytes| bytes.saturating_mul(2));
+        Share {
+            bytes_min,
+            bytes_max: grown.clamp(bytes_min, bytes_max),
         }
     }
 
@@ -328,6 +350,7 @@ impl<'a> Puller<'a> {
         self.connection.acknowledge(&ready.over);
         ready.checksums.clear();
         ready.over.clear();
+        ready.bytes = 0;
         self.kept.batches.push(ready);
         Ok(())
     }
@@ -457,6 +480,7 @@ impl<'a> Puller<'a> {
             Ok(runs) => (runs, None),
             Err(error) => (None, Some(error)),
         };
+        ready.bytes = ready.bytes.saturating_add(pull.total_bytes());
         ready.landings.push(Landing {
             pull,
             from,

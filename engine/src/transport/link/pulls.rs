@@ -19,26 +19,19 @@ const PULLS_AT_ONCE_MAX: usize = WRITES_OPEN_MAX / 2;
 /// Pieces of one batch at most, if it has more than one pull.
 pub(in crate::transport) const PIECES_AT_ONCE_MAX: usize = 2048;
 
-/// What a batch that tapers may have, in shares of what one may have at most: no less, and no more than half of what waits. So there
-/// are few batches, and the last is short.
-const SHORT_SHARE: usize = 8;
-
 /// How much of what waits a batch is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Share {
-    /// If it is more than one pull.
+    /// Even if that is more than half of what waits.
+    pub(super) bytes_min: usize,
+    /// If it is more than one pull; no less than the above.
     pub(super) bytes_max: usize,
-    /// Whether it is shorter where little waits.
-    pub(super) tapers: bool,
 }
 
 impl Share {
+    /// Half of what waits, within bounds: so there are few batches, and the last is short.
     fn of(self, waiting_bytes: usize) -> usize {
-        if !self.tapers {
-            return self.bytes_max;
-        }
-        let short = self.bytes_max / SHORT_SHARE;
-        (waiting_bytes / 2).clamp(short, self.bytes_max)
+        (waiting_bytes / 2).clamp(self.bytes_min, self.bytes_max)
     }
 }
 
@@ -250,8 +243,8 @@ mod tests {
     use super::*;
 
     const UP_TO_100: Share = Share {
+        bytes_min: 100,
         bytes_max: 100,
-        tapers: false,
     };
 
     fn pull(sequence: u64, bytes: usize) -> Pull {
@@ -300,8 +293,8 @@ mod tests {
     #[test]
     fn batches_that_taper_are_half_of_what_waits_within_bounds() {
         let share = Share {
+            bytes_min: 10,
             bytes_max: 80,
-            tapers: true,
         };
         let pulls = Pulls::default();
         let orders = (0..20).map(|number| Order::Pull(pull(number, 10)));
