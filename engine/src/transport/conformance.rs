@@ -8,6 +8,7 @@ use super::{checksum::sum_of, memory::one_by_one, *};
 use crate::page::{KvDtype, PageShape};
 use rows::{
     rows_land_page_by_page, rows_that_are_none_are_refused_and_those_of_lost_regions_go_nowhere,
+    sealed_regions_are_written_no_more_and_come_back_as_one,
     strided_stretches_land_where_they_belong,
 };
 
@@ -532,6 +533,7 @@ macro_rules! checks {
             strided_stretches_land_where_they_belong,
             rows_land_page_by_page,
             rows_that_are_none_are_refused_and_those_of_lost_regions_go_nowhere,
+            sealed_regions_are_written_no_more_and_come_back_as_one,
             messages_go_both_ways_and_too_long_ones_nowhere,
             sixty_four_transfers_fly_at_once,
             private_pages_fly_as_well_as_those_of_an_arena,

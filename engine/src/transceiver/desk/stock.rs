@@ -197,3 +197,6 @@ impl Stock {
         all
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -156,3 +156,58 @@ pub(in crate::transport) fn rows_that_are_none_are_refused_and_those_of_lost_reg
     }
     assert!(pair.reader.page_of(regions[3].id).as_bytes() == page(1000, 0).as_bytes());
 }
+
+pub(in crate::transport) fn sealed_regions_are_written_no_more_and_come_back_as_one(start: Start) {
+    let pair = pair(start);
+    let transport = &pair.reader.transport;
+    let register = || {
+        let targets = (0..4).map(|_| page(1000, 0)).collect();
+        transport.register(targets).unwrap()
+    };
+    let (registration, other) = (register(), register());
+    let regions: Vec<_> = registration.regions().collect();
+    let source = Arc::new(page(1000, 5));
+    let write = |region: &Region| {
+        let write = piece(pair.to_reader, 1, &source, &region.remote);
+        assert_eq!(pair.writer.transport.write(write), Submission::Accepted);
+        pair.writer.next();
+    };
+    for region in &regions[..2] {
+        write(region);
+        pair.reader.next();
+    }
+    // All of a row or none of it; nobody's is nobody's to seal.
+    assert!(transport.seal(regions[0].id, 2));
+    assert!(!transport.seal(regions[1].id, 2));
+    let last = other.id(3);
+    assert!(!transport.seal(last, 2));
+    write(&regions[1]);
+    write(&regions[2]);
+    match pair.reader.next() {
+        TransportEvent::Landed { region, .. } => assert_eq!(region, regions[2].id),
+        other => panic!("{other:?}"),
+    }
+    // By the first one only, once, and while none of them is gone.
+    assert!(transport.reclaim(regions[1].id).is_none());
+    let pages = transport.reclaim(registration.first()).unwrap();
+    let written = |page: &Page| page.as_bytes() == source.as_bytes();
+    let written: Vec<_> = pages.iter().map(written).collect();
+    assert_eq!(written, [true, true, true, false]);
+    assert!(transport.reclaim(registration.first()).is_none());
+    pair.reader.page_of(other.id(2));
+    assert!(transport.reclaim(other.first()).is_none());
+    let left: Vec<_> = [0, 1, 3]
+        .map(|index| pair.reader.page_of(other.id(index)))
+        .into();
+    assert_eq!(left.len(), 3);
+    // Of none at all there is nothing to take back, whatever is registered next.
+    let none = transport.register(Vec::new()).unwrap();
+    let next = register();
+    assert!(none.first() != next.first() && none.regions().next().is_none());
+    assert!(
+        transport
+            .reclaim(none.first())
+            .is_none_or(|pages| pages.is_empty())
+    );
+    assert_eq!(transport.reclaim(next.first()).unwrap().len(), 4);
+}
