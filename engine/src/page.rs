@@ -153,8 +153,13 @@ impl PageShape {
 #[derive(Debug)]
 pub struct Page {
     words: Words,
-    shape: PageShape,
+    /// One for all pages of a pool. Not interned for good: peers choose some of the sizes.
+    shape: Arc<PageShape>,
 }
+
+// A hand-off moves and reads thousands of pages on several cores, cold, and pays for each cache line: two pages take one.
+// A place that may hold no page takes no more.
+const _: () = assert!(size_of::<Page>() == 32 && size_of::<Option<Page>>() == 32);
 
 impl Page {
     /// A page of zeros, in memory of its own.
@@ -162,7 +167,7 @@ impl Page {
     pub fn zeroed(shape: PageShape) -> Self {
         Self {
             words: Words::boxed(shape.bytes().div_ceil(8)),
-            shape,
+            shape: Arc::new(shape),
         }
     }
 
@@ -207,7 +212,11 @@ impl Page {
     }
 
     fn of(pieces: Vec<Words>, shape: PageShape) -> Vec<Self> {
-        let page = |words| Self { words, shape };
+        let shape = Arc::new(shape);
+        let page = |words| Self {
+            words,
+            shape: Arc::clone(&shape),
+        };
         pieces.into_iter().map(page).collect()
     }
 
@@ -219,7 +228,7 @@ impl Page {
 
     /// Its shape.
     #[must_use]
-    pub const fn shape(&self) -> &PageShape {
+    pub fn shape(&self) -> &PageShape {
         &self.shape
     }
 
@@ -284,7 +293,7 @@ impl Page {
     /// # Errors
     /// When the device fails that it lies on.
     pub fn copied(&self) -> io::Result<Self> {
-        let mut copy = Self::zeroed(self.shape);
+        let mut copy = Self::zeroed(*self.shape);
         self.read(0, copy.as_bytes_mut())?;
         Ok(copy)
     }
@@ -376,6 +385,17 @@ mod tests {
         }
         let offsets: Vec<_> = device.iter().map(|p| p.arena().unwrap().1).collect();
         assert_eq!(offsets, [0, 64, 128]);
+    }
+
+    #[test]
+    fn pages_of_a_pool_share_one_shape() {
+        for pages in [Page::pool(SHAPE, 3).unwrap(), device::fake::pool(SHAPE, 3)] {
+            assert!(pages.iter().all(|page| *page.shape() == SHAPE));
+            let first = pages[0].shape();
+            assert!(pages.iter().all(|page| std::ptr::eq(page.shape(), first)));
+            let copy = pages[0].copied().unwrap();
+            assert_eq!(copy.shape(), first);
+        }
     }
 
     #[test]

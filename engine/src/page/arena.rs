@@ -137,15 +137,13 @@ impl Arena {
         let arena = Arc::new(self);
         let null = || io::Error::from(io::ErrorKind::OutOfMemory);
         let base = NonNull::new(arena.base()).ok_or_else(null)?;
-        let on_device = arena.device().is_some();
+        let extent = Extent::new(words).on_device(arena.device().is_some());
         let pieces = (0..count).map(|index| Words {
             // Plain arithmetic: for a device's memory these are addresses that mean nothing here.
             start: base
                 .map_addr(|base| base.saturating_add(index * stride))
                 .cast(),
-            count: words,
-            on_device,
-            prepared: false,
+            extent,
             owner: Owner::Arena(Arc::clone(&arena)),
         });
         Ok(pieces.collect())
@@ -256,15 +254,50 @@ enum Owner {
     Arena(Arc<Arena>),
 }
 
+/// A number of words with two facts about them in the low bits, so that both take one word of a piece.
+#[derive(Debug, Clone, Copy)]
+struct Extent(usize);
+
+impl Extent {
+    /// Bits below the count.
+    const FACTS: u32 = 2;
+    const ON_DEVICE: usize = 1 << 0;
+    const PREPARED: usize = 1 << 1;
+
+    /// Of so many words of this host, not prepared. Panics at more than memory can hold, whose count would lose its top bits.
+    const fn new(count: usize) -> Self {
+        assert!(count <= usize::MAX >> Self::FACTS, "words of one piece");
+        Self(count << Self::FACTS)
+    }
+
+    /// The same, where they are a device's: their addresses are nothing to dereference.
+    const fn on_device(self, is_so: bool) -> Self {
+        Self(self.0 | if is_so { Self::ON_DEVICE } else { 0 })
+    }
+
+    /// The same, once their arena has heard that they are about to be written, or where there is none to hear it.
+    const fn prepared(self) -> Self {
+        Self(self.0 | Self::PREPARED)
+    }
+
+    const fn count(self) -> usize {
+        self.0 >> Self::FACTS
+    }
+
+    const fn is_on_device(self) -> bool {
+        self.0 & Self::ON_DEVICE != 0
+    }
+
+    const fn is_prepared(self) -> bool {
+        self.0 & Self::PREPARED != 0
+    }
+}
+
 /// Exclusively owned words, on the heap or cut from an arena. Either way reading them is a pointer and a length.
 #[derive(Debug)]
 pub(super) struct Words {
     start: NonNull<u64>,
-    count: usize,
-    /// `start` is an address of a device: nothing to dereference.
-    on_device: bool,
-    /// Its arena has heard that it is about to be written.
-    prepared: bool,
+    extent: Extent,
     owner: Owner,
 }
 
@@ -291,49 +324,49 @@ unsafe impl Sync for Words {}
 impl Words {
     /// Zeroed words on the heap.
     pub(super) fn boxed(count: usize) -> Self {
+        let extent = Extent::new(count).prepared();
         let words = Box::leak(vec![0_u64; count].into_boxed_slice());
         Self {
             start: NonNull::from(words).cast(),
-            count,
-            on_device: false,
-            prepared: true,
+            extent,
             owner: Owner::Heap,
         }
     }
 
     pub(super) const fn is_on_device(&self) -> bool {
-        self.on_device
+        self.extent.is_on_device()
     }
 
     /// Panics when they are a device's: that is a bug of the caller.
     pub(super) const fn as_slice(&self) -> &[u64] {
         assert!(
-            !self.on_device,
+            !self.is_on_device(),
             "a device's memory is read with its own calls"
         );
-        // SAFETY: `start` and `count` are those of a leaked box or of a piece of a mapping that `owner` keeps, both
-        // zeroed when made and aligned for u64, and none of a device; they are borrowed as `self` is.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.count) }
+        // SAFETY: `start` and the count in `extent`, which is as it was made, are those of a leaked box or of a piece of a
+        // mapping that `owner` keeps, both zeroed when made and aligned for u64, and none of a device; they are borrowed
+        // as `self` is.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.extent.count()) }
     }
 
     /// Panics as [`Words::as_slice`].
     pub(super) fn as_mut_slice(&mut self) -> &mut [u64] {
         assert!(
-            !self.on_device,
+            !self.is_on_device(),
             "a device's memory is written with its own calls"
         );
-        if !self.prepared {
+        if !self.extent.is_prepared() {
             self.prepare();
         }
         // SAFETY: as in `as_slice`; `self` is borrowed exclusively and no other piece has these words.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.count) }
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.extent.count()) }
     }
 
     #[cold]
     fn prepare(&mut self) {
-        self.prepared = true;
+        self.extent = self.extent.prepared();
         if let Some((arena, offset)) = self.arena() {
-            arena.prepare(offset..offset + self.count * size_of::<u64>());
+            arena.prepare(offset..offset + self.extent.count() * size_of::<u64>());
         }
     }
 
@@ -352,7 +385,8 @@ impl Words {
 impl Drop for Words {
     fn drop(&mut self) {
         if matches!(self.owner, Owner::Heap) {
-            let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.count);
+            let words =
+                std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.extent.count());
             // SAFETY: exactly this slice was leaked from a box in `boxed`, and nobody else has freed it.
             drop(unsafe { Box::from_raw(words) });
         }
@@ -460,6 +494,28 @@ mod tests {
         let small: ForeignAllocator = |_| Ok(Box::new(Leaked(&[])));
         let error = Arena::cut_of(Some(small), 8, 2).unwrap_err().to_string();
         assert!(error.contains("too small"), "{error}");
+    }
+
+    #[test]
+    fn an_extent_keeps_its_count_beside_what_is_known_of_it() {
+        for count in [0, 1, 7, usize::MAX >> 2] {
+            for on_device in [false, true] {
+                let extent = Extent::new(count).on_device(on_device);
+                let prepared = extent.prepared();
+                assert_eq!((extent.count(), prepared.count()), (count, count));
+                assert_eq!(
+                    (extent.is_on_device(), prepared.is_on_device()),
+                    (on_device, on_device)
+                );
+                assert!(!extent.is_prepared() && prepared.is_prepared());
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "words of one piece")]
+    fn no_count_loses_its_top_bits() {
+        let _ = Words::boxed((usize::MAX >> 2) + 1);
     }
 
     #[test]
