@@ -153,9 +153,18 @@ impl PageShape {
 #[derive(Debug)]
 pub struct Page {
     words: Words,
-    /// One for all pages of a pool. Not interned for good: peers choose some of the sizes.
-    shape: Arc<PageShape>,
+    /// One for all pages of a pool. Not interned for good: peers choose some of the sizes. None of a page of nothing.
+    shape: Option<Arc<PageShape>>,
 }
+
+/// Of a page of nothing.
+const NO_SHAPE: &PageShape = &PageShape {
+    layers: 0,
+    kv_heads: 0,
+    tokens_per_block: 0,
+    head_dim: 0,
+    dtype: KvDtype::F32,
+};
 
 // A hand-off moves and reads thousands of pages on several cores, cold, and pays for each cache line: two pages take one.
 // A place that may hold no page takes no more.
@@ -167,7 +176,7 @@ impl Page {
     pub fn zeroed(shape: PageShape) -> Self {
         Self {
             words: Words::boxed(shape.bytes().div_ceil(8)),
-            shape: Arc::new(shape),
+            shape: Some(Arc::new(shape)),
         }
     }
 
@@ -215,7 +224,7 @@ impl Page {
         let shape = Arc::new(shape);
         let page = |words| Self {
             words,
-            shape: Arc::clone(&shape),
+            shape: Some(Arc::clone(&shape)),
         };
         pieces.into_iter().map(page).collect()
     }
@@ -229,7 +238,15 @@ impl Page {
     /// Its shape.
     #[must_use]
     pub fn shape(&self) -> &PageShape {
-        &self.shape
+        self.shape.as_deref().unwrap_or(NO_SHAPE)
+    }
+
+    /// One of no bytes, in the place of a page that is elsewhere. It costs nothing to make, nor to drop.
+    pub(crate) const fn of_nothing() -> Self {
+        Self {
+            words: Words::none(),
+            shape: None,
+        }
     }
 
     /// Its memory on a device, with its offset there; none where it is in the host's.
@@ -271,7 +288,9 @@ impl Page {
     }
 
     fn checked(&self, at: usize, len: usize) -> Range<usize> {
-        let end = at.checked_add(len).filter(|end| *end <= self.shape.bytes());
+        let end = at
+            .checked_add(len)
+            .filter(|end| *end <= self.shape().bytes());
         at..end.expect("bytes within the page")
     }
 
@@ -283,7 +302,7 @@ impl Page {
         if !self.is_on_device() {
             return Ok(Cow::Borrowed(self.as_bytes()));
         }
-        let mut bytes = vec![0; self.shape.bytes()];
+        let mut bytes = vec![0; self.shape().bytes()];
         self.read(0, &mut bytes)?;
         Ok(Cow::Owned(bytes))
     }
@@ -293,7 +312,7 @@ impl Page {
     /// # Errors
     /// When the device fails that it lies on.
     pub fn copied(&self) -> io::Result<Self> {
-        let mut copy = Self::zeroed(*self.shape);
+        let mut copy = Self::zeroed(*self.shape());
         self.read(0, copy.as_bytes_mut())?;
         Ok(copy)
     }
@@ -301,54 +320,54 @@ impl Page {
     /// All bytes, in layout order. Panics when it lies on a device: that is a bug of the caller.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
-        &cast_slice(self.words.as_slice())[..self.shape.bytes()]
+        &cast_slice(self.words.as_slice())[..self.shape().bytes()]
     }
 
     /// All bytes, writable. Panics as [`Page::as_bytes`].
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        let bytes = self.shape.bytes();
+        let bytes = self.shape().bytes();
         &mut cast_slice_mut(self.words.as_mut_slice())[..bytes]
     }
 
     /// All elements as `f32`. Panics when the dtype is another one: that is a bug of the caller.
     #[must_use]
     pub fn as_f32(&self) -> &[f32] {
-        assert_eq!(self.shape.dtype, KvDtype::F32);
-        &cast_slice(self.words.as_slice())[..self.shape.len()]
+        assert_eq!(self.shape().dtype, KvDtype::F32);
+        &cast_slice(self.words.as_slice())[..self.shape().len()]
     }
 
     /// All elements as `f32`, writable. Panics as [`Page::as_f32`].
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
-        assert_eq!(self.shape.dtype, KvDtype::F32);
-        let len = self.shape.len();
+        assert_eq!(self.shape().dtype, KvDtype::F32);
+        let len = self.shape().len();
         &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 
     /// All elements as half precision. Panics when the dtype is another one.
     #[must_use]
     pub fn as_f16(&self) -> &[f16] {
-        assert_eq!(self.shape.dtype, KvDtype::F16);
-        &cast_slice(self.words.as_slice())[..self.shape.len()]
+        assert_eq!(self.shape().dtype, KvDtype::F16);
+        &cast_slice(self.words.as_slice())[..self.shape().len()]
     }
 
     /// All elements as half precision, writable. Panics as [`Page::as_f16`].
     pub fn as_f16_mut(&mut self) -> &mut [f16] {
-        assert_eq!(self.shape.dtype, KvDtype::F16);
-        let len = self.shape.len();
+        assert_eq!(self.shape().dtype, KvDtype::F16);
+        let len = self.shape().len();
         &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 
     /// All elements as bfloat16. Panics when the dtype is another one.
     #[must_use]
     pub fn as_bf16(&self) -> &[bf16] {
-        assert_eq!(self.shape.dtype, KvDtype::Bf16);
-        &cast_slice(self.words.as_slice())[..self.shape.len()]
+        assert_eq!(self.shape().dtype, KvDtype::Bf16);
+        &cast_slice(self.words.as_slice())[..self.shape().len()]
     }
 
     /// All elements as bfloat16, writable. Panics as [`Page::as_bf16`].
     pub fn as_bf16_mut(&mut self) -> &mut [bf16] {
-        assert_eq!(self.shape.dtype, KvDtype::Bf16);
-        let len = self.shape.len();
+        assert_eq!(self.shape().dtype, KvDtype::Bf16);
+        let len = self.shape().len();
         &mut cast_slice_mut(self.words.as_mut_slice())[..len]
     }
 }

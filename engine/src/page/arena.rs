@@ -322,6 +322,15 @@ unsafe impl Send for Words {}
 unsafe impl Sync for Words {}
 
 impl Words {
+    /// No words at all.
+    pub(super) const fn none() -> Self {
+        Self {
+            start: NonNull::dangling(),
+            extent: Extent::new(0).prepared(),
+            owner: Owner::Heap,
+        }
+    }
+
     /// Zeroed words on the heap.
     pub(super) fn boxed(count: usize) -> Self {
         let extent = Extent::new(count).prepared();
@@ -387,7 +396,8 @@ impl Drop for Words {
         if matches!(self.owner, Owner::Heap) {
             let words =
                 std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.extent.count());
-            // SAFETY: exactly this slice was leaked from a box in `boxed`, and nobody else has freed it.
+            // SAFETY: exactly this slice was leaked from a box in `boxed`, and nobody else has freed it; or it is empty, as `none` makes
+            // it, which is a box wherever it lies.
             drop(unsafe { Box::from_raw(words) });
         }
     }

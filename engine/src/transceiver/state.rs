@@ -155,13 +155,19 @@ impl OpaqueState {
             )));
         }
         let malformed = |e: serde_json::Error| HandoffError::State(printable(&e.to_string()));
-        let VersionOnly { version } = serde_json::from_slice(bytes).map_err(malformed)?;
+        let decoded: Result<Self, _> = serde_json::from_slice(bytes);
+        let version = match &decoded {
+            Ok(state) => state.version,
+            // One of another version may be anything else.
+            Err(_) => serde_json::from_slice(bytes)
+                .map_or(PROTOCOL_VERSION, |known: VersionOnly| known.version),
+        };
         if version != PROTOCOL_VERSION {
             return Err(HandoffError::State(format!(
                 "version {version} there, {PROTOCOL_VERSION} here"
             )));
         }
-        serde_json::from_slice(bytes).map_err(malformed)
+        decoded.map_err(malformed)
     }
 }
 

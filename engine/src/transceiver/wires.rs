@@ -155,6 +155,18 @@ pub(super) fn ways(
     records: &[RankRecord],
     ranks: &[usize],
 ) -> Result<VecDeque<Way>, HandoffError> {
+    ways_by(transports, records, ranks, |transport, endpoint| {
+        transport.reaches(endpoint)
+    })
+}
+
+/// The same, where who can be reached is judged so.
+fn ways_by(
+    transports: &[Arc<dyn Transport>],
+    records: &[RankRecord],
+    ranks: &[usize],
+    reaches: impl Fn(&dyn Transport, &EndpointRecord) -> bool,
+) -> Result<VecDeque<Way>, HandoffError> {
     let wanted: Result<Vec<&RankRecord>, HandoffError> = ranks
         .iter()
         .map(|&rank| {
@@ -172,7 +184,8 @@ pub(super) fn ways(
             let reachable = wanted.iter().map(|record| {
                 let mut endpoints = record.endpoints.iter();
                 endpoints.find(|endpoint| {
-                    endpoint.transport == transport.capability().name && transport.reaches(endpoint)
+                    endpoint.transport == transport.capability().name
+                        && reaches(&**transport, endpoint)
                 })
             });
             let endpoints: Option<Vec<_>> = reachable.map(Option::<&_>::cloned).collect();
@@ -290,6 +303,17 @@ impl Wires {
             Some(transport) => transport.write_all(peer, writes),
             None => (0, Submission::Gone),
         }
+    }
+
+    /// As [`ways`]; whoever is connected can be reached, and need not be judged, which may take a look at files.
+    pub(super) fn ways(
+        &self,
+        records: &[RankRecord],
+        ranks: &[usize],
+    ) -> Result<VecDeque<Way>, HandoffError> {
+        ways_by(&self.transports, records, ranks, |transport, endpoint| {
+            self.opened.contains_key(endpoint) || transport.reaches(endpoint)
+        })
     }
 
     /// Something is about to be asked of these endpoints, as far as they are connected.

@@ -21,7 +21,7 @@ use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Side};
 use crate::transceiver::state::{OpaqueState, printable};
 use crate::transceiver::timers::Due;
-use crate::transceiver::wires::{Way, ways};
+use crate::transceiver::wires::Way;
 use crate::transport::{PeerId, RegionId, TransferId};
 
 /// What a fetch needs, worked out before anything happens.
@@ -138,7 +138,7 @@ impl Desk {
             )));
         }
         let senders = reshard::senders(own, rank, &there);
-        let ways = ways(self.around.wires.all(), &state.ranks, &senders)?;
+        let ways = self.around.wires.ways(&state.ranks, &senders)?;
         // Whoever will be asked may wake up while the rest is worked out.
         self.around.wires.rouse(&ways[0]);
         Ok(Planned {
@@ -386,9 +386,6 @@ impl Desk {
         let Some((task, pages)) = self.take_apart(transfer) else {
             return;
         };
-        for peer in task.sources.iter().filter_map(|source| source.peer) {
-            self.tell_in_passing(peer, &Message::Acknowledge { transfer });
-        }
         let (elapsed, bytes) = (task.began.elapsed(), task.bytes());
         let transport = self.around.wires.name(task.way.wire);
         let info = &self.around.info;
@@ -401,6 +398,10 @@ impl Desk {
             moves: self.moves(&task),
         };
         self.decide(task.request, Ok(stats));
+        // The request waits for none of these.
+        for peer in task.sources.iter().filter_map(|source| source.peer) {
+            self.tell_in_passing(peer, &Message::Acknowledge { transfer });
+        }
     }
 
     /// What this rank took from each of a fetch's sources.

@@ -44,10 +44,15 @@ struct Registered {
     /// Whether the first one lies on a device, and so most likely all of them.
     on_device: bool,
     holders: Vec<Holder>,
-    /// Those that are in their slots.
-    pages: Vec<Option<Page>>,
+    /// Those that are in their slots; pages of nothing where they are not.
+    pages: Vec<Page>,
     /// Holders that are not their owner.
     left: usize,
+}
+
+/// Takes a page out of its slot.
+const fn out_of(slot: &mut Page) -> Page {
+    std::mem::replace(slot, Page::of_nothing())
 }
 
 impl Registered {
@@ -112,7 +117,7 @@ impl Regions {
             on_device,
             left: count,
             holders: vec![Holder::Slot; count],
-            pages: pages.into_iter().map(Some).collect(),
+            pages,
         };
         if count > 0 {
             self.lock().insert(id, registered);
@@ -130,9 +135,9 @@ impl Regions {
         match *holder {
             Holder::Slot | Holder::Sealed => {
                 *holder = Holder::Owner;
-                let page = registered.pages[index].take();
+                let page = out_of(&mut registered.pages[index]);
                 let_one_go(&mut registrations, first);
-                page.map_or(Deregistered::Unknown, Deregistered::Now)
+                Deregistered::Now(page)
             }
             Holder::Reader => {
                 *holder = Holder::ReaderOfClosedRegion;
@@ -164,17 +169,7 @@ impl Regions {
         if !holders.iter().all(|holder| holder.is_slot()) {
             return None;
         }
-        let registered = registered.remove();
-        drop(registrations);
-        // In place, which `flatten` is not.
-        Some(
-            registered
-                .pages
-                .into_iter()
-                // All are there; and so it is done in place, which `flatten` is not.
-                .map_while(|page| page)
-                .collect(),
-        )
+        Some(registered.remove().pages)
     }
 
     /// Takes pages out to write each up to `end`; waits its turn for at most `patience`.
@@ -217,7 +212,7 @@ impl Regions {
                 match holder {
                     Holder::Reader => {
                         *holder = Holder::Slot;
-                        *slot = Some(page);
+                        *slot = page;
                     }
                     _ => {
                         *holder = Holder::Owner;
@@ -289,15 +284,13 @@ fn take_at_once(
     }
     holders.fill(Holder::Reader);
     let slots = &mut registered.pages[index..][..row.count];
-    let mut sizes = slots.iter().flatten().map(|page| page.shape().bytes());
+    let mut sizes = slots.iter().map(|page| page.shape().bytes());
     if let Some(bytes) = sizes.find(|bytes| end > *bytes) {
         registered.holders[index..][..row.count].fill(Holder::Slot);
         let bytes = bytes as u64;
         return Some(Taken::OutOfRange { bytes });
     }
-    Some(Taken::Pages(
-        slots.iter_mut().filter_map(Option::take).collect(),
-    ))
+    Some(Taken::Pages(slots.iter_mut().map(out_of).collect()))
 }
 
 /// What is told of pages that came back from [`Regions::put_back`].

@@ -1,3 +1,5 @@
+//! A fetch's pages on their ways to a transport of this process and back.
+
 use std::sync::Arc;
 
 use super::*;
