@@ -14,7 +14,7 @@ use crate::transport::{PeerId, Submission, TransferId, Write};
 
 /// Bytes that a transfer submits in its turn, but for a longer piece: some rows of short ones, so that little is to be looked up, and
 /// nobody woken, for each, and so few that all transfers to a peer advance together.
-const TURN_BYTES: usize = 4 << 20;
+const TURN_BYTES: usize = 16 << 20;
 
 /// What a transfer did with its turn.
 enum Turn {

@@ -252,8 +252,9 @@ impl<'a> Puller<'a> {
         }
     }
 
-    /// How much the next batch is. Where batches taper, one is no more than twice as long as the one that is under way: it is to be
-    /// made ready while that is read, and nothing is read where that takes longer.
+    /// How much the next batch is. Where batches taper, one is no more than half as long again as the one that is under way: it is to
+    /// be made ready while that is read, and nothing is read where that takes longer. The first is what there is, so that there is time
+    /// for the second.
     fn share(&self) -> Share {
         let bytes_max = self.terms.batch_bytes_max;
         if !self.terms.tapers {
@@ -264,8 +265,14 @@ impl<'a> Puller<'a> {
             };
         }
         let bytes_min = bytes_max / SHORT_SHARE;
-        let flying = self.flying.as_ref().map(|ready| ready.bytes);
-        let grown = flying.map_or(bytes_max, |bytes| bytes.saturating_mul(2));
+        let Some(flying) = &self.flying else {
+            let first = bytes_max / 2;
+            return Share {
+                bytes_min: first,
+                bytes_max: first,
+            };
+        };
+        let grown = flying.bytes.saturating_add(flying.bytes / 2);
         Share {
             bytes_min,
             bytes_max: grown.clamp(bytes_min, bytes_max),
