@@ -138,8 +138,8 @@ impl Desk {
                 "kv goes another way"
             );
         }
-        let mut asked = Vec::new();
-        asked.extend(task.sources.iter().filter_map(|source| source.peer));
+        let asked = task.sources.iter().filter_map(|source| source.peer);
+        let asked: Vec<_> = asked.collect();
         task.reset();
         let away = task.stock.recall(&**transport);
         for index in &away {
