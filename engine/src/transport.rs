@@ -196,12 +196,6 @@ impl Registration {
             .map(move |id| Region::numbered(id, key, bytes))
     }
 
-    /// The first one's number.
-    #[must_use]
-    pub const fn first(&self) -> RegionId {
-        self.id(0)
-    }
-
     /// The number of the one with this index.
     #[must_use]
     pub const fn id(&self, index: usize) -> RegionId {

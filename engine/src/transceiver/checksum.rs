@@ -93,11 +93,25 @@ pub(super) struct Checksum {
 /// A piece in a page, whose transport did not sum it.
 #[derive(Debug)]
 pub(super) struct Unsummed {
-    /// Index among the page's pieces, in the order in which they landed.
-    pub(super) part: usize,
+    /// Index among the fetch's sources.
+    pub(super) source: usize,
+    /// Index among the source's pieces.
+    pub(super) piece: usize,
     pub(super) runs: Runs,
     /// The checksum that it shall have.
     pub(super) expected: Checksum,
+}
+
+impl Unsummed {
+    /// What is said of it where something else was found.
+    const fn but(&self, found: u64) -> Mismatch {
+        Mismatch {
+            source: self.source,
+            piece: self.piece,
+            expected: self.expected.value,
+            found,
+        }
+    }
 }
 
 /// A page whose pieces have all landed.
@@ -257,11 +271,7 @@ impl Landed {
     fn mismatch(&self, found: &[u64]) -> Option<Mismatch> {
         let parts = self.parts.iter().zip(found);
         parts
-            .map(|(part, found)| Mismatch {
-                part: part.part,
-                expected: part.expected.value,
-                found: *found,
-            })
+            .map(|(part, found)| part.but(*found))
             .find(|part| part.found != part.expected)
     }
 }
@@ -281,12 +291,8 @@ fn check(batch: Vec<Landed>, inbox: &Inbox) {
         let mismatch = if own.len() == landed.parts.len() {
             landed.mismatch(own)
         } else {
-            let expected = landed.parts.first().map_or(0, |part| part.expected.value);
-            Some(Mismatch {
-                part: 0,
-                expected,
-                found: !expected,
-            })
+            let first = landed.parts.first();
+            first.map(|part| part.but(!part.expected.value))
         };
         checked.push(Checked {
             transfer: landed.transfer,

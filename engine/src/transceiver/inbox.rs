@@ -78,8 +78,10 @@ pub(super) struct Checked {
 /// A piece that is not what was sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mismatch {
-    /// Index among the page's pieces, in the order in which they landed.
-    pub(super) part: usize,
+    /// Index among the fetch's sources.
+    pub(super) source: usize,
+    /// Index among the source's pieces.
+    pub(super) piece: usize,
     pub(super) expected: u64,
     pub(super) found: u64,
 }

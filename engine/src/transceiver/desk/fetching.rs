@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use super::Desk;
 use super::stock::Stock;
-use super::task::{FetchTask, Landing, Phase, Source, Unfit, Wrong};
+use super::task::{FetchTask, Landing, Phase, Source, Unfit};
 use crate::handoff::{BlockPages, Fetch, HandoffError, HandoffEvent, HandoffStats, RankMove};
 use crate::page::Page;
 use crate::request::RequestId;
 use crate::transceiver::checksum::Landed;
-use crate::transceiver::inbox::Checked;
+use crate::transceiver::inbox::{Checked, Mismatch};
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
 use crate::transceiver::regions::RemoteRegions;
@@ -264,7 +264,7 @@ impl Desk {
             }
         }
         for index in whole.unsummed {
-            let parts = task.unsummed(index);
+            let parts = task.unsummed.remove(&index).unwrap_or_default();
             let back = task.stock.check(index, transport);
             let (region, page) = back.ok_or_else(|| twice(index))?;
             self.around.checksums.check(Landed {
@@ -287,17 +287,7 @@ impl Desk {
             tracing::error!(region = region.0, "a checked page has no fetch");
             return;
         };
-        let parts = task.unsummed.remove(&checked.index).unwrap_or_default();
-        let wrong = checked.mismatch.and_then(|mismatch| {
-            let part = parts.get(mismatch.part)?;
-            Some(Wrong {
-                source: part.source,
-                piece: part.piece,
-                expected: mismatch.expected,
-                found: mismatch.found,
-            })
-        });
-        match wrong {
+        match checked.mismatch {
             None => {
                 task.stock.put_verified(checked.index, page);
                 self.complete_if_all_came(checked.transfer);
@@ -310,7 +300,7 @@ impl Desk {
     }
 
     /// Fails a fetch for a piece that is not what was sent.
-    fn mismatched(&mut self, transfer: TransferId, wrong: Wrong) {
+    fn mismatched(&mut self, transfer: TransferId, wrong: Mismatch) {
         let Some(task) = self.fetches.get(&transfer) else {
             return;
         };

@@ -146,7 +146,7 @@ impl Stock {
     pub(super) fn recall(&mut self, transport: &dyn Transport) -> Vec<usize> {
         self.verified = 0;
         let registration = self.registration.filter(|_| self.none_is_here());
-        if let Some(pages) = registration.and_then(|all| transport.reclaim(all.first())) {
+        if let Some(pages) = registration.and_then(|all| transport.reclaim(all.id(0))) {
             self.all = pages;
             self.places.fill(Place::Here);
             return Vec::new();

@@ -11,6 +11,7 @@ use super::stock::Stock;
 use crate::handoff::HandoffError;
 use crate::request::RequestId;
 use crate::transceiver::checksum::{Algorithm, Checksum, Unsummed};
+use crate::transceiver::inbox::Mismatch;
 use crate::transceiver::message::{Claim, RowNote, Taker};
 use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Pieces, Side};
@@ -39,7 +40,7 @@ pub(super) struct FetchTask {
     /// For each page, the pieces that are still to land in it, once that is known.
     pub(super) missing: Vec<u32>,
     /// By page, the pieces that have landed in it and that nobody has summed.
-    pub(super) unsummed: BTreeMap<usize, SmallVec<[Part; 1]>>,
+    pub(super) unsummed: BTreeMap<usize, Vec<Unsummed>>,
     pub(super) sources: Vec<Source>,
     /// In use, or the last that was.
     pub(super) way: Way,
@@ -59,16 +60,6 @@ pub(super) enum Phase {
     Running,
     /// One way has failed, with this; pages have to come back before the next one.
     Moving(HandoffError),
-}
-
-/// A piece that has landed.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Part {
-    /// Index among the sources.
-    pub(super) source: usize,
-    /// Index among the source's pieces.
-    pub(super) piece: usize,
-    pub(super) checksum: Checksum,
 }
 
 /// A row of pieces as the transport reports it.
@@ -109,24 +100,13 @@ pub(super) enum Unfit {
     /// What the server sent.
     Sent(String),
     /// A piece is not what was sent.
-    Mismatch(Wrong),
+    Mismatch(Mismatch),
 }
 
 impl From<String> for Unfit {
     fn from(what: String) -> Self {
         Self::Sent(what)
     }
-}
-
-/// A piece that is not what was sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Wrong {
-    /// Index among the sources.
-    pub(super) source: usize,
-    /// Index among the source's pieces.
-    pub(super) piece: usize,
-    pub(super) expected: u64,
-    pub(super) found: u64,
 }
 
 /// A rank of the context instance that the fetch takes from.
@@ -338,41 +318,25 @@ impl FetchTask {
         };
         match found {
             Some(found) if found == expected => Ok(()),
-            Some(found) => Err(Unfit::Mismatch(Wrong {
+            Some(found) => Err(Unfit::Mismatch(Mismatch {
                 source,
                 piece,
                 expected,
                 found,
             })),
             None => {
-                let checksum = Checksum {
-                    algorithm: note.algorithm,
-                    value: expected,
-                };
-                self.unsummed.entry(page).or_default().push(Part {
+                let algorithm = note.algorithm;
+                self.unsummed.entry(page).or_default().push(Unsummed {
                     source,
                     piece,
-                    checksum,
+                    runs: landing.runs.clone(),
+                    expected: Checksum {
+                        algorithm,
+                        value: expected,
+                    },
                 });
                 Ok(())
             }
         }
-    }
-
-    /// The pieces of a page that nobody has summed yet.
-    pub(super) fn unsummed(&self, page: usize) -> Vec<Unsummed> {
-        let parts = self.unsummed.get(&page).into_iter().flatten();
-        let runs = |part: &Part| {
-            let piece = self.sources[part.source].expected.get(part.piece)?;
-            Some(piece.runs.clone())
-        };
-        let unsummed = parts.enumerate().filter_map(|(index, part)| {
-            Some(Unsummed {
-                part: index,
-                runs: runs(part)?,
-                expected: part.checksum,
-            })
-        });
-        unsummed.collect()
     }
 }

@@ -72,6 +72,7 @@ impl Pieces {
     }
 
     /// The one with this index.
+    #[cfg(test)]
     pub(in crate::transceiver) fn get(&self, index: usize) -> Option<Piece<'_>> {
         self.alike(index).map(|(piece, _)| piece)
     }

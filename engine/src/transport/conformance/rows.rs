@@ -189,13 +189,13 @@ pub(in crate::transport) fn sealed_regions_are_written_no_more_and_come_back_as_
     }
     // By the first one only, once, and while none of them is gone.
     assert!(transport.reclaim(regions[1].id).is_none());
-    let pages = transport.reclaim(registration.first()).unwrap();
+    let pages = transport.reclaim(registration.id(0)).unwrap();
     let written = |page: &Page| page.as_bytes() == source.as_bytes();
     let written: Vec<_> = pages.iter().map(written).collect();
     assert_eq!(written, [true, true, true, false]);
-    assert!(transport.reclaim(registration.first()).is_none());
+    assert!(transport.reclaim(registration.id(0)).is_none());
     pair.reader.page_of(other.id(2));
-    assert!(transport.reclaim(other.first()).is_none());
+    assert!(transport.reclaim(other.id(0)).is_none());
     let left: Vec<_> = [0, 1, 3]
         .map(|index| pair.reader.page_of(other.id(index)))
         .into();
@@ -203,11 +203,11 @@ pub(in crate::transport) fn sealed_regions_are_written_no_more_and_come_back_as_
     // Of none at all there is nothing to take back, whatever is registered next.
     let none = transport.register(Vec::new()).unwrap();
     let next = register();
-    assert!(none.first() != next.first() && none.regions().next().is_none());
+    assert!(none.id(0) != next.id(0) && none.regions().next().is_none());
     assert!(
         transport
-            .reclaim(none.first())
+            .reclaim(none.id(0))
             .is_none_or(|pages| pages.is_empty())
     );
-    assert_eq!(transport.reclaim(next.first()).unwrap().len(), 4);
+    assert_eq!(transport.reclaim(next.id(0)).unwrap().len(), 4);
 }
