@@ -45,6 +45,7 @@ mod info;
 mod message;
 mod regions;
 mod reshard;
+mod rows;
 mod select;
 mod state;
 mod timers;

@@ -5,10 +5,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rows::Rows;
 use crate::transport::{Registration, RemoteRegion};
 
-/// Regions of one size and key whose numbers follow each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Regions of one size and key whose numbers follow each other, as they are sent.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Row {
     bytes: u64,
@@ -18,75 +19,61 @@ struct Row {
     count: u64,
 }
 
-/// See the module. In order.
+/// See the module. In order, each row told by its first one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<Row>", into = "Vec<Row>")]
-pub(super) struct RemoteRegions {
-    rows: Vec<Row>,
-    /// For each row, how many regions there are up to its end.
-    ends: Vec<u64>,
-}
+pub(super) struct RemoteRegions(Rows<RemoteRegion>);
 
 impl From<Vec<Row>> for RemoteRegions {
-    fn from(rows: Vec<Row>) -> Self {
-        let ends = rows.iter().scan(0_u64, |end, row| {
-            *end = end.saturating_add(row.count);
-            Some(*end)
-        });
-        Self {
-            ends: ends.collect(),
-            rows,
+    fn from(sent: Vec<Row>) -> Self {
+        let mut rows = Rows::default();
+        for row in sent {
+            let (bytes, id, key) = (row.bytes, row.first, row.key);
+            let count = usize::try_from(row.count).unwrap_or(usize::MAX);
+            rows.push(RemoteRegion { bytes, id, key }, count);
         }
+        Self(rows)
     }
 }
 
 impl From<RemoteRegions> for Vec<Row> {
     fn from(regions: RemoteRegions) -> Self {
-        regions.rows
+        let rows = regions.0.iter().map(|(_, first, count)| Row {
+            bytes: first.bytes,
+            key: first.key,
+            first: first.id,
+            count: count as u64,
+        });
+        rows.collect()
     }
 }
 
 impl From<Registration> for RemoteRegions {
     fn from(Registration { first, count }: Registration) -> Self {
-        let row = Row {
-            bytes: first.bytes,
-            key: first.key,
-            first: first.id,
-            count: count as u64,
-        };
-        let rows: Vec<Row> = (count > 0).then_some(row).into_iter().collect();
-        rows.into()
+        Self::default().joined(first, count)
     }
 }
 
 impl FromIterator<RemoteRegion> for RemoteRegions {
-    fn from_iter<I: IntoIterator<Item = RemoteRegion>>(regions: I) -> Self {
-        let mut rows: Vec<Row> = Vec::new();
-        for RemoteRegion { bytes, id, key } in regions {
-            match rows.last_mut() {
-                Some(row)
-                    if (row.bytes, row.key) == (bytes, key)
-                        && row.first.checked_add(row.count) == Some(id) =>
-                {
-                    row.count += 1;
-                }
-                _ => rows.push(Row {
-                    bytes,
-                    key,
-                    first: id,
-                    count: 1,
-                }),
-            }
-        }
-        rows.into()
+    fn from_iter<I: IntoIterator<Item = RemoteRegion>>(each: I) -> Self {
+        let each = each.into_iter();
+        each.fold(Self::default(), |before, region| before.joined(region, 1))
     }
 }
 
 impl RemoteRegions {
+    /// These, and so many more from this one on.
+    fn joined(mut self, first: RemoteRegion, count: usize) -> Self {
+        self.0.join(first, count, |last, len, next| {
+            (last.bytes, last.key) == (next.bytes, next.key)
+                && last.id.checked_add(len as u64) == Some(next.id)
+        });
+        self
+    }
+
     /// How many there are, as far as that can be counted.
     pub(super) fn len(&self) -> usize {
-        let len = self.ends.last().copied().unwrap_or(0);
-        usize::try_from(len).unwrap_or(usize::MAX)
+        self.0.len()
     }
 
     /// The one with this index.
@@ -97,25 +84,15 @@ impl RemoteRegions {
 
     /// The one with this index, and how many there are from it on whose numbers follow each other, as far as that can be counted.
     pub(super) fn alike(&self, index: usize) -> Option<(RemoteRegion, usize)> {
-        let index = index as u64;
-        let row = self.ends.partition_point(|end| *end <= index);
-        let before = row.checked_sub(1).map_or(0, |before| self.ends[before]);
-        let Row {
-            bytes, key, first, ..
-        } = *self.rows.get(row)?;
-        let region = RemoteRegion {
-            bytes,
-            // A peer that counts beyond the last number there is has no such region.
-            id: first.wrapping_add(index - before),
-            key,
-        };
-        let alike = usize::try_from(self.ends[row] - index);
-        Some((region, alike.unwrap_or(usize::MAX)))
+        let found = self.0.find(index)?;
+        // A peer that counts beyond the last number there is has no such region.
+        let id = found.row.id.wrapping_add(found.before as u64);
+        Some((RemoteRegion { id, ..*found.row }, found.alike))
     }
 
     /// The size of the first one that is not of so many bytes.
     pub(super) fn other_than(&self, bytes: u64) -> Option<u64> {
-        let mut sizes = self.rows.iter().map(|row| row.bytes);
+        let mut sizes = self.0.iter().map(|(_, first, _)| first.bytes);
         sizes.find(|size| *size != bytes)
     }
 }

@@ -163,12 +163,12 @@ pub(super) fn pieces(
             true => (tokens.end - token) / from,
             false => 1,
         };
-        pieces.push(PieceRow {
+        let row = PieceRow {
             sender_page,
             receiver_page,
-            count,
             runs,
-        });
+        };
+        pieces.push(row, count);
         token = end + (count - 1) * from;
     }
     pieces

@@ -1,13 +1,13 @@
 //! Checksums that were made, of many pieces: mostly all of one algorithm, which is said once.
 
 use super::{Algorithm, Checksum};
+use crate::transceiver::rows::Rows;
 
 /// See the module. In order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::transceiver) struct Checksums {
     values: Vec<u64>,
-    /// For each row of one algorithm, how many there are up to its end.
-    rows: Vec<(Algorithm, usize)>,
+    algorithms: Rows<Algorithm>,
 }
 
 impl Checksums {
@@ -15,26 +15,21 @@ impl Checksums {
     pub(in crate::transceiver) fn with_room(count: usize) -> Self {
         Self {
             values: Vec::with_capacity(count),
-            rows: Vec::new(),
+            algorithms: Rows::default(),
         }
     }
 
     /// Adds what follows.
     pub(in crate::transceiver) fn append(&mut self, later: &Self) {
-        let mut start = 0;
-        for (algorithm, end) in &later.rows {
-            self.extend_row(*algorithm, &later.values[start..*end]);
-            start = *end;
+        for (first, algorithm, count) in later.algorithms.iter() {
+            self.extend_row(*algorithm, &later.values[first..first + count]);
         }
     }
 
     fn extend_row(&mut self, algorithm: Algorithm, values: &[u64]) {
         self.values.extend_from_slice(values);
-        let end = self.values.len();
-        match self.rows.last_mut() {
-            Some((last, last_end)) if *last == algorithm => *last_end = end,
-            _ => self.rows.push((algorithm, end)),
-        }
+        self.algorithms
+            .join(algorithm, values.len(), |last, _, next| last == next);
     }
 
     /// Those from this one on that have its algorithm, so many at most; none when it is not made yet.
@@ -43,10 +38,9 @@ impl Checksums {
         first: usize,
         count_max: usize,
     ) -> Option<(Algorithm, &[u64])> {
-        let at = self.rows.partition_point(|(_, end)| *end <= first);
-        let (algorithm, end) = *self.rows.get(at)?;
-        let count = count_max.min(end - first);
-        Some((algorithm, &self.values[first..first + count]))
+        let found = self.algorithms.find(first)?;
+        let count = count_max.min(found.alike);
+        Some((*found.row, &self.values[first..first + count]))
     }
 }
 

@@ -5,15 +5,12 @@
 use std::sync::Arc;
 
 use crate::page::Page;
+use crate::transceiver::rows::Rows;
 use crate::transport::{SharedPages, Sources};
 
 /// See the module. In order.
 #[derive(Debug, Default)]
-pub(super) struct LentPages {
-    chunks: Vec<Arc<SharedPages>>,
-    /// For each chunk, how many pages there are up to its end.
-    ends: Vec<usize>,
-}
+pub(super) struct LentPages(Rows<Arc<SharedPages>>);
 
 impl LentPages {
     pub(super) fn of(pages: Vec<Arc<Page>>) -> Self {
@@ -26,28 +23,27 @@ impl LentPages {
     pub(super) fn extend(&mut self, pages: Vec<Arc<Page>>) {
         let chunks = SharedPages::cut(pages).into_iter();
         for chunk in chunks.filter(|chunk| !chunk.is_empty()) {
-            self.ends.push(self.len() + chunk.len());
-            self.chunks.push(Arc::new(chunk));
+            let count = chunk.len();
+            self.0.push(Arc::new(chunk), count);
         }
     }
 
     /// How many there are.
     pub(super) fn len(&self) -> usize {
-        self.ends.last().copied().unwrap_or(0)
+        self.0.len()
     }
 
     /// Whether none of them lies on a device.
     pub(super) fn are_in_host(&self) -> bool {
-        self.chunks.iter().all(|chunk| !chunk.is_on_device())
+        let mut chunks = self.0.iter();
+        chunks.all(|(_, chunk, _)| !chunk.is_on_device())
     }
 
     /// Those that follow each other in a chunk from this one on, so many at most; none when it is not there yet.
     pub(super) fn row(&self, first: usize, count_max: usize) -> Option<Sources> {
-        let at = self.ends.partition_point(|end| *end <= first);
-        let (chunk, end) = (self.chunks.get(at)?, self.ends[at]);
-        let start = first - (end - chunk.len());
-        let count = count_max.min(end - first);
-        Some(Sources::new(chunk, start..start + count))
+        let found = self.0.find(first)?;
+        let (start, count) = (found.before, count_max.min(found.alike));
+        Some(Sources::new(found.row, start..start + count))
     }
 }
 

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use crate::transceiver::reshard::Pieces;
+use crate::transceiver::rows::Rows;
 use crate::transport::Runs;
 
 /// Where a piece's checksum is.
@@ -26,14 +27,9 @@ impl Sum {
     }
 }
 
-/// See the module. In the order of the pieces.
+/// See the module. In the order of the pieces; of each row, where the first one's is: those of the others follow.
 #[derive(Debug, Default)]
-pub(super) struct Sums {
-    /// For each row, where the first one's is; those of the others follow.
-    rows: Vec<Sum>,
-    /// For each row, how many pieces there are up to its end.
-    ends: Vec<usize>,
-}
+pub(super) struct Sums(Rows<Sum>);
 
 impl Sums {
     /// Of these pieces, where so much is held of each page.
@@ -50,37 +46,23 @@ impl Sums {
                     None => (false, end - page),
                 };
                 let count = alike.min(end - page);
-                if is_pages {
-                    sums.push(Sum::Page(page), count);
-                } else {
-                    sums.push(Sum::Own(own), count);
-                    own += count;
-                }
+                let (first, made) = match is_pages {
+                    true => (Sum::Page(page), 0),
+                    false => (Sum::Own(own), count),
+                };
+                sums.0
+                    .join(first, count, |last, len, next| last.plus(len) == *next);
+                own += made;
                 page += count;
             }
         }
         sums
     }
 
-    fn push(&mut self, first: Sum, count: usize) {
-        let len = self.ends.last().copied().unwrap_or(0);
-        let last = len.checked_sub(1).and_then(|last| self.alike(last));
-        let follows = last.is_some_and(|(last, _)| last.plus(1) == first);
-        match self.ends.last_mut().filter(|_| follows) {
-            Some(end) => *end += count,
-            None => {
-                self.rows.push(first);
-                self.ends.push(len + count);
-            }
-        }
-    }
-
     /// Where this piece's is, and for how many from it on the next ones follow there.
     pub(super) fn alike(&self, index: usize) -> Option<(Sum, usize)> {
-        let at = self.ends.partition_point(|end| *end <= index);
-        let start = at.checked_sub(1).map_or(0, |before| self.ends[before]);
-        let first = self.rows.get(at)?;
-        Some((first.plus(index - start), self.ends[at] - index))
+        let found = self.0.find(index)?;
+        Some((found.row.plus(found.before), found.alike))
     }
 }
 

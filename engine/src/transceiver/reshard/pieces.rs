@@ -3,6 +3,7 @@
 //!
 //! Pure books. Invariant: no row is empty, and the pieces of a row are those of pages that follow each other on both sides.
 
+use crate::transceiver::rows::Rows;
 use crate::transport::runs::Runs;
 
 /// What goes from one page of a sender to one page of a receiver.
@@ -23,47 +24,39 @@ pub(super) struct PieceRow {
     pub(super) sender_page: usize,
     /// Of the first one.
     pub(super) receiver_page: usize,
-    pub(super) count: usize,
     /// Of each.
     pub(super) runs: Runs,
+}
+
+impl PieceRow {
+    /// The one so many places on.
+    const fn plus(&self, count: usize) -> Piece<'_> {
+        Piece {
+            sender_page: self.sender_page + count,
+            receiver_page: self.receiver_page + count,
+            runs: &self.runs,
+        }
+    }
 }
 
 /// See the module. In order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::transceiver) struct Pieces {
-    rows: Vec<PieceRow>,
-    /// For each row, how many pieces there are up to its end.
-    ends: Vec<usize>,
+    rows: Rows<PieceRow>,
     total_bytes: u64,
 }
 
 impl Pieces {
     /// Adds what follows.
-    pub(super) fn push(&mut self, row: PieceRow) {
-        if row.count == 0 {
-            return;
-        }
-        self.total_bytes += (row.count * row.runs.total_bytes()) as u64;
-        let end = self.len() + row.count;
-        match (self.rows.last_mut(), self.ends.last_mut()) {
-            (Some(last), Some(last_end))
-                if last.sender_page + last.count == row.sender_page
-                    && last.receiver_page + last.count == row.receiver_page
-                    && last.runs == row.runs =>
-            {
-                last.count += row.count;
-                *last_end = end;
-            }
-            _ => {
-                self.rows.push(row);
-                self.ends.push(end);
-            }
-        }
+    pub(super) fn push(&mut self, row: PieceRow, count: usize) {
+        self.total_bytes += (count * row.runs.total_bytes()) as u64;
+        self.rows
+            .join(row, count, |last, len, next| last.plus(len) == next.plus(0));
     }
 
     /// How many there are.
     pub(in crate::transceiver) fn len(&self) -> usize {
-        self.ends.last().copied().unwrap_or(0)
+        self.rows.len()
     }
 
     /// Bytes of all of them.
@@ -79,39 +72,21 @@ impl Pieces {
 
     /// The one with this index, and how many there are from it on of pages that follow each other, with the same runs.
     pub(in crate::transceiver) fn alike(&self, index: usize) -> Option<(Piece<'_>, usize)> {
-        let at = self.ends.partition_point(|end| *end <= index);
-        let (row, end) = (self.rows.get(at)?, self.ends[at]);
-        let before = index - (end - row.count);
-        let piece = Piece {
-            sender_page: row.sender_page + before,
-            receiver_page: row.receiver_page + before,
-            runs: &row.runs,
-        };
-        Some((piece, end - index))
+        let found = self.rows.find(index)?;
+        Some((found.row.plus(found.before), found.alike))
     }
 
     /// All of them.
     #[cfg(test)]
     pub(in crate::transceiver) fn iter(&self) -> impl Iterator<Item = Piece<'_>> {
-        self.rows.iter().flat_map(|row| {
-            (0..row.count).map(move |index| Piece {
-                sender_page: row.sender_page + index,
-                receiver_page: row.receiver_page + index,
-                runs: &row.runs,
-            })
-        })
+        let rows = self.rows.iter();
+        rows.flat_map(|(_, row, count)| (0..count).map(|index| row.plus(index)))
     }
 
     /// The first of each row of alike ones, with its index, and how many there are in the row.
     pub(in crate::transceiver) fn rows(&self) -> impl Iterator<Item = (usize, Piece<'_>, usize)> {
-        self.rows.iter().zip(&self.ends).map(|(row, end)| {
-            let piece = Piece {
-                sender_page: row.sender_page,
-                receiver_page: row.receiver_page,
-                runs: &row.runs,
-            };
-            (end - row.count, piece, row.count)
-        })
+        let rows = self.rows.iter();
+        rows.map(|(first, row, count)| (first, row.plus(0), count))
     }
 }
 
@@ -119,11 +94,10 @@ impl Pieces {
 mod tests {
     use super::*;
 
-    fn row((sender_page, receiver_page, count): (usize, usize, usize), bytes: usize) -> PieceRow {
+    fn row((sender_page, receiver_page): (usize, usize), bytes: usize) -> PieceRow {
         PieceRow {
             sender_page,
             receiver_page,
-            count,
             runs: Runs::whole(bytes),
         }
     }
@@ -132,14 +106,14 @@ mod tests {
     fn what_follows_joins_and_is_found_again() {
         let mut pieces = Pieces::default();
         assert_eq!((pieces.len(), pieces.get(0)), (0, None));
-        for some in [
-            row((3, 0, 2), 8),
-            row((5, 2, 1), 8),
-            row((6, 3, 0), 8),
-            row((6, 3, 1), 4),
-            row((9, 4, 3), 4),
+        for (some, count) in [
+            (row((3, 0), 8), 2),
+            (row((5, 2), 8), 1),
+            (row((6, 3), 8), 0),
+            (row((6, 3), 4), 1),
+            (row((9, 4), 4), 3),
         ] {
-            pieces.push(some);
+            pieces.push(some, count);
         }
         let heads = pieces
             .rows()
