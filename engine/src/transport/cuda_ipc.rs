@@ -286,6 +286,7 @@ impl Fabric for CudaFabric {
             mover: Mover::open(self.ordinal).map_err(unreachable)?,
             probe: (0, 0),
             found: probe_page(self.ordinal).map_err(unreachable)?,
+            rousing: false,
             closed: Arc::clone(&self.closed),
         };
         peer.probe = peer.map(&address.probe)?;
@@ -314,6 +315,8 @@ struct CudaPeer {
     probe: (usize, usize),
     /// What was read of that.
     found: Page,
+    /// It is being read once more, to wake the links.
+    rousing: bool,
     closed: Arc<AtomicBool>,
 }
 
@@ -329,23 +332,43 @@ impl CudaPeer {
 
     /// Reads the probe, as often as reads may be under way: then nothing of the mover has not been used.
     fn read_probe(&mut self) -> Result<(), CudaError> {
-        let (from, bytes) = self.probe;
-        let runs = Runs::whole(bytes.min(PROBE_BYTES));
-        let (mut read, mut sums) = (Ok(()), Vec::new());
+        let mut read = Ok(());
         for _ in 0..READS_AT_ONCE {
-            let probe = Move {
-                from,
-                offset: 0,
-                runs: &runs,
-                page: &mut self.found,
-            };
-            read = read.and_then(|()| self.mover.begin(std::iter::once(probe), true));
+            read = read.and_then(|()| self.begin_probe());
         }
         // Whatever was begun is over before anything else begins.
         for _ in 0..READS_AT_ONCE {
-            read = read.and(self.mover.finish(&mut sums));
+            read = read.and(self.mover.finish(&mut Vec::new()));
         }
         read
+    }
+
+    fn begin_probe(&mut self) -> Result<(), CudaError> {
+        let (from, bytes) = self.probe;
+        let runs = Runs::whole(bytes.min(PROBE_BYTES));
+        let probe = Move {
+            from,
+            offset: 0,
+            runs: &runs,
+            page: &mut self.found,
+        };
+        self.mover.begin(std::iter::once(probe), true)
+    }
+
+    /// Waits for the read that wakes the links, if it is under way.
+    fn end_rousing(&mut self) -> Result<(), CudaError> {
+        match std::mem::take(&mut self.rousing) {
+            true => self.mover.finish(&mut Vec::new()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for CudaPeer {
+    fn drop(&mut self) {
+        if let Err(error) = self.end_rousing() {
+            tracing::debug!(%error, "a gpu was not read to the end");
+        }
     }
 }
 
@@ -394,7 +417,14 @@ impl FabricPeer for CudaPeer {
             runs: job.runs,
             page: &mut *job.page,
         });
-        self.mover.begin(moves, summed).map_err(failed)
+        let begun = self.mover.begin(moves, summed);
+        // What follows is queued behind it already.
+        let roused = self.end_rousing();
+        if begun.is_ok() && roused.is_err() {
+            // Nothing is under way when this fails. What that says is said already.
+            drop(self.mover.finish(&mut Vec::new()));
+        }
+        begun.and(roused).map_err(failed)
     }
 
     fn finish(&mut self, _: &AtomicBool, folds: &mut Vec<Option<u64>>) -> Result<(), FabricError> {
@@ -403,8 +433,12 @@ impl FabricPeer for CudaPeer {
 
     /// Links that have carried nothing for 50 ms sleep, and the first read of all of them takes a sixth of a millisecond longer.
     /// That read is this one, while the peer is still being asked; so is the first use of the driver's code, which no cache holds any more.
+    /// It is waited for with the next one.
     fn rouse(&mut self) -> Result<(), FabricError> {
-        self.read_probe().map_err(failed)
+        let before = self.end_rousing();
+        let begun = before.and_then(|()| self.begin_probe());
+        self.rousing = begun.is_ok();
+        begun.map_err(failed)
     }
 }
 

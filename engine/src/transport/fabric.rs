@@ -281,7 +281,7 @@ pub(crate) trait FabricPeer: Debug + Send {
     }
 
     /// Reads come within a millisecond, and none is under way: whatever has fallen asleep between there and here may wake up. It
-    /// touches no page and no arena, and takes no longer than a short read.
+    /// touches no page and no arena; what it begins is waited for with the next read, or with the end.
     ///
     /// # Errors
     /// When the wire is found broken.

@@ -170,8 +170,10 @@ fn a_peer_that_was_roused_is_read_as_before() {
     let key = fabric.export(source[0].arena().unwrap().0).unwrap();
     let from = peer.import(&key.0).unwrap();
     let runs = Runs::whole(4096);
-    for _ in 0..3 {
-        peer.rouse().unwrap();
+    for times in [1, 0, 1, 2] {
+        for _ in 0..times {
+            peer.rouse().unwrap();
+        }
         let mut target = pages(4096, 1).pop().unwrap();
         let mut jobs = [ReadJob::new(from, &runs, &mut target)];
         let go_on = AtomicBool::new(false);
@@ -181,6 +183,9 @@ fn a_peer_that_was_roused_is_read_as_before() {
         assert_eq!(sums, [Some(fold(&sample(4096)))]);
         assert_eq!(target.to_host().unwrap()[..], sample(4096));
     }
+    // What is under way ends with it.
+    peer.rouse().unwrap();
+    drop(peer);
 }
 
 #[test]
