@@ -39,6 +39,7 @@ mod connection;
 mod frame;
 mod gather;
 mod lender;
+mod outlet;
 mod puller;
 mod pulls;
 mod reader;

@@ -17,7 +17,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use super::super::numbered::NumberedMap;
 use super::super::staging::Slot;
 use super::super::{PeerId, Sources, Submission, TransferId, Write};
-use super::frame::{MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
+use super::frame::{Header, Kind, MESSAGE_BYTES_MAX, NOTE_BYTES_MAX};
+use super::outlet::Outlet;
 use super::pulls::Pulls;
 use crate::page::Page;
 use crate::transport::vigil::{Bell, Vigil};
@@ -39,8 +40,8 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What the writer thread does next.
 #[derive(Debug)]
 pub(super) enum Outgoing {
-    /// Nothing, early.
-    Rouse(Rousing),
+    /// Nothing yet, but soon.
+    Roused,
     /// Descriptors that this side has pulled.
     Pulled(Vec<u64>),
     Message(Vec<u8>),
@@ -60,6 +61,16 @@ pub(super) enum Rousing {
     There,
     /// Ours have; the peer's that listens shall.
     Back,
+}
+
+impl Rousing {
+    /// What the peer is told.
+    const fn kind(self) -> Kind {
+        match self {
+            Self::There => Kind::Rouse,
+            Self::Back => Kind::Ping,
+        }
+    }
 }
 
 /// What the peer reads while it pulls a write.
@@ -92,7 +103,8 @@ pub(super) struct Leftovers {
 
 #[derive(Debug, Default)]
 struct Queue {
-    rousing: Option<Rousing>,
+    /// Something comes soon, and the writer has not heard so.
+    roused: bool,
     pulled: Vec<u64>,
     messages: VecDeque<Vec<u8>>,
     message_bytes: usize,
@@ -102,7 +114,7 @@ struct Queue {
     waits_for_slot: bool,
     in_flight: NumberedMap<u64, InFlight>,
     cancelled: Vec<TransferId>,
-    stream: Option<TcpStream>,
+    stream: Option<Arc<TcpStream>>,
     /// Takes nothing more; closes with this reason once its messages are out.
     finishing: Option<String>,
     closed: Option<String>,
@@ -115,7 +127,7 @@ impl Queue {
 
     fn has_work(&self) -> bool {
         !self.takes_more()
-            || self.rousing.is_some()
+            || self.roused
             || !self.pulled.is_empty()
             || !self.messages.is_empty()
             || !self.cancelled.is_empty()
@@ -166,6 +178,8 @@ pub(super) struct Connection {
     write_bytes_max: usize,
     /// How much of a window of a device's memory the peer reads at once, if it does.
     window_bytes: OnceLock<usize>,
+    /// Where it is sent from.
+    pub(super) outlet: Outlet,
     queue: Mutex<Queue>,
     wake: Condvar,
     pub(super) vigil: Vigil,
@@ -187,13 +201,14 @@ impl Connection {
             bell: Bell::default(),
             ended: AtomicBool::new(false),
             window_bytes: OnceLock::new(),
+            outlet: Outlet::default(),
             queue: Mutex::default(),
             wake: Condvar::new(),
         }
     }
 
     /// Gives the connection its socket, for closing. False when it was closed before.
-    pub(super) fn attach(&self, stream: TcpStream) -> bool {
+    pub(super) fn attach(&self, stream: Arc<TcpStream>) -> bool {
         let mut queue = self.lock();
         let open = queue.closed.is_none();
         if open {
@@ -271,9 +286,7 @@ impl Connection {
         if !queue.cancelled.is_empty() {
             return Outgoing::Cancelled(std::mem::take(&mut queue.cancelled));
         }
-        if let Some(rousing) = queue.rousing.take() {
-            return Outgoing::Rouse(rousing);
-        }
+        let roused = std::mem::take(&mut queue.roused);
         if !queue.pulled.is_empty() {
             return Outgoing::Pulled(std::mem::take(&mut queue.pulled));
         }
@@ -291,6 +304,9 @@ impl Connection {
             let writes: Vec<_> = queue.writes.drain(..count).collect();
             queue.write_bytes -= bytes_of(&writes);
             return Outgoing::Writes(writes);
+        }
+        if roused {
+            return Outgoing::Roused;
         }
         if let Some(reason) = queue.finishing.clone() {
             self.linger(queue, &reason);
@@ -378,13 +394,24 @@ impl Connection {
         self.wake.notify_all();
     }
 
-    /// Has those wake up who will have to do with what comes soon; who asks the peer will read.
+    /// The greetings are done: the peer can be told something.
+    pub(super) fn greeted(&self) {
+        if let Some(stream) = &self.lock().stream {
+            self.outlet.open(Arc::clone(stream));
+        }
+    }
+
+    /// Has those wake up who will have to do with what comes soon; who asks the peer will read. Whose way is the longest comes first.
     pub(super) fn rouse(&self, rousing: Rousing) {
-        self.lock().rousing = Some(rousing);
-        self.say();
+        let frame = Header::plain(rousing.kind(), 0).encode();
+        if let Err(torn) = self.outlet.send_in_passing(&frame) {
+            self.close(&torn.to_string());
+        }
         if rousing == Rousing::There {
             self.pulls.rouse();
         }
+        self.lock().roused = true;
+        self.say();
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

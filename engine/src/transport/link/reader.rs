@@ -35,7 +35,7 @@ const COARSE_BYTES: usize = 16 << 10;
 const TOGETHER_MAX: usize = 64;
 
 /// Room for what is read ahead; where only small frames come, as much as that.
-const AHEAD_BYTES: usize = 16 << 10;
+pub(super) const AHEAD_BYTES: usize = 16 << 10;
 
 /// Read ahead where bytes for pages follow, until it is known what precedes them: those are better read into the pages.
 const AHEAD_BYTES_BEFORE_PAGES: usize = 256;
@@ -564,8 +564,8 @@ fn row_of(header: &Header, runs: &Runs) -> Result<Row, ReadEnd> {
 /// Something comes soon: whoever will have to do with it may wake up already.
 fn roused(to: &Receiving<'_>) {
     if to.connection.vigil.is_held() {
-        to.connection.rouse(Rousing::Back);
         (to.sink)(Vec::new());
+        to.connection.rouse(Rousing::Back);
     }
 }
 

@@ -290,7 +290,7 @@ impl Shared {
         let text = |error: std::io::Error| error.to_string();
         socket::prepare(stream).map_err(text)?;
         let closing_handle = stream.try_clone().map_err(text)?;
-        if !connection.attach(closing_handle) {
+        if !connection.attach(Arc::new(closing_handle)) {
             return Err(connection.reason());
         }
         let mut reader = Reader::new(stream, &self.tuning).map_err(|e| e.to_string())?;
@@ -334,6 +334,7 @@ impl Shared {
         if let Some(bytes) = lender.and_then(|lender| lender.window_of(&theirs.fabric)) {
             connection.has_windows(bytes);
         }
+        connection.greeted();
         std::thread::scope(|scope| {
             let id = connection.id.0;
             let thread =

@@ -32,8 +32,17 @@ fn is_within_a_host(stream: &TcpStream) -> io::Result<bool> {
 
 /// Whether a read would not wait.
 pub(super) fn has_bytes(stream: &TcpStream) -> bool {
-    let mut asked = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-    // An error, too, is for the read to find.
+    is_ready(stream, PollFlags::POLLIN)
+}
+
+/// Whether a short write would not wait.
+pub(super) fn has_room(stream: &TcpStream) -> bool {
+    is_ready(stream, PollFlags::POLLOUT)
+}
+
+fn is_ready(stream: &TcpStream, what: PollFlags) -> bool {
+    let mut asked = [PollFd::new(stream.as_fd(), what)];
+    // An error, too, is for the read or the write to find.
     !matches!(poll(&mut asked, PollTimeout::ZERO), Ok(0))
 }
 

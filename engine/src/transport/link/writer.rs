@@ -15,10 +15,11 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, InFlight, Kept, Outgoing, Rousing};
+use super::connection::{Connection, InFlight, Kept, Outgoing};
 use super::frame::{Header, Kind, PULLED_AT_ONCE_MAX, Trailer, make_last};
 use super::gather::trailer_bytes;
 use super::lender::{Lender, Lent, Together, Way, gather_into};
+use super::reader::AHEAD_BYTES;
 use super::{LinkTuning, TransportEvent, Write};
 use crate::transport::checksum::sum;
 use crate::transport::fault::{Fault, Faults};
@@ -136,8 +137,11 @@ impl<'a> Writer<'a> {
         let bytes_max = self.lender.map_or(STREAM_BYTES_AT_ONCE_MAX, |_| usize::MAX);
         let at_once = (AT_ONCE_MAX, bytes_max);
         loop {
-            let sent = match connection.next(self.tuning.ping_interval(), at_once) {
+            let outgoing = connection.next(self.tuning.ping_interval(), at_once);
+            let writing = connection.outlet.writing();
+            let sent = match outgoing {
                 Outgoing::Closed => break,
+                Outgoing::Roused => Ok(()),
                 Outgoing::Idle => self.send([&Header::plain(Kind::Ping, 0).encode()[..]]),
                 Outgoing::Message(message) => {
                     let header = Header::plain(Kind::Message, message.len() as u64);
@@ -147,27 +151,18 @@ impl<'a> Writer<'a> {
                     complete(connection, sink, transfers, WriteOutcome::Cancelled);
                     Ok(())
                 }
-                Outgoing::Rouse(rousing) => self.rouse(rousing),
                 Outgoing::Pulled(sequences) => self.acknowledge(&sequences),
                 Outgoing::Writes(writes) => match self.lender {
                     Some(lender) => self.lend_all(lender, writes, connection, sink),
                     None => self.stream_all(writes, connection, sink),
                 },
             };
+            drop(writing);
             if let Err(end) = sent {
                 connection.close(&end.to_string());
                 break;
             }
         }
-    }
-
-    /// Wakes the peer; with an answer, where one is wanted.
-    fn rouse(&self, rousing: Rousing) -> Result<(), WriteEnd> {
-        let kind = match rousing {
-            Rousing::There => Kind::Rouse,
-            Rousing::Back => Kind::Ping,
-        };
-        self.send([&Header::plain(kind, 0).encode()[..]])
     }
 
     fn acknowledge(&self, sequences: &[u64]) -> Result<(), WriteEnd> {
@@ -224,7 +219,13 @@ impl<'a> Writer<'a> {
                     connection.put_back(vec![write]);
                     sent = Err(WriteEnd::Device(error));
                 }
-                Way::Pull(lent) => sent = self.describe(write, lent, connection),
+                Way::Pull(lent) => {
+                    sent = self.describe(write, lent, connection);
+                    // The peer reads no more at once, and begins with the first while the others are described.
+                    if sent.is_ok() && self.frames.len() >= AHEAD_BYTES {
+                        sent = self.flush(connection);
+                    }
+                }
                 Way::Stream => {
                     let described = self.flush(connection);
                     sent = described.and_then(|()| self.stream_all(vec![write], connection, sink));

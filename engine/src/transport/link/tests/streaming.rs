@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::Instant;
 
@@ -13,6 +14,7 @@ use crate::page::Page;
 use crate::transport::checksum::{sum, sum_of};
 use crate::transport::conformance::{PATIENCE, page};
 use crate::transport::link::LinkParams;
+use crate::transport::link::connection::Rousing;
 use crate::transport::link::frame::{Header, Kind, Trailer};
 use crate::transport::memory::into_channel;
 use crate::transport::{
@@ -227,4 +229,47 @@ fn who_does_not_sum_refuses_to() {
         };
         assert_eq!(node.transport.write(write), Submission::Invalid);
     }
+}
+
+#[test]
+fn a_peer_that_is_roused_all_the_time_gets_every_frame_whole() {
+    let reader = node(brisk(), "");
+    let (events, written) = channel();
+    let writer = tcp::start(params(brisk(), ""), into_channel(events)).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let peer = writer
+        .connect(&reader.transport.endpoint(), deadline)
+        .unwrap();
+    let connection = writer.shared.peer(peer).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Acquire) && Instant::now() < deadline {
+                connection.rouse(Rousing::There);
+            }
+        });
+        for seed in 1..30 {
+            let source = Arc::new(page(1 + 9_973 * seed, seed));
+            let bytes = source.as_bytes().len();
+            let region = reader.register(page(bytes / 2, 0));
+            let write = Write {
+                runs: Runs::whole(bytes),
+                sum_at: None,
+                ..to_be_summed(peer, std::slice::from_ref(&source), &region.remote)
+            };
+            assert_eq!(writer.write(write), Submission::Accepted);
+            match reader.next() {
+                TransportEvent::Landed { checksums, .. } => {
+                    assert_eq!(checksums[..], [Some(sum(source.as_bytes()))]);
+                }
+                other => panic!("{other:?}"),
+            }
+            let ended = written.recv_timeout(PATIENCE).unwrap();
+            assert!(
+                matches!(ended, TransportEvent::WriteDone { .. }),
+                "{ended:?}"
+            );
+        }
+        over.store(true, Ordering::Release);
+    });
 }
