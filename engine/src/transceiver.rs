@@ -21,11 +21,11 @@ use crate::handoff::{
 };
 use crate::page::{Page, PageShape};
 use crate::request::RequestId;
-use crate::transport::Transport;
 use crate::transport::fault::FaultPlan;
 use crate::transport::link::LinkTuning;
 use crate::transport::vigil::Vigil;
 use crate::transport::windowed::{DeviceWindows, WindowsOnce};
+use crate::transport::{EndpointRecord, Transport};
 pub use available::{TransportState, default_transport, transports};
 use checksum::ChecksumThreads;
 use desk::{Desk, Surroundings, Terms};
@@ -34,6 +34,7 @@ use info::Held;
 pub use info::{RankPair, TransceiverInfo, TransceiverStats, WireStats};
 use select::Preference;
 use state::{Nonce, OpaqueState, OwnLayout, PROTOCOL_VERSION, RankRecord, printable};
+use ways::{Ground, Opened, Ways};
 use wires::{KINDS, Kind, Wires};
 
 mod available;
@@ -43,12 +44,14 @@ mod group;
 mod inbox;
 mod info;
 mod message;
+mod plan;
 mod regions;
 mod reshard;
 mod rows;
 mod select;
 mod state;
 mod timers;
+mod ways;
 mod wires;
 
 #[cfg(test)]
@@ -178,6 +181,7 @@ pub struct Transceiver {
     limits: TransceiverLimits,
     layout: OwnLayout,
     transports: Vec<Arc<dyn Transport>>,
+    opened: Arc<Opened>,
     rank: usize,
     /// The ticket's state, but for nonce and token count.
     template: OpaqueState,
@@ -243,24 +247,20 @@ impl Transceiver {
         let first = transports.first();
         crate::page::arena::allocate_with(first.and_then(|transport| transport.allocator()));
         let endpoints: Vec<_> = transports.iter().map(|t| t.endpoint()).collect();
-        for endpoint in &endpoints {
-            tracing::info!(
-                transport = endpoint.transport,
-                address = %endpoint.address,
-                "kv transceiver ready"
-            );
-        }
+        endpoints.iter().for_each(say_ready);
         let epoch = params.epoch.unwrap_or_else(fresh_epoch);
         let info = TransceiverInfo::new(choice, endpoints.clone(), tried, epoch);
         let sums = !params.leave_out_checksums;
         let checksums = ChecksumThreads::start(params.limits.checksum_threads, sums, &inbox)
             .map_err(TransceiverStartError::Thread)?;
+        let wires = Wires::new(transports.clone());
+        let opened = wires.opened();
         let desk = Desk::new(
             terms(&params, &layout, epoch),
             Surroundings {
                 inbox: Arc::clone(&inbox),
                 sink: Arc::clone(&sink),
-                wires: Wires::new(transports.clone()),
+                wires,
                 checksums,
                 info: info.clone(),
             },
@@ -283,6 +283,7 @@ impl Transceiver {
             info,
             limits: params.limits,
             transports,
+            opened,
             rank: params.rank as usize,
             template: OpaqueState {
                 version: PROTOCOL_VERSION,
@@ -333,8 +334,15 @@ impl Transceiver {
     fn usable(&self, state: &OpaqueState) -> Result<(), HandoffError> {
         let there = self.layout.convertible(&state.layout)?;
         let senders = reshard::senders(&self.layout.side, self.rank, &there);
-        wires::ways(&self.transports, &state.ranks, &senders)?;
-        Ok(())
+        let mut ways = Ways::to(&state.ranks, &senders)?;
+        ways.expect(self.ground()).map(drop)
+    }
+
+    fn ground(&self) -> Ground<'_> {
+        Ground {
+            transports: &self.transports,
+            opened: &self.opened,
+        }
     }
 
     /// What the bytes of a transport go over, in its own words; `None` where it has none, or is not there.
@@ -351,6 +359,14 @@ impl Transceiver {
     pub fn info(&self) -> TransceiverInfo {
         self.info.clone()
     }
+}
+
+fn say_ready(endpoint: &EndpointRecord) {
+    tracing::info!(
+        transport = endpoint.transport,
+        address = %endpoint.address,
+        "kv transceiver ready"
+    );
 }
 
 /// Random, so that no process has one that another had.
@@ -446,17 +462,30 @@ impl Handoff for Transceiver {
     }
 
     fn fetch(&mut self, fetch: Fetch) {
+        let state = OpaqueState::decode(&fetch.ticket.opaque_state);
+        let plan = state.and_then(|state| self.plan(&fetch, state));
+        let (wire, sleepers) = match &plan {
+            Ok(plan) => (plan.way.wire, self.opened.towards(&plan.way)),
+            Err(_) => (0, Vec::new()),
+        };
         let command = match self.info.hold(Held::Fetches, self.limits.fetches) {
-            Ok(()) => Command::Fetch(fetch),
+            Ok(()) => Command::Fetch {
+                fetch,
+                plan: plan.map(Box::new),
+            },
             Err(held) => Command::Unfetched {
                 fetch,
                 error: HandoffError::Transport(format!("{held} kv fetches are held already")),
             },
         };
         let Err(refused) = self.inbox.command(command) else {
+            // Those that have to do with it wake up together with the desk, if they are not awake.
+            for peer in sleepers {
+                self.transports[wire].rouse(peer);
+            }
             return;
         };
-        if let Command::Fetch(fetch) | Command::Unfetched { fetch, .. } = *refused {
+        if let Command::Fetch { fetch, .. } | Command::Unfetched { fetch, .. } = *refused {
             let Fetch { request, pages, .. } = fetch;
             (self.sink)(HandoffEvent::PagesReturned { pages });
             let outcome = Err(HandoffError::Transport(NOT_RUNNING.to_owned()));

@@ -204,7 +204,7 @@ impl Desk {
                 pages,
             } => self.on_extend(ctx_request_id, pages),
             Command::Withdraw(lease) => self.withdraw(lease, "withdrawn by the context server"),
-            Command::Fetch(fetch) => self.on_fetch(fetch),
+            Command::Fetch { fetch, plan } => self.on_fetch(fetch, plan),
             Command::CancelFetch(request) => self.on_cancel_fetch(request),
             Command::Unfetched { fetch, error } => self.on_unfetched(fetch, error),
             Command::Lead { ranks, secret } => self.role = Role::Leads(Leader::new(ranks, secret)),

@@ -16,6 +16,7 @@ use crate::transport::vigil::{Bell, Vigil};
 use crate::transport::{PeerId, RegionId, TransferId, TransportEvent};
 
 use super::checksum::Checksums;
+use super::plan::Plan;
 use super::state::{Nonce, OpaqueState, RankRecord};
 
 /// Happenings that wait for the desk at most; of each as much as one thread does at once.
@@ -33,7 +34,10 @@ pub(super) enum Command {
         pages: Vec<Arc<Page>>,
     },
     Withdraw(u64),
-    Fetch(Fetch),
+    Fetch {
+        fetch: Fetch,
+        plan: Result<Box<Plan>, HandoffError>,
+    },
     CancelFetch(RequestId),
     /// One fetch too many.
     Unfetched {

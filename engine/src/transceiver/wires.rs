@@ -3,7 +3,6 @@
 //! A fetch goes over one transport, because a page is with one transport at a time: over the first of ours that all the
 //! ranks it takes from have too, and that reaches them all. Adding a transport is one entry of [`KINDS`].
 
-use std::collections::{HashMap, VecDeque};
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,8 +10,7 @@ use std::time::Instant;
 use super::TransceiverParams;
 use super::inbox::{Happening, Inbox};
 use super::select::{Preference, Tried};
-use super::state::{RankRecord, printable};
-use crate::handoff::HandoffError;
+use super::ways::{Ground, Opened};
 use crate::transport::link::{LinkParams, LinkTransport};
 use crate::transport::numbered::NumberedMap;
 use crate::transport::staging::StagingSize;
@@ -140,82 +138,11 @@ pub(super) fn start_all(
     (started, tried)
 }
 
-/// One way to all ranks of a fetch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Way {
-    /// Which of our transports.
-    pub(super) wire: usize,
-    /// One endpoint a rank, in the order in which they were asked for.
-    pub(super) endpoints: Vec<EndpointRecord>,
-}
-
-/// All ways to some ranks of a context instance, best first; an error that names both sides' transports when there is none.
-pub(super) fn ways(
-    transports: &[Arc<dyn Transport>],
-    records: &[RankRecord],
-    ranks: &[usize],
-) -> Result<VecDeque<Way>, HandoffError> {
-    ways_by(transports, records, ranks, |transport, endpoint| {
-        transport.reaches(endpoint)
-    })
-}
-
-/// The same, where who can be reached is judged so.
-fn ways_by(
-    transports: &[Arc<dyn Transport>],
-    records: &[RankRecord],
-    ranks: &[usize],
-    reaches: impl Fn(&dyn Transport, &EndpointRecord) -> bool,
-) -> Result<VecDeque<Way>, HandoffError> {
-    let wanted: Result<Vec<&RankRecord>, HandoffError> = ranks
-        .iter()
-        .map(|&rank| {
-            let mut known = records.iter();
-            known
-                .find(|record| record.rank as usize == rank)
-                .ok_or_else(|| HandoffError::State(format!("no endpoint of rank {rank}")))
-        })
-        .collect();
-    let wanted = wanted?;
-    let ways: VecDeque<Way> = transports
-        .iter()
-        .enumerate()
-        .filter_map(|(wire, transport)| {
-            let reachable = wanted.iter().map(|record| {
-                let mut endpoints = record.endpoints.iter();
-                endpoints.find(|endpoint| {
-                    endpoint.transport == transport.capability().name
-                        && reaches(&**transport, endpoint)
-                })
-            });
-            let endpoints: Option<Vec<_>> = reachable.map(Option::<&_>::cloned).collect();
-            endpoints.map(|endpoints| Way { wire, endpoints })
-        })
-        .collect();
-    if !ways.is_empty() {
-        return Ok(ways);
-    }
-    let here: Vec<_> = transports.iter().map(|t| t.capability().name).collect();
-    let mut there: Vec<_> = wanted
-        .iter()
-        .flat_map(|record| &record.endpoints)
-        .map(|endpoint| printable(&endpoint.transport))
-        .collect();
-    there.sort();
-    there.dedup();
-    Err(HandoffError::State(format!(
-        "no common transport: {} here, {} there",
-        here.join(", "),
-        there.join(", ")
-    )))
-}
-
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Wires {
     transports: Vec<Arc<dyn Transport>>,
-    /// Connections that we opened.
-    opened: HashMap<EndpointRecord, PeerId>,
+    opened: Arc<Opened>,
     /// Every connection that we know of, with its transport's index.
     known: NumberedMap<PeerId, usize>,
 }
@@ -224,13 +151,26 @@ impl Wires {
     pub(super) fn new(transports: Vec<Arc<dyn Transport>>) -> Self {
         Self {
             transports,
-            opened: HashMap::new(),
+            opened: Arc::default(),
             known: NumberedMap::default(),
+        }
+    }
+
+    /// What ways there may be over them.
+    pub(super) fn ground(&self) -> Ground<'_> {
+        Ground {
+            transports: &self.transports,
+            opened: &self.opened,
         }
     }
 
     pub(super) fn all(&self) -> &[Arc<dyn Transport>] {
         &self.transports
+    }
+
+    /// The connections that were opened, now and later.
+    pub(super) fn opened(&self) -> Arc<Opened> {
+        Arc::clone(&self.opened)
     }
 
     /// Connections that we know of.
@@ -266,7 +206,7 @@ impl Wires {
     /// Forgets a peer that is lost.
     pub(super) fn lost(&mut self, peer: PeerId) {
         self.known.remove(&peer);
-        self.opened.retain(|_, known| *known != peer);
+        self.opened.remove_peer(peer);
     }
 
     /// A connection to an endpoint, and whether it was there before.
@@ -276,7 +216,7 @@ impl Wires {
         endpoint: &EndpointRecord,
         deadline: Instant,
     ) -> Result<(PeerId, bool), ConnectError> {
-        if let Some(&peer) = self.opened.get(endpoint) {
+        if let Some(peer) = self.opened.get(endpoint) {
             return Ok((peer, true));
         }
         let peer = self.transports[wire].connect(endpoint, deadline)?;
@@ -302,24 +242,6 @@ impl Wires {
         match self.transport_of(peer) {
             Some(transport) => transport.write_all(peer, writes),
             None => (0, Submission::Gone),
-        }
-    }
-
-    /// As [`ways`]; whoever is connected can be reached, and need not be judged, which may take a look at files.
-    pub(super) fn ways(
-        &self,
-        records: &[RankRecord],
-        ranks: &[usize],
-    ) -> Result<VecDeque<Way>, HandoffError> {
-        ways_by(&self.transports, records, ranks, |transport, endpoint| {
-            self.opened.contains_key(endpoint) || transport.reaches(endpoint)
-        })
-    }
-
-    /// Something is about to be asked of these endpoints, as far as they are connected.
-    pub(super) fn rouse(&self, way: &Way) {
-        for peer in way.endpoints.iter().filter_map(|to| self.opened.get(to)) {
-            self.transports[way.wire].rouse(*peer);
         }
     }
 

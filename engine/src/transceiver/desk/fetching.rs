@@ -4,7 +4,7 @@
 //! thread. It is complete when each piece that its sources owe it has landed, and then verified piece by piece. When a
 //! fetch ends, what is here goes back at once; the rest is in quarantine until it shows up.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use super::Desk;
@@ -17,28 +17,17 @@ use crate::transceiver::checksum::Landed;
 use crate::transceiver::inbox::{Checked, Mismatch};
 use crate::transceiver::info::{Count, Held};
 use crate::transceiver::message::{Claim, Message, Taker};
+use crate::transceiver::plan::Plan;
 use crate::transceiver::regions::RemoteRegions;
-use crate::transceiver::reshard::{self, Side};
-use crate::transceiver::state::{OpaqueState, printable};
+use crate::transceiver::state::printable;
 use crate::transceiver::timers::Due;
-use crate::transceiver::wires::Way;
 use crate::transport::{PeerId, RegionId, TransferId};
 
-/// What a fetch needs, worked out before anything happens.
-struct Planned {
-    state: OpaqueState,
-    /// The pages of those who are asked.
-    there: Side,
-    ways: VecDeque<Way>,
-    /// The ranks that owe something.
-    senders: Vec<usize>,
-}
-
 impl Desk {
-    pub(super) fn on_fetch(&mut self, fetch: Fetch) {
+    pub(super) fn on_fetch(&mut self, fetch: Fetch, plan: Result<Box<Plan>, HandoffError>) {
         let began = Instant::now();
-        let planned = match self.plan(&fetch) {
-            Ok(planned) => planned,
+        let plan = match self.may_begin(fetch.request).and(plan) {
+            Ok(plan) => *plan,
             Err(error) => {
                 self.give_back(fetch.pages);
                 self.decide(fetch.request, Err(error));
@@ -46,7 +35,7 @@ impl Desk {
             }
         };
         let transfer = self.fresh_transfer();
-        let state = planned.state;
+        let state = plan.state;
         let mut nonce = state.nonce;
         if self.terms.forged_nonce {
             nonce = nonce.forged();
@@ -64,7 +53,7 @@ impl Desk {
                 request: fetch.request.0,
             },
             instance: state.instance,
-            there: planned.there,
+            there: plan.there,
             first_token: fetch.first_token,
             token_count: fetch.token_count,
             first_page: 0,
@@ -73,9 +62,9 @@ impl Desk {
             stock: Stock::new(fetch.pages),
             missing: Vec::new(),
             unsummed: BTreeMap::new(),
-            sources: planned.senders.into_iter().map(Source::of).collect(),
-            way: planned.ways[0].clone(),
-            ways: planned.ways,
+            sources: plan.senders.into_iter().map(Source::of).collect(),
+            way: plan.way,
+            ways: plan.ways,
             remotes: RemoteRegions::default(),
             leave_out_checksums: self.terms.leave_out_checksums,
             phase: Phase::Queued,
@@ -93,60 +82,16 @@ impl Desk {
         self.emit(HandoffEvent::FetchEnded { request, outcome });
     }
 
-    /// Checks a fetch against its ticket and works out who owes something; nothing has happened yet.
-    fn plan(&self, fetch: &Fetch) -> Result<Planned, HandoffError> {
+    /// Whether it may begin.
+    fn may_begin(&self, request: RequestId) -> Result<(), HandoffError> {
         if self.stopping {
             return Err(HandoffError::Cancelled);
         }
-        if self.by_request.contains_key(&fetch.request) {
-            let text = format!("request {} is being fetched already", fetch.request.0);
+        if self.by_request.contains_key(&request) {
+            let text = format!("request {} is being fetched already", request.0);
             return Err(HandoffError::Transport(text));
         }
-        let state = OpaqueState::decode(&fetch.ticket.opaque_state)?;
-        let there = self.terms.layout.convertible(&state.layout)?;
-        let (own, rank) = (&self.terms.layout.side, self.terms.rank);
-        if state.token_count != fetch.token_count as u64 {
-            return Err(HandoffError::State(format!(
-                "kv of {} tokens there, {} expected",
-                state.token_count, fetch.token_count
-            )));
-        }
-        let block = own.tokens_per_block();
-        if fetch.first_token > fetch.token_count || !fetch.first_token.is_multiple_of(block) {
-            return Err(HandoffError::State(format!(
-                "kv wanted from token {} of {} on, in blocks of {block}",
-                fetch.first_token, fetch.token_count
-            )));
-        }
-        let first_page = fetch.first_token / block;
-        let needed = own.pages_for(fetch.token_count) - first_page;
-        if needed != fetch.pages.len() {
-            return Err(HandoffError::State(format!(
-                "{} tokens need {needed} pages, {} given",
-                fetch.token_count - fetch.first_token,
-                fetch.pages.len()
-            )));
-        }
-        let shape = own.page(rank);
-        // One tells for all of a pool's; and no page is written beyond its end.
-        let BlockPages { blocks, pages } = &fetch.pages;
-        let first = blocks.iter().zip(pages).next();
-        if let Some((block, page)) = first.filter(|(_, page)| *page.shape() != shape) {
-            return Err(HandoffError::Layout(format!(
-                "page of block {block} is {:?}, {shape:?} expected",
-                page.shape()
-            )));
-        }
-        let senders = reshard::senders(own, rank, &there);
-        let ways = self.around.wires.ways(&state.ranks, &senders)?;
-        // Whoever will be asked may wake up while the rest is worked out.
-        self.around.wires.rouse(&ways[0]);
-        Ok(Planned {
-            state,
-            there,
-            ways,
-            senders,
-        })
+        Ok(())
     }
 
     fn fresh_transfer(&self) -> TransferId {

@@ -13,7 +13,7 @@ use crate::page::Page;
 use crate::transceiver::message::{Claim, Message, Request, Taker};
 use crate::transceiver::reshard;
 use crate::transceiver::state::{LayoutRecord, OpaqueState, PROTOCOL_VERSION, printable};
-use crate::transceiver::wires::ways;
+use crate::transceiver::ways::Ways;
 use crate::transport::{EndpointRecord, PeerId, Submission, TransferId};
 
 impl Desk {
@@ -23,7 +23,7 @@ impl Desk {
             let Some(task) = self.fetches.get_mut(&transfer) else {
                 return;
             };
-            let Some(way) = task.ways.pop_front() else {
+            let Some(way) = task.ways.next(self.around.wires.ground()) else {
                 let none = || HandoffError::Transport("there is no way to go".to_owned());
                 self.fail(transfer, failed.unwrap_or_else(none));
                 return;
@@ -125,11 +125,8 @@ impl Desk {
             return false;
         };
         let transport = &self.around.wires.all()[task.way.wire];
-        let next = task
-            .ways
-            .front()
-            .map(|way| self.around.wires.name(way.wire));
-        if let Some(next) = next {
+        let next = task.ways.peek(self.around.wires.ground());
+        if let Some(next) = next.map(|way| self.around.wires.name(way.wire)) {
             tracing::warn!(
                 request_id = task.request.0,
                 transport = transport.capability().name,
@@ -211,8 +208,9 @@ impl Desk {
             |_| vec![0],
             |there| reshard::senders(&self.terms.layout.side, self.terms.rank, &there),
         );
-        let ways = ways(self.around.wires.all(), &state.ranks, &senders);
-        let Some(way) = ways.ok().and_then(|mut ways| ways.pop_front()) else {
+        let ways = Ways::to(&state.ranks, &senders);
+        let ground = self.around.wires.ground();
+        let Some(way) = ways.ok().and_then(|mut ways| ways.next(ground)) else {
             return;
         };
         let hello = Message::Hello {
@@ -248,8 +246,9 @@ impl Desk {
         }
         // The leading rank alone: it says it once, and has the others give the lease up. The last way is the one that needs
         // least in common.
-        let ways = ways(self.around.wires.all(), &state.ranks, &[0]);
-        let Some(way) = ways.ok().and_then(|mut ways| ways.pop_back()) else {
+        let ground = self.around.wires.ground();
+        let ways = Ways::to(&state.ranks, &[0]);
+        let Some(way) = ways.ok().and_then(|ways| ways.last(ground)) else {
             return;
         };
         let cancel = Message::Cancel {

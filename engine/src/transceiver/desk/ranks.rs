@@ -18,7 +18,7 @@ use crate::transceiver::message::Message;
 use crate::transceiver::reshard::Side;
 use crate::transceiver::state::{Nonce, RankRecord, printable};
 use crate::transceiver::timers::Due;
-use crate::transceiver::wires::ways;
+use crate::transceiver::ways::{Way, Ways};
 use crate::transport::{PeerId, Submission};
 use books::Books;
 
@@ -213,9 +213,9 @@ impl Desk {
         };
         let leader = std::slice::from_ref(&reporter.leader);
         let ranks = [reporter.leader.rank as usize];
-        let opened = ways(self.around.wires.all(), leader, &ranks).and_then(|mut ways| {
-            let way = ways.pop_back().map(|way| (way.wire, way.endpoints));
-            let Some((wire, endpoints)) = way else {
+        let opened = Ways::to(leader, &ranks).and_then(|ways| {
+            let way = ways.last(self.around.wires.ground());
+            let Some(Way { wire, endpoints }) = way else {
                 return Err(HandoffError::Transport("there is no way".to_owned()));
             };
             let deadline = Instant::now() + self.terms.transfer_timeout;

@@ -1,7 +1,7 @@
 //! What the generation side keeps of a fetch: its pages, the ranks that it takes from, and what is expected of each. Pure
 //! books: no transport is called here.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ use crate::transceiver::regions::RemoteRegions;
 use crate::transceiver::reshard::{self, Pieces, Side};
 use crate::transceiver::state::printable;
 use crate::transceiver::timers::TimerKey;
-use crate::transceiver::wires::Way;
+use crate::transceiver::ways::{Way, Ways};
 use crate::transport::{EndpointRecord, PeerId, RegionId, Runs};
 
 /// A fetch from the engine's call to its decision.
@@ -45,7 +45,7 @@ pub(super) struct FetchTask {
     /// In use, or the last that was.
     pub(super) way: Way,
     /// Ways that are left, best first.
-    pub(super) ways: VecDeque<Way>,
+    pub(super) ways: Ways,
     /// Where the pages go, in their order.
     pub(super) remotes: RemoteRegions,
     /// Whether pieces may come without checksums.
