@@ -63,6 +63,30 @@ pub struct Exchange<'a> {
     pub spans: Spans,
 }
 
+/// Pieces that are alike, each somewhere else in an arena, to be summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FoldRow<'a> {
+    /// Where each begins, in bytes.
+    pub at: &'a [u64],
+    /// What it is made of, from there, in order.
+    pub stretches: &'a [Range<usize>],
+}
+
+impl FoldRow<'_> {
+    /// Of each.
+    #[must_use]
+    pub fn piece_bytes(&self) -> usize {
+        self.stretches.iter().map(Range::len).sum()
+    }
+
+    /// For each, where it begins.
+    pub(crate) fn places(&self) -> impl Iterator<Item = usize> {
+        // What lies beyond all memory is within no arena.
+        let places = self.at.iter();
+        places.map(|at| usize::try_from(*at).unwrap_or(usize::MAX))
+    }
+}
+
 /// One allocation on a device.
 ///
 /// Each call sees what the backend had put on its streams before the page in question was shared or lent, and is done when it
@@ -86,11 +110,11 @@ pub trait DeviceArena: Any + Debug + Send + Sync {
     /// When the device fails.
     fn write(&self, at: usize, from: &[u8]) -> io::Result<()>;
 
-    /// For each piece, the checksum ([`super::fold`]) of its stretches one after the other.
+    /// For each piece of each row, the checksum ([`super::fold`]) of its stretches one after the other.
     ///
     /// # Errors
     /// When the device fails.
-    fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>>;
+    fn fold(&self, rows: &[FoldRow<'_>]) -> io::Result<Vec<u64>>;
 
     /// Copies between this memory and others of the same device. For each exchange, the checksum ([`super::fold`]) of its spans one
     /// after the other, made of what was copied; none where they do not lie as the device sums them in passing. Nothing at all, or
@@ -129,7 +153,7 @@ pub(crate) mod fake {
     use std::any::Any;
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
-    use super::{Course, DeviceArena, Exchange, Range, io};
+    use super::{Course, DeviceArena, Exchange, FoldRow, io};
     use crate::page::fold::Fold;
     use crate::page::{Page, PageShape};
 
@@ -169,16 +193,19 @@ pub(crate) mod fake {
             Ok(())
         }
 
-        fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
+        fn fold(&self, rows: &[FoldRow<'_>]) -> io::Result<Vec<u64>> {
             let memory = self.lock();
-            let sum = |piece: &Vec<Range<usize>>| {
+            let sum = |row: &FoldRow<'_>, at: usize| {
                 let mut fold = Fold::default();
-                piece
+                row.stretches
                     .iter()
-                    .for_each(|range| fold.update(&memory[range.clone()]));
+                    .for_each(|range| fold.update(&memory[at..][range.clone()]));
                 fold.digest()
             };
-            Ok(pieces.iter().map(sum).collect())
+            let sums = rows
+                .iter()
+                .flat_map(|row| row.places().map(move |at| (row, at)));
+            Ok(sums.map(|(row, at)| sum(row, at)).collect())
         }
 
         fn exchange(

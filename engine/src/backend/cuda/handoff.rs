@@ -10,7 +10,6 @@
 use std::any::Any;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::io;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +20,7 @@ use super::peer::{
     Ground, HANDLE_BYTES, Held, Imported, Reach, Sums, copy_between, handle_of, let_reach, settle,
 };
 use crate::page::arena::Arena;
-use crate::page::device::{Course, DeviceArena, Exchange};
+use crate::page::device::{Course, DeviceArena, Exchange, FoldRow};
 use crate::page::fold::{Fold, finish};
 use crate::page::{Page, PageShape};
 use crate::transport::Runs;
@@ -108,20 +107,23 @@ impl DeviceArena for CudaArena {
         Ok(self.copies.synchronize()?)
     }
 
-    fn fold(&self, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
+    fn fold(&self, rows: &[FoldRow<'_>]) -> io::Result<Vec<u64>> {
         let mut sums = Sums::default();
         let ground = Ground::from(&self.memory);
-        if !pieces.iter().all(|ranges| sums.add(ground, ranges)) {
-            return fold_on_host(self, pieces);
+        if !rows.iter().all(|row| sums.add(ground, row)) {
+            return fold_on_host(self, rows);
         }
         let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
         self.shown.hold_back(reach.gpu())?;
-        let sums = reach.fold(&sums)?;
-        let bytes = |piece: &Vec<Range<usize>>| piece.iter().map(|range| range.len() as u64).sum();
-        let pieces = sums.into_iter().zip(pieces);
-        Ok(pieces
-            .map(|(sum, piece)| finish(sum, bytes(piece)))
-            .collect())
+        let mut sums = reach.fold(&sums)?;
+        let mut rest = &mut sums[..];
+        for row in rows {
+            let (own, later) = rest.split_at_mut(row.at.len());
+            let bytes = row.piece_bytes() as u64;
+            own.iter_mut().for_each(|sum| *sum = finish(*sum, bytes));
+            rest = later;
+        }
+        Ok(sums)
     }
 
     fn exchange(&self, course: Course, exchanges: &[Exchange<'_>]) -> io::Result<Vec<Option<u64>>> {
@@ -178,17 +180,20 @@ impl DeviceArena for CudaArena {
 }
 
 /// The same of bytes that lie as no kernel takes them.
-fn fold_on_host(arena: &CudaArena, pieces: &[Vec<Range<usize>>]) -> io::Result<Vec<u64>> {
-    let sum = |piece: &Vec<Range<usize>>| {
+fn fold_on_host(arena: &CudaArena, rows: &[FoldRow<'_>]) -> io::Result<Vec<u64>> {
+    let sum = |row: &FoldRow<'_>, at: usize| {
         let mut fold = Fold::default();
-        for range in piece {
+        for range in row.stretches {
             let mut bytes = vec![0; range.len()];
-            arena.read(range.start, &mut bytes)?;
+            arena.read(at + range.start, &mut bytes)?;
             fold.update(&bytes);
         }
         Ok(fold.digest())
     };
-    pieces.iter().map(sum).collect()
+    let pieces = rows
+        .iter()
+        .flat_map(|row| row.places().map(move |at| (row, at)));
+    pieces.map(|(row, at)| sum(row, at)).collect()
 }
 
 /// An arena as one of a GPU's, if it is.

@@ -19,6 +19,7 @@ use super::driver::{
 use super::error::CudaError;
 use super::event::Event;
 use super::kernels::{Kernel, Kernels, Source, Variant};
+use crate::page::device::FoldRow;
 use crate::page::fold::{self, VECTOR_BYTES};
 
 /// Bytes of a handle that lets another process in.
@@ -280,29 +281,31 @@ pub(super) struct Sums<'a> {
 }
 
 impl<'a> Sums<'a> {
-    /// One more piece, of these ranges one after the other. False when they are of no whole, aligned vectors.
-    pub(super) fn add(&mut self, source: Ground<'a>, ranges: &[Range<usize>]) -> bool {
+    /// More pieces. False when something of them is of no whole, aligned vectors.
+    pub(super) fn add(&mut self, source: Ground<'a>, row: &FoldRow<'_>) -> bool {
         let aligned = |at: usize| at.is_multiple_of(VECTOR_BYTES);
         let fit = |range: &Range<usize>| aligned(range.start) && aligned(range.len());
-        if !ranges.iter().all(fit) {
+        if !row.stretches.iter().all(fit) || !row.places().all(aligned) {
             return false;
         }
-        let mut first = 0;
-        for range in ranges {
-            let address = source.at(range.start, range.len());
-            for start in (0..range.len()).step_by(STRETCH_BYTES) {
-                let vectors = vectors(STRETCH_BYTES.min(range.len() - start));
-                self.stretches.push(Stretch {
-                    source: address + start as u64,
-                    target: 0,
-                    first,
-                    vectors,
-                    piece: self.pieces,
-                });
-                first += u64::from(vectors);
+        for at in row.places() {
+            let mut first = 0;
+            for range in row.stretches {
+                let address = source.at(at.saturating_add(range.start), range.len());
+                for start in (0..range.len()).step_by(STRETCH_BYTES) {
+                    let vectors = vectors(STRETCH_BYTES.min(range.len() - start));
+                    self.stretches.push(Stretch {
+                        source: address + start as u64,
+                        target: 0,
+                        first,
+                        vectors,
+                        piece: self.pieces,
+                    });
+                    first += u64::from(vectors);
+                }
             }
+            self.pieces += 1;
         }
-        self.pieces += 1;
         true
     }
 }

@@ -1,6 +1,8 @@
 //! Checksums that were made, of many pieces: mostly all of one algorithm, which is said once.
 
-use super::{Algorithm, Checksum};
+use super::Algorithm;
+#[cfg(test)]
+use super::Checksum;
 use crate::transceiver::rows::Rows;
 
 /// See the module. In order.
@@ -17,6 +19,19 @@ impl Checksums {
             values: Vec::with_capacity(count),
             algorithms: Rows::default(),
         }
+    }
+
+    /// Of rows of one algorithm each, with how many it has.
+    pub(in crate::transceiver) fn of_rows(
+        rows: impl IntoIterator<Item = (Algorithm, usize)>,
+        values: Vec<u64>,
+    ) -> Self {
+        let mut algorithms = Rows::default();
+        for (algorithm, count) in rows {
+            algorithms.join(algorithm, count, |last, _, next| last == next);
+        }
+        debug_assert_eq!(algorithms.len(), values.len(), "a checksum for each piece");
+        Self { values, algorithms }
     }
 
     /// Adds what follows.
@@ -44,6 +59,7 @@ impl Checksums {
     }
 }
 
+#[cfg(test)]
 impl FromIterator<Checksum> for Checksums {
     fn from_iter<I: IntoIterator<Item = Checksum>>(checksums: I) -> Self {
         let mut made = Self::default();
@@ -72,6 +88,9 @@ mod tests {
             made.append(&before.iter().copied().collect());
             made.append(&after.iter().copied().collect());
             assert_eq!(made, all.iter().copied().collect());
+            let one_by_one = all.iter().map(|one| (one.algorithm, 1));
+            let values = all.iter().map(|one| one.value).collect();
+            assert_eq!(made, Checksums::of_rows(one_by_one, values));
             let ends = [3, 3, 3, 4, 7, 7, 7];
             for (first, end) in ends.into_iter().enumerate() {
                 for count_max in 1..5 {

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::page::device::DeviceArena as _;
+use crate::page::device::{DeviceArena as _, FoldRow};
 use crate::page::fold::fold;
 use crate::transport::Run;
 
@@ -120,13 +120,10 @@ fn a_gpu_sums_what_a_processor_sums() {
     ];
     let odd = vec![vec![1..100_001, 5..6], vec![0..bytes]];
     for pieces in [pieces, odd] {
-        let moved: Vec<Vec<_>> = pieces
+        let at = [offset as u64];
+        let rows: Vec<_> = pieces
             .iter()
-            .map(|piece: &Vec<std::ops::Range<usize>>| {
-                let moved =
-                    |range: &std::ops::Range<usize>| range.start + offset..range.end + offset;
-                piece.iter().map(moved).collect()
-            })
+            .map(|stretches: &Vec<std::ops::Range<usize>>| FoldRow { at: &at, stretches })
             .collect();
         let expected: Vec<_> = pieces
             .iter()
@@ -135,7 +132,22 @@ fn a_gpu_sums_what_a_processor_sums() {
                 fold(&parts.collect::<Vec<_>>().concat())
             })
             .collect();
-        assert_eq!(on_device.fold(&moved).unwrap(), expected);
+        assert_eq!(on_device.fold(&rows).unwrap(), expected);
+    }
+    // Alike, and not where a vector begins.
+    for odd in [0, 1] {
+        let at: Vec<_> = [0, 4096 + odd, 64, 100_000].to_vec();
+        let there: Vec<_> = at.iter().map(|at| (offset + at) as u64).collect();
+        let row = FoldRow {
+            at: &there,
+            stretches: &[16..4112, 0..16],
+        };
+        let piece = |at: &usize| {
+            let (one, other) = (&content[at + 16..at + 4112], &content[*at..at + 16]);
+            fold(&[one, other].concat())
+        };
+        let expected: Vec<_> = at.iter().map(piece).collect();
+        assert_eq!(on_device.fold(&[row]).unwrap(), expected);
     }
 }
 
