@@ -462,17 +462,19 @@ impl Handoff for Transceiver {
     }
 
     fn fetch(&mut self, fetch: Fetch) {
-        let state = OpaqueState::decode(&fetch.ticket.opaque_state);
-        let plan = state.and_then(|state| self.plan(&fetch, state));
-        let (wire, sleepers) = match &plan {
-            Ok(plan) => (plan.way.wire, self.opened.towards(&plan.way)),
-            Err(_) => (0, Vec::new()),
-        };
+        let (mut wire, mut sleepers) = (0, Vec::new());
         let command = match self.info.hold(Held::Fetches, self.limits.fetches) {
-            Ok(()) => Command::Fetch {
-                fetch,
-                plan: plan.map(Box::new),
-            },
+            Ok(()) => {
+                let state = OpaqueState::decode(&fetch.ticket.opaque_state);
+                let plan = state.and_then(|state| self.plan(&fetch, state));
+                if let Ok(plan) = &plan {
+                    (wire, sleepers) = (plan.way.wire, self.opened.towards(&plan.way));
+                }
+                Command::Fetch {
+                    fetch,
+                    plan: plan.map(Box::new),
+                }
+            }
             Err(held) => Command::Unfetched {
                 fetch,
                 error: HandoffError::Transport(format!("{held} kv fetches are held already")),

@@ -1,5 +1,8 @@
 //! The ways of a fetch: over which of our transports all the ranks that it takes from are reached, best first.
 //!
+//! A fetch goes over one transport, because a page is with one transport at a time: over the first of ours that all the
+//! ranks it takes from have too, and that reaches them all.
+//!
 //! Each is judged when it is asked for and not before: that may take a look at files, and mostly the first way is gone, to those
 //! who are connected already.
 

@@ -1,7 +1,6 @@
 //! The transports of this process, in order of preference, and which peer is connected over which of them.
 //!
-//! A fetch goes over one transport, because a page is with one transport at a time: over the first of ours that all the
-//! ranks it takes from have too, and that reaches them all. Adding a transport is one entry of [`KINDS`].
+//! Adding a transport is one entry of [`KINDS`].
 
 use std::fmt::Display;
 use std::sync::Arc;

@@ -396,8 +396,10 @@ impl Connection {
 
     /// The greetings are done: the peer can be told something.
     pub(super) fn greeted(&self) {
-        if let Some(stream) = &self.lock().stream {
-            self.outlet.open(Arc::clone(stream));
+        // The writer locks the queue while it has the outlet, so nobody does the reverse.
+        let stream = self.lock().stream.clone();
+        if let Some(stream) = stream {
+            self.outlet.open(stream);
         }
     }
 

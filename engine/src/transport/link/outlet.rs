@@ -28,7 +28,7 @@ impl Outlet {
         *self.0.lock() = Some(stream);
     }
 
-    /// For the writer: nobody else sends as long as it has this.
+    /// For the writer: nobody else sends as long as it has this. It closes a connection whose frame it could not end before it lets go.
     pub(super) fn writing(&self) -> MutexGuard<'_, Turn> {
         self.0.lock()
     }

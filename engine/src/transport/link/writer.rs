@@ -138,7 +138,8 @@ impl<'a> Writer<'a> {
         let at_once = (AT_ONCE_MAX, bytes_max);
         loop {
             let outgoing = connection.next(self.tuning.ping_interval(), at_once);
-            let writing = connection.outlet.writing();
+            // Kept until a connection is closed whose last frame is torn: nobody sends behind that.
+            let _writing = connection.outlet.writing();
             let sent = match outgoing {
                 Outgoing::Closed => break,
                 Outgoing::Roused => Ok(()),
@@ -157,7 +158,6 @@ impl<'a> Writer<'a> {
                     None => self.stream_all(writes, connection, sink),
                 },
             };
-            drop(writing);
             if let Err(end) = sent {
                 connection.close(&end.to_string());
                 break;

@@ -1,6 +1,6 @@
 //! Frames whose bytes come with the stream: whatever the network makes of their borders, each byte goes where it belongs.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -9,13 +9,13 @@ use std::time::Instant;
 use proptest::prelude::*;
 use smallvec::smallvec;
 
-use super::{brisk, greeted, node, params};
+use super::{brisk, greeted, message_header, node, params};
 use crate::page::Page;
 use crate::transport::checksum::{sum, sum_of};
-use crate::transport::conformance::{PATIENCE, page};
+use crate::transport::conformance::{Node, PATIENCE, page};
 use crate::transport::link::LinkParams;
 use crate::transport::link::connection::Rousing;
-use crate::transport::link::frame::{Header, Kind, Trailer};
+use crate::transport::link::frame::{HEADER_BYTES, Header, Kind, Trailer};
 use crate::transport::memory::into_channel;
 use crate::transport::{
     Note, PeerId, RemoteRegion, Run, Runs, Submission, TransferId, Transport, TransportEvent,
@@ -272,4 +272,61 @@ fn a_peer_that_is_roused_all_the_time_gets_every_frame_whole() {
         }
         over.store(true, Ordering::Release);
     });
+}
+
+#[test]
+fn nobody_sends_behind_a_frame_that_was_not_sent_to_its_end() {
+    let source = Arc::new(page(1_000, 3));
+    let target = RemoteRegion {
+        bytes: 2_000,
+        id: 1,
+        key: 1,
+    };
+    for _ in 0..40 {
+        let (events, heard) = channel();
+        let faults = params(brisk(), "cut_after_bytes=700");
+        let writer = Arc::new(tcp::start(faults, into_channel(events)).unwrap());
+        let node = Node {
+            events: heard,
+            transport: Arc::clone(&writer) as Arc<dyn Transport>,
+        };
+        let mut stream = greeted(&node);
+        stream.write_all(&message_header(0)).unwrap();
+        let TransportEvent::Message { peer, .. } = node.next() else {
+            panic!("a message came");
+        };
+        let connection = writer.shared.peer(peer).unwrap();
+        let mut received = Vec::new();
+        std::thread::scope(|scope| {
+            // Until the peer is lost.
+            scope.spawn(|| {
+                while writer.shared.peer(peer).is_some() {
+                    connection.rouse(Rousing::There);
+                }
+            });
+            let write = Write {
+                runs: Runs::whole(2_000),
+                sum_at: None,
+                ..to_be_summed(peer, std::slice::from_ref(&source), &target)
+            };
+            assert_eq!(writer.write(write), Submission::Accepted);
+            stream.read_to_end(&mut received).unwrap();
+            drop(stream);
+        });
+        // Nothing but frames that wake somebody before it, and nothing at all behind what was sent of it.
+        let mut rest = &received[..];
+        let write = loop {
+            let (header, later) = rest.split_first_chunk::<HEADER_BYTES>().unwrap();
+            rest = later;
+            match Header::decode(header).unwrap() {
+                header if header.kind == Kind::Rouse => {}
+                header => break header,
+            }
+        };
+        assert_eq!(write.kind, Kind::Write);
+        let before = usize::from(write.note_bytes) + Runs::whole(2_000).encoded_bytes();
+        let (sent, behind) = rest[before..].split_at(700);
+        assert!(*sent == source.as_bytes()[..700]);
+        assert!(behind.is_empty(), "{behind:?}");
+    }
 }
